@@ -1,0 +1,447 @@
+# Licensed under the Apache License, Version 2.0.
+"""Cross-Iteration Batch Normalization.
+
+Paper: "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/abs/2002.05712
+"""
+
+from __future__ import annotations
+
+import numbers
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import linking
+from .moments import (
+    Derivative,
+    batch_derivative,
+    batch_moments,
+    convolve_subgrid,
+    statistics_dtype,
+)
+from .normalize import normalize
+from .window import Entry, Estimate, Window, dot
+
+_BACKWARDS = ("window", "current")
+
+# A plain convolution's output agrees with its recomputation to TF32's or half precision's
+# rounding; a standardised weight or a deformed kernel is far outside.
+_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_SAME_OUTPUT_HALF = 5e-2
+_CHECKED_POSITIONS = 4
+
+
+class _Record(NamedTuple):
+    """What a forward leaves for the end of the iteration."""
+
+    entry: Entry
+    running_mean: Tensor
+    running_var: Tensor
+    clamped: Tensor | None  # bool, (C, T)
+
+
+class CBN(_BatchNorm):
+    """Batch normalisation with the statistics of the last ``window_size`` iterations.
+
+    The mean and variance of past iterations are moved to the current weights of the convolution
+    that feeds the layer by a first-order Taylor expansion (section 3.2, equations 5 to 9), and
+    averaged with those of the current batch. In evaluation mode the layer *is*
+    ``nn.BatchNorm2d``, whose parameters, buffers and names it has: checkpoints load either way.
+
+    The layer finds its convolution by itself once the model was given to
+    :func:`cbn_mmdet.link`; :func:`cbn_mmdet.step` ends an iteration and
+    :func:`cbn_mmdet.set_window` narrows the window for a burn-in. In mmengine, ``CBNHook`` calls
+    the three. Until an iteration ends its forward can be repeated: window and running statistics
+    only change with ``step``. With a window of 1 in force the layer is ``nn.BatchNorm2d`` in
+    training, too, running statistics included.
+
+    Past statistics are kept in float32, on the layer's device, and are not part of
+    ``state_dict``. A copied or unpickled layer starts with an empty window and without a link.
+    Called several times in one forward of the model, the layer keeps a window for each call.
+
+    Args:
+        num_features: Number of channels ``C`` of the input, which is ``(N, C, H, W)``.
+        eps: Added to the variance.
+        momentum: Weight of the new value in the running statistics; None for their plain average.
+            Batches of one or two images want less than the default, 0.02 say.
+        affine: Whether to learn a scale and a shift per channel.
+        track_running_stats: Whether to keep running statistics for evaluation.
+        window_size: The paper's ``k``, the number of iterations averaged, the current one
+            included; 1 is batch normalisation.
+        compensate: Whether to move past statistics to the current weights. False is the paper's
+            *naive CBN*, which needs no convolution.
+        backward: ``'window'`` lets the gradient flow to the convolution's weight through the
+            compensated statistics of the past as well, and averages the window's statistics into
+            the running ones; batches of one or two images need it. ``'current'`` is the paper's:
+            past statistics are constants, running statistics those of the current batch.
+        derivative_stride: Estimates the derivative of the variance on every n-th row and column
+            of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions.
+        device: Where to create parameters and buffers.
+        dtype: Dtype of parameters and buffers.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        window_size: int = 8,
+        compensate: bool = True,
+        backward: str = "window",
+        derivative_stride: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_count("num_features", num_features, "the number of channels")
+        _check_count("window_size", window_size, "the number of iterations, the current included")
+        _check_count("derivative_stride", derivative_stride, "every n-th row and column")
+        if backward not in _BACKWARDS:
+            raise ValueError(
+                f"CBN: backward must be 'window' (gradient through the window) or 'current' "
+                f"(the paper's), got {backward!r}."
+            )
+        if not isinstance(compensate, bool):
+            raise ValueError(f"CBN: compensate must be True or False, got {compensate!r}.")
+        if not isinstance(eps, numbers.Real) or not eps >= 0:
+            raise ValueError(f"CBN: eps must be a number of at least 0, got {eps!r}.")
+        if momentum is not None and not (isinstance(momentum, numbers.Real) and 0 <= momentum <= 1):
+            raise ValueError(f"CBN: momentum must be None or from 0 to 1, got {momentum!r}.")
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.window_size = window_size
+        self.compensate = compensate
+        self.backward = backward
+        self.derivative_stride = derivative_stride
+        self._window = window_size  # in force
+        self.__dict__.update(_fresh_state())
+
+    @property
+    def window(self) -> int:
+        """The window size in force: 1 during a burn-in, else up to ``window_size``."""
+        return self._window
+
+    @property
+    def feeder(self) -> nn.Module | None:
+        """The module whose output the layer was last handed, or None before it has run."""
+        return None if self._feeder is None else self._feeder()
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory held by past iterations, in bytes."""
+        return sum(window.nbytes for window in self._windows)
+
+    def set_window(self, size: int) -> None:
+        """Sets the window size in force, at most ``window_size``; a change forgets the past."""
+        _check_count("size", size, "the window size to put in force")
+        size = min(size, self.window_size)
+        if size != self._window:
+            self._window = size
+            self._windows.clear()
+            self._records.clear()
+
+    def step(self) -> tuple[Tensor, int] | None:
+        """Ends an iteration: what its forward recorded becomes part of the window.
+
+        Returns:
+            How many of the past channel variances the maximum cut to zero, as a tensor, and how
+            many there were; None if nothing was compensated.
+        """
+        clamped, total = None, 0
+        for call, record in sorted(self._records.items()):
+            self._window_of(call).push(record.entry)
+            self._update_running_stats(record)
+            if record.clamped is not None:
+                cut = record.clamped.sum()
+                clamped = cut if clamped is None else clamped + cut
+                total += record.clamped.numel()
+        self._records.clear()
+        self._forward_id, self._call = None, 0
+        return None if clamped is None else (clamped, total)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
+
+        Raises:
+            ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
+                has one value per channel and the window is empty.
+            RuntimeError: The layer trains with a window above 1 and was not linked, or what
+                feeds it is no plain convolution.
+        """
+        self._check_input_dim(input)
+        if not self.training:
+            self._note_feeder(linking.signature_of(input))
+            return super().forward(input)
+        # Under autocast the small matrix products on the statistics would run in half precision.
+        with torch.autocast(input.device.type, enabled=False):
+            if linking.is_recomputation():
+                return self._recompute(input)
+            conv, conv_input = self._resolve(input)
+            if self._window == 1:
+                return super().forward(input)
+            call = self._next_call()
+            if input.numel() == 0:  # no region in the batch: nothing to learn or to record
+                return self._batch_norm(input)
+            mean, var = batch_moments(input.detach())
+            estimate = self._estimate(call, mean, var, conv)
+            if estimate.size == 1:
+                F._verify_batch_size(input.size())
+            self._records[call] = self._record(input, mean, var, estimate, conv, conv_input)
+            return self._normalize(input, estimate, conv)
+
+    # The method, in the order of the paper.
+
+    def _estimate(self, call: int, mean: Tensor, var: Tensor, conv: nn.Conv2d | None) -> Estimate:
+        weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
+        return self._window_of(call).estimate(mean, var, weight, bias)
+
+    def _normalize(self, y: Tensor, estimate: Estimate, conv: nn.Conv2d | None) -> Tensor:
+        dtype = estimate.mean.dtype
+        through_window = self.backward == "window" and estimate.size > 1 and conv is not None
+        return normalize(
+            y,
+            None if self.weight is None else self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            estimate,
+            self.eps,
+            conv.weight if through_window and estimate.derivative is not None else None,
+            conv.bias if through_window else None,
+        )
+
+    @torch.no_grad()
+    def _record(
+        self,
+        y: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        estimate: Estimate,
+        conv: nn.Conv2d | None,
+        conv_input: Tensor | None,
+    ) -> _Record:
+        """What this forward adds to the window and to the running statistics."""
+        if self.backward == "window" and estimate.size > 1:
+            running = estimate.mean, estimate.var
+        else:
+            count = y.numel() // y.shape[1]
+            running = mean, var * (count / max(count - 1, 1))
+        clamped = None if estimate.positive is None else ~estimate.positive
+        return _Record(self._entry(y, mean, var, conv, conv_input), *running, clamped)
+
+    def _entry(
+        self,
+        y: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        conv: nn.Conv2d | None,
+        conv_input: Tensor | None,
+    ) -> Entry:
+        if conv is None:
+            return Entry(mean, var)
+        if conv.bias is not None:
+            mean_of_product = mean - conv.bias.to(mean.dtype)
+        else:
+            mean_of_product = mean
+        if conv_input is None:
+            return Entry(mean_of_product, var)
+        derivative = batch_derivative(conv, conv_input, y, mean, self.derivative_stride)
+        now = dot(Derivative(derivative.mean[:, None], derivative.var[:, None]), conv.weight)
+        return Entry(mean_of_product, var, derivative, *(value.squeeze(1) for value in now))
+
+    def _update_running_stats(self, record: _Record) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked.add_(1)
+        weight = self.momentum
+        if weight is None:
+            weight = 1.0 / float(self.num_batches_tracked)
+        for running, new in (
+            (self.running_mean, record.running_mean),
+            (self.running_var, record.running_var),
+        ):
+            running.lerp_(new.to(running.dtype), weight)
+
+    # Which call of the iteration this is, and which convolution feeds it.
+
+    def _next_call(self) -> int:
+        """Numbers the calls within one forward of the model; a new forward starts again at 0.
+
+        Outside of a watched model's forward, a further call is a repetition of the first.
+        """
+        forward = linking.current_forward()
+        if forward is None or forward != self._forward_id:
+            self._forward_id, self._call = forward, 0
+            self._records.clear()
+        else:
+            self._call += 1
+        return self._call
+
+    def _window_of(self, call: int) -> Window:
+        while len(self._windows) <= call:
+            self._windows.append(Window(self._window - 1))
+        return self._windows[call]
+
+    def _recompute(self, input: Tensor) -> Tensor:
+        """The same output again, for activation checkpointing: nothing is recorded twice."""
+        if self._window == 1 or input.numel() == 0:
+            return self._batch_norm(input)
+        if len(self._windows) > 1:
+            raise RuntimeError(
+                f"{self._title}: was called {len(self._windows)} times in one forward, and "
+                "activation checkpointing repeats the calls in another order, so they cannot be "
+                "told apart. Turn checkpointing off (with_cp=False) around this layer."
+            )
+        conv = self.feeder if self.compensate else None
+        mean, var = batch_moments(input.detach())
+        return self._normalize(input, self._estimate(0, mean, var, conv), conv)
+
+    def _batch_norm(self, input: Tensor) -> Tensor:
+        """Batch normalisation in training that leaves the running statistics alone."""
+        # Copies and not None: checkpointing counts what a forward saves for its backward.
+        running = [
+            None if buffer is None else buffer.clone()
+            for buffer in (self.running_mean, self.running_var)
+        ]
+        return F.batch_norm(input, *running, self.weight, self.bias, True, 0.0, self.eps)
+
+    def _resolve(self, input: Tensor) -> tuple[nn.Conv2d | None, Tensor | None]:
+        """The convolution that feeds the layer, and its input if a derivative is to be formed."""
+        if self.window_size == 1:
+            return None, None
+        if not linking.is_watched(self):
+            if self._window > 1:
+                raise RuntimeError(
+                    f"{self._title}: trains with a window of {self._window} but was never linked "
+                    "to its convolution. Call cbn_mmdet.link(model) before training and "
+                    "cbn_mmdet.step(model) after each iteration; in mmengine, add "
+                    "custom_hooks=[dict(type='CBNHook')] to the config, which does both."
+                )
+            return None, None
+        signature = linking.signature_of(input)
+        self._note_feeder(signature)
+        if not self.compensate:
+            return None, None
+        if signature is None:
+            raise self._refusal(
+                f"was handed a tensor of shape {tuple(input.shape)} that no module of the linked "
+                "model returned: the result of a function or of an operation in place, a sum or "
+                "an activation say"
+            )
+        conv = signature.module
+        if not isinstance(conv, nn.Conv2d):
+            raise self._refusal(f"is fed by {linking.name_of(conv)}, which is no nn.Conv2d")
+        if nn.utils.parametrize.is_parametrized(conv, "weight"):
+            raise self._refusal(
+                f"is fed by {linking.name_of(conv)}, whose weight is parametrized, so that its "
+                "value may change each time it is read"
+            )
+        if not conv.weight.requires_grad:  # never changes: there is nothing to compensate
+            return conv, None
+        if signature.input is None:
+            raise self._refusal(
+                f"is fed by {linking.name_of(conv)}, whose input is no longer known because the "
+                "model's forward ended before this layer ran; link the model that contains both"
+            )
+        self._verify(conv, signature.input, input)
+        return conv, signature.input
+
+    @torch.no_grad()
+    def _verify(self, conv: nn.Conv2d, x: Tensor, y: Tensor) -> None:
+        """Refuses, once, a convolution that does not compute ``weight * x + bias``."""
+        if self._verified is not None and self._verified() is conv or y.numel() == 0:
+            return
+        stride = -(-max(y.shape[2:]) // _CHECKED_POSITIONS)
+        dtype = statistics_dtype(y.dtype)
+        seen = y[:, :, ::stride, ::stride].to(dtype)
+        error = convolve_subgrid(conv, x.to(y.dtype), stride).to(dtype) - seen
+        if not seen.isfinite().all():
+            return
+        if error.norm() > _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * seen.norm():
+            raise self._refusal(
+                f"is fed by {linking.name_of(conv)}, whose output is not the plain convolution "
+                "of its weight (a standardised or modulated one, say)"
+            )
+        self._verified = weakref.ref(conv)
+
+    def _note_feeder(self, signature: linking.Signature | None) -> None:
+        if signature is not None:
+            self._feeder = weakref.ref(signature.module)
+
+    def _refusal(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self._title}: {what}. CBN can only compensate the statistics of a plain "
+            "nn.Conv2d's output: place the layer directly after one, use another norm here, or "
+            "set compensate=False (naive CBN)."
+        )
+
+    @property
+    def _title(self) -> str:
+        if linking.is_watched(self):
+            return f"CBN layer {linking.name_of(self)}"
+        return f"CBN layer of {self.num_features} channels (unnamed, for it was never linked)"
+
+    # What nn.Module does with a layer.
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise ValueError(
+                f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
+                "dimensions."
+            )
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{self._title}: has num_features={self.num_features}, but its input has "
+                f"{input.shape[1]} channels."
+            )
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        for window in self._windows:
+            if window.device is not None:
+                window.to(fn(torch.empty(0, device=window.device)).device)
+        self._records.clear()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        # Past statistics belong to the weights that are being replaced.
+        self._windows.clear()
+        self._records.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, **_fresh_state()}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, window_size={self.window_size}, "
+            f"compensate={self.compensate}, backward={self.backward!r}, "
+            f"derivative_stride={self.derivative_stride}"
+        )
+
+
+def _fresh_state() -> dict:
+    """The state of a layer that has not run."""
+    return dict(
+        _windows=[],  # one for each call within a forward
+        _records={},  # by call
+        _forward_id=None,
+        _call=0,
+        _feeder=None,
+        _verified=None,
+    )
+
+
+def _check_count(name: str, value: object, meaning: str) -> None:
+    """Refuses what is no whole number of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"CBN: {name} must be a whole number of at least 1, got {value!r}: {meaning}."
+        )

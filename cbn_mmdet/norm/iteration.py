@@ -1,0 +1,94 @@
+# Licensed under the Apache License, Version 2.0.
+"""What a training loop calls: link the model once, end each iteration, set the window in force."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import linking
+from .cbn import CBN
+
+
+def link(model: nn.Module) -> int:
+    """Makes every CBN of ``model`` know the convolution whose output it receives.
+
+    From then on each module signs the tensor that it returns, and a CBN reads the signature from
+    the tensor that it is handed. Call it on the model whose forward is one iteration (inside any
+    wrapper), before training. Calling it again is harmless.
+
+    Args:
+        model: Any module, a single layer included.
+
+    Returns:
+        The number of CBN layers in the model.
+    """
+    linking.watch(model)
+    return len(_layers(model))
+
+
+def links(model: nn.Module) -> dict[str, str]:
+    """The module that feeds each CBN, as of the layer's last run.
+
+    Args:
+        model: A linked model. Its module names are the keys and values.
+
+    Returns:
+        CBN name to feeding module's name, for each CBN that has run.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        name: names[layer.feeder]
+        for name, layer in model.named_modules()
+        if isinstance(layer, CBN) and layer.feeder in names
+    }
+
+
+def set_window(model: nn.Module, size: int) -> None:
+    """Sets the window size in force, as a burn-in does.
+
+    A change forgets the past, so that a window that opens again starts empty.
+
+    Args:
+        model: A model with CBN layers.
+        size: From 1, which is batch normalisation, to the layers' ``window_size``; a layer whose
+            own ``window_size`` is smaller keeps to that.
+
+    Raises:
+        ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
+    """
+    layers = _layers(model)
+    largest = max((layer.window_size for layer in layers), default=None)
+    if largest is not None and isinstance(size, int) and size > largest:
+        raise ValueError(
+            f"set_window: size {size} is above the largest window_size of the model's CBN layers, "
+            f"{largest}. Pass at most that, or build the layers with a larger window_size."
+        )
+    for layer in layers:
+        layer.set_window(size)
+
+
+def step(model: nn.Module) -> Tensor | None:
+    """Ends an iteration: what its forward recorded becomes part of the window.
+
+    Call it once per iteration, after the backward pass. Until then a forward can be repeated
+    without changing window or running statistics.
+
+    Args:
+        model: A model with CBN layers.
+
+    Returns:
+        The fraction of compensated past channel variances that the maximum cut to zero in this
+        iteration, a tensor without dimensions; None if nothing was compensated.
+    """
+    linking.release()
+    counts = [count for layer in _layers(model) if (count := layer.step()) is not None]
+    if not counts:
+        return None
+    device = counts[0][0].device
+    clamped = torch.stack([count.to(device) for count, _ in counts]).sum()
+    return clamped / sum(total for _, total in counts)
+
+
+def _layers(model: nn.Module) -> list[CBN]:
+    return [module for module in model.modules() if isinstance(module, CBN)]

@@ -1,0 +1,117 @@
+# Licensed under the Apache License, Version 2.0.
+"""Normalisation with the window's statistics, and its two gradients.
+
+Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equation 10. With the
+window's mean ``mu_bar`` and variance ``s``, ``r = (s + eps)^-1/2`` and ``x_hat = (y - mu_bar) r``,
+
+    z = gamma x_hat + beta
+
+Of the ``k`` iterations in the window only the current one, with ``M`` positions per channel,
+carries a gradient to ``y``. For ``g``, the gradient of the loss in ``z`` times ``gamma``,
+
+    dL/dy = r [g - (sum(g) + x_hat sum(g x_hat)) / (k M)]
+
+which is batch normalisation's own formula with ``M`` replaced by ``k M``.
+
+The compensated statistics of the past depend on today's weight and bias as well. The paper takes
+them as constants; the gradient through the window adds their share. With ``U = dL/d mu_bar =
+-r sum(g)`` and ``S = dL/d s = -1/2 r^2 sum(g x_hat)``, over the past iterations ``tau``,
+
+    dL/dw += 1/k sum_tau [ (U + 2 S (mu_hat - mu_bar) - 2 S c delta) m + S c h ]
+    dL/db += 1/k sum_tau [  U + 2 S (mu_hat - mu_bar) ]
+
+where ``c`` is 1 where ``v_hat`` is positive and 0 where the maximum cut it. Without this share
+the weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image
+per batch training fails.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .window import Estimate
+
+
+def normalize(
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    estimate: Estimate,
+    eps: float,
+    conv_weight: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """Normalises ``y`` with the window's statistics.
+
+    Args:
+        y: Output of the convolution, ``(N, C, H, W)``.
+        gamma: Scale, ``(C,)``, or None for 1.
+        beta: Shift, ``(C,)``, or None for 0.
+        estimate: The window's statistics, of which the current batch is one.
+        eps: Added to the variance.
+        conv_weight: The convolution's weight if the gradient is to flow through the past
+            iterations' compensated statistics, else None (the paper's gradient).
+        conv_bias: The convolution's bias, likewise.
+
+    Returns:
+        The normalised tensor, in the dtype and memory format of ``y``.
+    """
+    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, estimate, eps)
+
+
+class _Normalize(Function):
+    @staticmethod
+    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, estimate, eps):
+        ctx.size, ctx.eps = estimate.size, eps
+        ctx.conv_shape = None if conv_weight is None else conv_weight.shape
+        # None where nothing flows through the window, so that its tensors are not kept for nothing.
+        window = (estimate.gap,) if conv_weight is not None or conv_bias is not None else (None,)
+        if conv_weight is not None:
+            window += (estimate.delta, estimate.positive, *estimate.derivative)
+        ctx.save_for_backward(y, gamma, estimate.mean, estimate.var, *window)
+        return F.batch_norm(y, estimate.mean, estimate.var, gamma, beta, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, gamma, mean, var, gap, *compensation = ctx.saved_tensors
+        need_y, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
+        k, r = ctx.size, (var + ctx.eps).rsqrt()
+        scale = r if gamma is None else r * gamma  # C
+        # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each (C,).
+        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+            grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
+        )
+        if need_y:
+            # What reaches y through the current batch's share of the statistics.
+            per_position = -scale / (k * (y.numel() // y.shape[1]))
+            slope = per_position * r * grad_gamma
+            offset = per_position * grad_beta - slope * mean
+            grad_y.addcmul_(y, slope.to(y.dtype)[:, None, None])
+            grad_y.add_(offset.to(y.dtype)[:, None, None])
+        grad_weight = grad_bias = None
+        if gap is not None:
+            through_var = -0.5 * r * scale * grad_gamma / k  # S / k
+            of_mean = (-scale * grad_beta / k)[:, None] + 2 * through_var[:, None] * gap  # C, T
+            if need_bias:
+                grad_bias = of_mean.sum(1)
+            if need_weight:
+                delta, positive, m, h = compensation
+                of_var = through_var[:, None] * positive  # C, T
+                of_mean = of_mean - 2 * of_var * delta
+                by_group = of_mean.view(m.shape[0], -1, of_mean.shape[1])
+                grad_weight = torch.bmm(by_group, m).view(ctx.conv_shape)
+                grad_weight += torch.bmm(of_var[:, None], h).view(ctx.conv_shape)
+        return (
+            grad_y,
+            grad_gamma if need_gamma else None,
+            grad_beta if need_beta else None,
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+        )

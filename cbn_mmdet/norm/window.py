@@ -1,0 +1,198 @@
+# Licensed under the Apache License, Version 2.0.
+"""The past iterations of one layer, and what their statistics are at today's weights.
+
+Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equations 5 to 9, in a
+centred form. For the iteration ``tau`` steps back, with ``delta = m . (w_t - w_{t-tau})``,
+
+    mean        mu_hat = mu + delta + b_t - b_{t-tau}
+    variance    v_hat  = max(v + h . (w_t - w_{t-tau}) - delta^2, 0)
+
+and over the window of ``k`` iterations, the current one included,
+
+    mean        mu_bar = mean(mu_hat)           variance    mean(v_hat) + var(mu_hat, biased)
+
+This equals the paper's average of ``max(nu_hat, mu_hat^2)`` minus ``mu_bar^2``, without its
+cancellation between large numbers. Old weights are not kept: ``m . w`` and ``h . w`` of the past
+are one number per channel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .moments import Derivative
+
+
+class Entry(NamedTuple):
+    """What one iteration leaves behind.
+
+    Attributes:
+        mean: Mean of the convolution's output, less its bias if that is compensated, ``(C,)``.
+        var: Biased variance, ``(C,)``.
+        derivative: Derivatives in the weight, or None where nothing is to be compensated.
+        mean_at: ``m . w`` at that iteration's weight, ``(C,)``, or None.
+        var_at: ``h . w`` at that iteration's weight, ``(C,)``, or None.
+    """
+
+    mean: Tensor
+    var: Tensor
+    derivative: Derivative | None = None
+    mean_at: Tensor | None = None
+    var_at: Tensor | None = None
+
+
+class Estimate(NamedTuple):
+    """Statistics over the window at today's weights, and what their gradient needs.
+
+    ``T`` is the number of past iterations held, ``k = T + 1``.
+
+    Attributes:
+        mean: ``mu_bar``, ``(C,)``.
+        var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
+        size: ``k``.
+        gap: ``mu_hat - mu_bar`` of the past iterations, ``(C, T)``.
+        delta: ``(C, T)``, or None where nothing is compensated.
+        positive: Whether ``v_hat`` was not cut by the maximum, ``(C, T)``, or None.
+        derivative: ``m`` as ``(groups, T, P)`` and ``h`` as ``(C, T, P)``, or None.
+    """
+
+    mean: Tensor
+    var: Tensor
+    size: int
+    gap: Tensor
+    delta: Tensor | None
+    positive: Tensor | None
+    derivative: Derivative | None
+
+
+class Window:
+    """A ring of the last iterations, held as float32 tensors that are allocated once.
+
+    Args:
+        capacity: Number of past iterations to hold, ``k - 1``.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.clear()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def clear(self) -> None:
+        """Forgets everything and frees the memory."""
+        self._count = 0
+        self._next = 0
+        self._vectors: Tensor | None = None  # (2 or 4, C, capacity): mean, var, m.w, h.w
+        self._m: Tensor | None = None  # (groups, capacity, P)
+        self._h: Tensor | None = None  # (C, capacity, P)
+
+    def to(self, device: torch.device) -> None:
+        """Moves what is held to ``device``; the dtype stays float32."""
+        if self._vectors is None or self._vectors.device == device:
+            return
+        if device.type == "meta":  # no values survive there, so there is nothing to come back to
+            return self.clear()
+        self._vectors = self._vectors.to(device)
+        if self._h is not None:
+            self._m, self._h = self._m.to(device), self._h.to(device)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the window lives, None while it is empty."""
+        return None if self._vectors is None else self._vectors.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = (self._vectors, self._m, self._h)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @torch.no_grad()
+    def push(self, entry: Entry) -> None:
+        """Adds an iteration, in the place of the oldest one if the window is full."""
+        if self._vectors is None or (entry.derivative is None) != (self._h is None):
+            # A weight that was frozen or thawed changes what an entry is; the two do not mix.
+            self._allocate(entry)
+        slot = self._next
+        vectors = [entry.mean, entry.var]
+        if entry.derivative is not None:
+            vectors += [entry.mean_at, entry.var_at]
+            self._m[:, slot] = entry.derivative.mean
+            self._h[:, slot] = entry.derivative.var
+        self._vectors[:, :, slot] = torch.stack(vectors)
+        self._next = (slot + 1) % self.capacity
+        self._count = min(self._count + 1, self.capacity)
+
+    @torch.no_grad()
+    def estimate(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Estimate:
+        """The statistics of the past and the current iteration, at today's weight and bias.
+
+        Args:
+            mean: Mean of the current batch, ``(C,)``; its dtype is the one to compute in.
+            var: Biased variance of the current batch, ``(C,)``.
+            weight: Today's weight of the convolution, any shape with ``C`` first. Only read if
+                the entries carry derivatives.
+            bias: Today's bias, ``(C,)``, or None if the entries' means include none to restore.
+
+        Returns:
+            The estimate, in the dtype of ``mean``.
+        """
+        count = self._count
+        if count == 0:
+            return Estimate(mean, var, 1, mean.new_empty(mean.numel(), 0), None, None, None)
+        vectors = self._vectors[:, :, :count].to(mean.dtype)
+        past_mean, past_var = vectors[0], vectors[1]  # C, T each
+        if bias is not None:
+            past_mean = past_mean + bias.to(mean.dtype)[:, None]
+        delta = positive = derivative = None
+        if self._h is not None:
+            derivative = Derivative(
+                self._m[:, :count].to(mean.dtype), self._h[:, :count].to(mean.dtype)
+            )
+            mean_now, var_now = dot(derivative, weight)
+            delta = mean_now - vectors[2]
+            past_mean = past_mean + delta
+            past_var = past_var + (var_now - vectors[3]) - delta.square()
+            positive = past_var > 0
+            past_var = past_var.clamp_min(0)
+        size = count + 1
+        mean_bar = (past_mean.sum(1) + mean) / size
+        gap = past_mean - mean_bar[:, None]
+        within = past_var.sum(1) + var
+        between = gap.square().sum(1) + (mean - mean_bar).square()
+        return Estimate(mean_bar, (within + between) / size, size, gap, delta, positive, derivative)
+
+    def _allocate(self, entry: Entry) -> None:
+        self.clear()
+        channels = entry.mean.numel()
+        new = dict(dtype=torch.float32, device=entry.mean.device)
+        rows = 2 if entry.derivative is None else 4
+        self._vectors = torch.zeros(rows, channels, self.capacity, **new)
+        if entry.derivative is not None:
+            m, h = entry.derivative
+            self._m = torch.zeros(m.shape[0], self.capacity, m.shape[1], **new)
+            self._h = torch.zeros(h.shape[0], self.capacity, h.shape[1], **new)
+
+
+def dot(derivative: Derivative, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``m . w`` and ``h . w`` of each channel for ``T`` iterations at once.
+
+    Args:
+        derivative: ``m`` of shape ``(groups, T, P)`` and ``h`` of shape ``(C, T, P)``.
+        weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
+
+    Returns:
+        Two tensors of shape ``(C, T)``.
+    """
+    m, h = derivative
+    w = weight.detach().to(h.dtype).reshape(h.shape[0], -1)  # C, P
+    by_group = w.view(m.shape[0], -1, w.shape[1])  # groups, C / groups, P
+    mean = torch.bmm(by_group, m.transpose(1, 2)).flatten(0, 1)  # C, T
+    var = torch.bmm(h, w[:, :, None]).squeeze(2)  # C, T
+    return mean, var

@@ -1,0 +1,447 @@
+"""The layer: batch normalisation where it must be, the window's rules, and what nn.Module does."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Reference
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cbn_mmdet import CBN, link, set_window, step
+
+
+def pair(channels=4, **kwargs):
+    """A CBN and a BatchNorm2d with the same random state."""
+    cbn, bn = CBN(channels, **kwargs), nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+            tensor.uniform_(0.5, 2)
+    cbn.load_state_dict(bn.state_dict(), strict=True)
+    return cbn, bn
+
+
+def linked(window=4, affine=True, bias=False, **kwargs):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=bias),
+        CBN(4, window_size=window, affine=affine, **kwargs),
+    )
+    assert link(model) == 1
+    return model
+
+
+def iterate(model, count, size=(2, 3, 8, 8)):
+    """Iterations whose weights and data move."""
+    for _ in range(count):
+        model(torch.randn(size) * torch.rand(1) + torch.randn(1)).sum()
+        step(model)
+        with torch.no_grad():
+            model[0].weight += 0.03 * torch.randn_like(model[0].weight)
+
+
+class TestIsBatchNorm:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_evaluation_bit_for_bit(self, dtype):
+        cbn, bn = (module.eval().to(dtype) for module in pair())
+        x = torch.randn(2, 4, 5, 6).to(dtype)
+        assert torch.equal(cbn(x), bn(x))
+        assert list(cbn.state_dict()) == list(bn.state_dict())
+
+    def test_evaluation_after_training_with_a_window(self):
+        model = linked()
+        iterate(model, 6)
+        bn = nn.BatchNorm2d(4)
+        bn.load_state_dict(model[1].state_dict(), strict=True)
+        model.eval(), bn.eval()
+        x = torch.randn(2, 3, 8, 8)
+        assert torch.equal(model(x), bn(model[0](x)))
+
+    def test_evaluation_without_running_statistics(self):
+        cbn = CBN(4, track_running_stats=False).eval()
+        bn = nn.BatchNorm2d(4, track_running_stats=False).eval()
+        x = torch.randn(2, 4, 5, 6)
+        assert torch.equal(cbn(x), bn(x))
+
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    @pytest.mark.parametrize("how", ["window_size", "set_window"])
+    def test_window_of_one_in_training(self, momentum, how):
+        cbn, bn = pair(window_size=1 if how == "window_size" else 8)
+        cbn.momentum = bn.momentum = momentum
+        set_window(cbn, 1)
+        for _ in range(3):
+            x = torch.randn(2, 4, 5, 6)
+            results = []
+            for norm in (cbn, bn):
+                x_ = x.clone().requires_grad_()
+                norm.zero_grad()
+                y = norm(x_)
+                y.square().sum().backward()
+                results.append([y, x_.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+            step(cbn)
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours, theirs)
+
+    def test_first_iteration_of_an_open_window(self):
+        """One iteration in the window: BN's output, gradients and running statistics."""
+        model = linked()
+        bn = nn.BatchNorm2d(4)
+        x, x_ = (torch.ones(2, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(0)),) * 2
+        target = torch.randn(2, 4, 8, 8)
+        y = model(x)
+        (y * target).sum().backward()
+        grad = model[0].weight.grad.clone()
+        model.zero_grad()
+        expected = bn(model[0](x_))
+        (expected * target).sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grad, model[0].weight.grad, rtol=1e-3, atol=1e-3)
+        step(model)
+        for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_bn_error_for_one_value_per_channel(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(torch.randn(1, 3, 1, 1))
+        model(torch.randn(2, 3, 4, 4))
+        step(model)
+        assert model(torch.randn(1, 3, 1, 1)).isfinite().all()
+
+
+class TestWindow:
+    @settings(max_examples=40, deadline=None)
+    @given(data=st.data())
+    def test_any_sequence_of_calls_is_the_references(self, data):
+        """Training forwards, repeated forwards, steps, evaluation and set_window in any order."""
+        draw = data.draw
+        torch.manual_seed(draw(st.integers(0, 99)))
+        size = draw(st.integers(1, 4))
+        compensate = draw(st.booleans())
+        backward = draw(st.sampled_from(["window", "current"]))
+        groups = draw(st.sampled_from([1, 2]))
+        conv = nn.Conv2d(
+            2, 4, draw(st.integers(1, 3)), draw(st.integers(1, 2)), 1, groups=groups,
+            bias=draw(st.booleans()),
+        ).double()  # fmt: skip
+        norm = CBN(4, window_size=size, compensate=compensate, backward=backward).double()
+        model = nn.Sequential(conv, norm)
+        link(model)
+        slow = Reference(conv, size, norm.eps, compensate, flow=backward == "window")
+        x = None
+        for action in draw(
+            st.lists(st.sampled_from("forward step eval window".split()), max_size=12)
+        ):
+            if action == "forward":
+                x = torch.randn(2, 2, 6, 5, dtype=torch.float64) + torch.randn(1)
+                expected = slow.forward(x, norm.weight, norm.bias)
+                for _ in range(draw(st.integers(1, 2))):
+                    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+            elif action == "step":
+                step(model)
+                if x is not None:
+                    slow.step(x)
+                x = None
+                with torch.no_grad():
+                    conv.weight += 0.02 * torch.randn_like(conv.weight)
+            elif action == "eval":
+                model.eval()(torch.randn(1, 2, 6, 5, dtype=torch.float64))
+                model.train()
+            else:
+                slow.window = draw(st.integers(1, size))
+                if norm.window != slow.window:
+                    slow.past, x = [], None
+                set_window(model, slow.window)
+
+    @pytest.mark.parametrize("compensate", [True, False])
+    def test_repeating_a_forward_changes_nothing(self, compensate):
+        model = linked(compensate=compensate)
+        iterate(model, 3)
+        once, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 8, 8)
+        outputs = [model(x) for _ in range(3)]
+        assert all(torch.equal(outputs[0], output) for output in outputs)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, once[name]), name
+        tracked = model[1].num_batches_tracked.item()
+        step(model)
+        assert model[1].num_batches_tracked.item() == tracked + 1
+
+    def test_closing_forgets(self):
+        model = linked()
+        iterate(model, 5)
+        assert model[1].window_bytes > 0
+        set_window(model, 1)
+        assert model[1].window_bytes == 0
+        set_window(model, 4)
+        x = torch.randn(2, 3, 8, 8)
+        y = model[0](x)
+        torch.testing.assert_close(model(x), nn.BatchNorm2d(4)(y))
+
+    def test_set_window_keeps_to_each_layers_own_size(self):
+        model = nn.Sequential(CBN(2, window_size=3), CBN(2, window_size=6))
+        set_window(model, 5)
+        assert [layer.window for layer in model] == [3, 5]
+        with pytest.raises(ValueError, match="size 7 is above the largest window_size .* 6"):
+            set_window(model, 7)
+        for size in (0, -1, 2.5, "3"):
+            with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
+                set_window(model, size)
+
+    @pytest.mark.parametrize("backward", ["window", "current"])
+    def test_running_statistics(self, backward):
+        model = linked(window=3, backward=backward, momentum=0.3)
+        conv, norm = model
+        slow = Reference(conv, 3, norm.eps, True, flow=True)
+        mean, var = torch.zeros(4), torch.ones(4)
+        for i in range(5):
+            x = torch.randn(1, 3, 4, 4) * (1 + i) + i
+            y = conv(x).detach()
+            model(x)
+            step(model)
+            new_mean, new_var = (t.detach() for t in slow.statistics(x))
+            if backward == "current" or i == 0:
+                new_mean, new_var = y.mean((0, 2, 3)), y.var((0, 2, 3))
+            mean, var = mean.lerp(new_mean, 0.3), var.lerp(new_var, 0.3)
+            slow.step(x)
+            torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(norm.running_var, var, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():
+                conv.weight += 0.01
+
+    def test_step_tells_what_was_clamped(self):
+        model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2))
+        link(model)
+        x = torch.randn(4, 1, 5, 5)
+        model(x)
+        assert step(model) is None
+        model(x)
+        assert step(model).item() == 0
+        with torch.no_grad():
+            model[0].weight[0] *= -3
+        model(x)
+        assert step(model).item() == 0.5
+
+    def test_each_call_in_a_forward_has_its_own_window(self):
+        """A head shared between levels: a level meets its own history only."""
+
+        class Shared(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), CBN(4, window_size=3)
+
+            def forward(self, *levels):
+                return [self.norm(self.conv(level)) for level in levels]
+
+        torch.manual_seed(0)
+        shared = Shared()
+        link(shared)
+        single = [nn.Sequential(copy.deepcopy(shared.conv), CBN(4, window_size=3)) for _ in "ab"]
+        for model in single:
+            link(model)
+        for _ in range(4):
+            levels = [torch.randn(1, 3, 9, 9), torch.randn(1, 3, 5, 5) * 3 + 2]
+            shared(*levels)  # a repeated forward starts to count again
+            for ours, model, level in zip(shared(*levels), single, levels, strict=True):
+                torch.testing.assert_close(ours, model(level))
+                step(model)
+            step(shared)
+            change = 0.05 * torch.randn_like(shared.conv.weight)
+            for conv in (shared.conv, single[0][0], single[1][0]):
+                conv.weight.data += change
+
+    def test_an_empty_batch_changes_nothing(self):
+        model = linked()
+        iterate(model, 3)
+        before = copy.deepcopy(model.state_dict())
+        x = torch.randn(0, 3, 8, 8, requires_grad=True)
+        y = model(x)
+        assert y.shape == (0, 4, 8, 8)
+        y.sum().backward()
+        held = len(model[1]._windows[0])
+        step(model)
+        assert len(model[1]._windows[0]) == held
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+    def test_a_frozen_convolution_needs_no_derivative(self):
+        model = linked()
+        model[0].weight.requires_grad_(False)
+        iterate(model, 4)
+        assert model[1].window_bytes == 2 * 4 * 3 * 4  # mean and variance, C = 4, 3 iterations
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("window", [1, 4])
+    def test_checkpointing_records_once(self, reentrant, window):
+        torch.manual_seed(0)
+        plain = linked()
+        other = copy.deepcopy(plain)
+        link(other)
+        for _ in range(5):
+            x = torch.randn(2, 3, 8, 8)
+            target = torch.randn(2, 4, 8, 8)
+            grads = []
+            for model in (plain, other):
+                set_window(model, window)
+                model.zero_grad()
+                x_ = x.clone().requires_grad_()
+                y = model(x_) if model is plain else checkpoint(model, x_, use_reentrant=reentrant)
+                (y * target).sum().backward()
+                step(model)
+                grads.append([y, x_.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+                with torch.no_grad():
+                    model[0].weight *= 1.01
+            for a, b in zip(*grads, strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_loading_weights_forgets(self):
+        model = linked()
+        iterate(model, 4)
+        model.load_state_dict(model.state_dict())
+        assert model[1].window_bytes == 0
+
+
+class TestHalfPrecision:
+    def test_bfloat16_autocast(self):
+        torch.manual_seed(0)
+        model = linked()
+        half = copy.deepcopy(model)
+        link(half)
+        for _ in range(5):
+            x = torch.randn(2, 3, 8, 8) + 1
+            y = model(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                y_half = half(x)
+            assert y_half.dtype == torch.bfloat16
+            torch.testing.assert_close(y_half.float(), y, rtol=0.05, atol=0.08)
+            y_half.float().square().mean().backward()
+            step(model), step(half)
+            change = 0.02 * torch.randn_like(model[0].weight)
+            model[0].weight.data += change
+            half[0].weight.data += change
+        assert half[0].weight.grad.isfinite().all()
+        assert half[1]._windows[0]._h.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_the_window_is_float32_whatever_the_layers_dtype(self, dtype):
+        model = linked(bias=True)
+        iterate(model, 2)
+        model.to(dtype)
+        for _ in range(3):
+            model(torch.randn(2, 3, 8, 8, dtype=dtype)).sum().backward()
+            step(model)
+        window = model[1]._windows[0]
+        assert {window._h.dtype, window._m.dtype, window._vectors.dtype} == {torch.float32}
+
+    def test_channels_last_stays(self):
+        model = linked().to(memory_format=torch.channels_last)
+        iterate(model, 2)
+        x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
+class TestCopies:
+    def copies(self, model):
+        yield copy.deepcopy(model)
+        yield pickle.loads(pickle.dumps(model))
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        yield torch.load(buffer, weights_only=False)
+
+    def test_a_copy_starts_afresh(self):
+        model = linked()
+        iterate(model, 4)
+        x = torch.randn(2, 3, 8, 8)
+        expected = model(x)
+        for other in self.copies(model):
+            assert other[1].window_bytes == 0 and other[1].feeder is None
+            with pytest.raises(RuntimeError, match="never linked"):
+                other(x)
+            hooks = len(other[0]._forward_hooks)
+            link(other)
+            assert len(other[0]._forward_hooks) == hooks == 1
+            torch.testing.assert_close(other(x), nn.BatchNorm2d(4)(model[0](x)))
+            iterate(other, 2)
+        assert torch.equal(model(x), expected)
+
+    def test_state_dict_is_batch_norms(self):
+        model = linked()
+        iterate(model, 3)
+        bn = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+        bn.load_state_dict(model.state_dict(), strict=True)
+        model.load_state_dict(bn.state_dict(), strict=True)
+
+    def test_moving_the_model_moves_the_window(self):
+        model = linked()
+        iterate(model, 3)
+        window = model[1]._windows[0]
+        before = window._h.clone()
+        model.to("cpu", torch.float64)
+        assert torch.equal(window._h, before)
+        model.to("meta")
+        assert window.nbytes == 0
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "kwargs, message",
+        [
+            (dict(window_size=0), "window_size must be a whole number of at least 1, got 0"),
+            (dict(window_size=2.0), "window_size must be a whole number of at least 1, got 2.0"),
+            (dict(window_size=True), "window_size must be a whole number of at least 1, got True"),
+            (dict(derivative_stride=-1), "derivative_stride must be a whole number"),
+            (dict(num_features=0), "num_features must be a whole number"),
+            (dict(backward="paper"), "backward must be 'window' .* or 'current' .*'paper'"),
+            (dict(compensate="no"), "compensate must be True or False, got 'no'"),
+            (dict(eps=-1), "eps must be a number of at least 0, got -1"),
+            (dict(eps="small"), "eps must be a number"),
+            (dict(momentum=2), "momentum must be None or from 0 to 1, got 2"),
+            (dict(momentum="slow"), "momentum must be None or from 0 to 1"),
+        ],
+    )
+    def test_arguments(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            CBN(**{"num_features": 4, **kwargs})
+
+    def test_never_linked(self):
+        norm = CBN(4)
+        with pytest.raises(RuntimeError, match=r"4 channels.*link\(model\).*type='CBNHook'"):
+            norm(torch.randn(2, 4, 5, 5))
+        set_window(norm, 1)
+        norm(torch.randn(2, 4, 5, 5))
+
+    @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 5), (2, 4, 5, 5, 5)])
+    def test_dimensions(self, shape):
+        with pytest.raises(ValueError, match=r"\(N, C, H, W\), got \d dimensions"):
+            CBN(4)(torch.randn(shape))
+
+    def test_channels(self):
+        model = nn.Sequential(nn.Conv2d(3, 5, 1), CBN(4))
+        link(model)
+        with pytest.raises(ValueError, match="'1' .*num_features=4.* 5 channels"):
+            model(torch.randn(2, 3, 4, 4))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointed_calls_that_cannot_be_told_apart(self, reentrant):
+        model = linked()
+
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = model
+
+            def forward(self, x):
+                parts = [
+                    checkpoint(self.body, part, use_reentrant=reentrant) for part in (x, x + 1)
+                ]
+                return sum(parts)
+
+        twice = Twice()
+        link(twice)
+        loss = twice(torch.randn(2, 3, 8, 8, requires_grad=True)).sum()
+        with pytest.raises(RuntimeError, match="called 2 times.*with_cp=False"):
+            loss.backward()

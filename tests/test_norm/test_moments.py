@@ -1,0 +1,113 @@
+"""The statistics of a batch and their derivatives, against autograd."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from cbn_mmdet.norm.moments import batch_derivative, batch_moments, convolve_subgrid
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 3e-2}
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution of any geometry, and an input that it accepts."""
+    groups = draw(st.sampled_from([1, 2, 4]))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
+    padding_mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.sampled_from(["valid", "same", (0, 0), (1, 2), (2, 0)]))
+    stride = (1, 1) if padding == "same" else draw(st.tuples(*[st.integers(1, 3)] * 2))
+    conv = nn.Conv2d(
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 2)),
+        kernel,
+        stride,
+        padding,
+        draw(st.tuples(*[st.integers(1, 2)] * 2)),
+        groups,
+        draw(st.booleans()),
+        padding_mode,
+    )
+    size = draw(st.tuples(st.integers(7, 12), st.integers(7, 12)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    x = torch.randn(draw(st.integers(1, 3)), conv.in_channels, *size, generator=generator) + 1
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
+    return conv, x
+
+
+def autograd_derivatives(conv, x, stride):
+    """d mean / dw over all positions and d variance / dw over the subgrid, channel by channel."""
+    y = conv(x)
+    subset = y[:, :, ::stride, ::stride]
+    means, variances = y.mean((0, 2, 3)), subset.var((0, 2, 3), correction=0)
+    grads = [
+        [torch.autograd.grad(v[c], conv.weight, retain_graph=True)[0][c] for c in range(len(v))]
+        for v in (means, variances)
+    ]
+    return [torch.stack(g).flatten(1) for g in grads]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@settings(max_examples=80, deadline=None)
+@given(
+    case=convolutions(),
+    stride=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_derivative_is_autograds(case, stride, dtype):
+    conv, x = case
+    conv, x = conv.to(dtype), x.to(dtype)
+    y = conv(x).detach()
+    mean, _ = batch_moments(y)
+    derivative = batch_derivative(conv, x, y, mean, stride)
+    assert derivative.mean.dtype == derivative.var.dtype == mean.dtype
+    expected_mean, expected_var = autograd_derivatives(conv.double(), x.double(), stride)
+    per_group = conv.out_channels // conv.groups
+    got_mean = derivative.mean.repeat_interleave(per_group, 0).double()
+    scale = max(1.0, float(x.abs().max()) ** 2)
+    torch.testing.assert_close(got_mean, expected_mean, rtol=0, atol=TOLERANCE[dtype] * scale)
+    torch.testing.assert_close(
+        derivative.var.double(),
+        expected_var,
+        rtol=0,
+        atol=TOLERANCE[dtype] * max(scale, float(expected_var.abs().max())),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_moments_are_those_of_all_positions(dtype):
+    y = (torch.randn(3, 5, 7, 4) * 3 + 100).to(dtype)
+    mean, var = batch_moments(y)
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    expected = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), expected[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), expected[0], rtol=1e-4, atol=0)
+
+
+def test_variance_survives_a_large_mean():
+    y = torch.randn(2, 3, 20, 20) + 1000
+    _, var = batch_moments(y)
+    expected = y.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(var.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    """1e5 positions and activations of 1e3: a plain sum would leave fp16's range."""
+    conv = nn.Conv2d(2, 2, 1, bias=False).to(dtype)
+    x = (torch.randn(2, 2, 224, 224) * 300 + 1000).to(dtype)
+    y = conv(x).detach()
+    mean, _ = batch_moments(y)
+    derivative = batch_derivative(conv, x, y, mean, 1)
+    expected = autograd_derivatives(conv.double(), x.double(), 1)
+    torch.testing.assert_close(derivative.var.double(), expected[1], rtol=0.05, atol=2e3)
+    torch.testing.assert_close(derivative.mean.double(), expected[0][:1], rtol=0.01, atol=0)
+
+
+def test_subgrid_convolution_is_the_convolution_on_a_subgrid():
+    conv = nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect")
+    x = torch.randn(2, 3, 13, 10)
+    torch.testing.assert_close(convolve_subgrid(conv, x, 3), conv(x)[:, :, ::3, ::3])
