@@ -420,6 +420,7 @@ class CBN(_BatchNorm):
         return {**self.__dict__, **_fresh_state()}
 
     def extra_repr(self) -> str:
+        """The arguments, for ``print(model)``."""
         return (
             f"{super().extra_repr()}, window_size={self.window_size}, "
             f"compensate={self.compensate}, backward={self.backward!r}, "

@@ -12,7 +12,7 @@ from cbn_mmdet.norm.normalize import normalize
 
 
 def build(backward="window", affine=True, window=4, **kwargs):
-    """A convolution with its CBN, after enough iterations with moving weights to fill the window."""
+    """A convolution with its CBN, after iterations with moving weights that fill the window."""
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 4, 3, **kwargs)
     model = nn.Sequential(conv, CBN(4, window_size=window, backward=backward, affine=affine))

@@ -1,0 +1,229 @@
+"""The hook in real runs: burn-in, resume, what it logs, and what it refuses."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from cbn_mmdet import CBN, CBNHook, links
+
+LENGTH = 4  # iterations of an epoch
+_runs = itertools.count()
+
+
+class Noise(Dataset):
+    def __len__(self):
+        return LENGTH
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index)))
+
+
+class Net(BaseModel):
+    def __init__(self, norm):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 1, 1))
+
+    def forward(self, inputs, mode="tensor"):
+        output = self.body(torch.stack(list(inputs)))
+        return dict(loss=output.square().mean()) if mode == "loss" else output
+
+
+class Watch(Hook):
+    """Notes the window in force, and the number of past iterations, in each iteration."""
+
+    priority = "LOW"
+
+    def __init__(self):
+        self.seen = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        model = getattr(runner.model, "module", runner.model)
+        norm = model.body[1]
+        self.seen.append((norm.window, len(norm._windows[0]) if norm._windows else 0))
+
+
+def runner(work_dir, hook, norm=None, epochs=4, loop=None, **kwargs):
+    watch = Watch()
+    made = Runner(
+        model=Net(CBN(4, window_size=3) if norm is None else norm),
+        work_dir=str(work_dir),
+        train_dataloader=dict(
+            dataset=Noise(),
+            batch_size=1,
+            sampler=dict(type="DefaultSampler", shuffle=False),
+            collate_fn=dict(type="pseudo_collate"),
+        ),
+        train_cfg=loop or dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01)),
+        default_hooks=dict(
+            logger=dict(type="LoggerHook", interval=1),
+            checkpoint=dict(type="CheckpointHook", interval=1),
+        ),
+        custom_hooks=[*([hook] if hook else []), watch],
+        # A name that no other runner of this process has, a resumed one included.
+        experiment_name=f"{work_dir.name}_{next(_runs)}",
+        **kwargs,
+    )
+    return made, watch.seen
+
+
+def windows(seen):
+    return [window for window, _ in seen]
+
+
+def test_registered():
+    assert HOOKS.get("CBNHook") is CBNHook
+    assert MODELS.get("CBN") is CBN
+    assert isinstance(MODELS.build(dict(type="CBN", num_features=3, window_size=2)), CBN)
+
+
+@pytest.mark.parametrize("burn_in", [0, 1, 3])
+def test_burn_in_by_epoch(tmp_path, burn_in):
+    run, seen = runner(tmp_path, dict(type="CBNHook", burn_in=burn_in))
+    run.train()
+    assert windows(seen) == [1] * LENGTH * burn_in + [3] * LENGTH * (4 - burn_in)
+    opened = [held for window, held in seen if window > 1]
+    assert opened == [0, 1] + [2] * (len(opened) - 2)
+    assert links(run.model) == {"body.1": "body.0"}
+
+
+def test_burn_in_by_iteration(tmp_path):
+    run, seen = runner(tmp_path, dict(type="CBNHook", burn_in=5, by_epoch=False), epochs=2)
+    run.train()
+    assert windows(seen) == [1] * 5 + [3] * 3
+
+
+def test_iteration_based_loop(tmp_path):
+    loop = dict(by_epoch=False, max_iters=6)
+    run, seen = runner(tmp_path, dict(type="CBNHook", burn_in=2, by_epoch=False), loop=loop)
+    run.train()
+    assert windows(seen) == [1] * 2 + [3] * 4
+
+
+@pytest.mark.parametrize("stop, burn_in", [(1, 2), (2, 2), (3, 2)])
+def test_resume(tmp_path, stop, burn_in):
+    """In the middle of the burn-in, at its end, and past it."""
+    hook = dict(type="CBNHook", burn_in=burn_in)
+    runner(tmp_path, hook, epochs=max(stop, burn_in + 1))[0].train()
+    checkpoint = tmp_path / f"epoch_{stop}.pth"
+    run, seen = runner(tmp_path, hook, resume=True, load_from=str(checkpoint))
+    run.train()
+    assert windows(seen) == ([1] * burn_in * LENGTH + [3] * 99)[stop * LENGTH : 4 * LENGTH]
+    assert seen[0][1] == 0
+
+
+def test_resume_within_an_iteration_based_burn_in(tmp_path):
+    hook = dict(type="CBNHook", burn_in=6, by_epoch=False)
+    runner(tmp_path, hook, epochs=2)[0].train()
+    run, seen = runner(tmp_path, hook, resume=True, load_from=str(tmp_path / "epoch_1.pth"))
+    run.train()
+    assert windows(seen) == [1] * 2 + [3] * 10
+
+
+def test_what_is_logged(tmp_path):
+    run, _ = runner(
+        tmp_path,
+        dict(type="CBNHook", burn_in=1),
+        epochs=2,
+        visualizer=dict(
+            type="Visualizer",
+            vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
+        ),
+    )
+    run.train()
+    run.visualizer.close()
+    (scalars,) = tmp_path.rglob("scalars.json")
+    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert [row["cbn/window_size"] for row in rows] == [1] * LENGTH + [3] * LENGTH
+    assert all(0 <= row["cbn/clamped"] <= 1 for row in rows)
+    (log,) = tmp_path.rglob("*.log")
+    assert "cbn/window_size: 3  cbn/clamped: 0.0000" in log.read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    tensorboard = EventAccumulator(str(events.parent))
+    tensorboard.Reload()
+    assert {"cbn/window_size", "cbn/clamped"} <= set(tensorboard.Tags()["scalars"])
+
+
+def test_what_is_clamped_is_logged(tmp_path):
+    """Weights that change sign between two iterations leave no valid past variance."""
+
+    class Flip(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            with torch.no_grad():
+                runner.model.body[0].weight.mul_(-3)
+
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=0), epochs=1)
+    run.register_hook(Flip())
+    run.train()
+    (scalars,) = tmp_path.rglob("scalars.json")
+    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert rows[0]["cbn/clamped"] == 0 and rows[1]["cbn/clamped"] == 1
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "3", None, True])
+def test_bad_burn_in(value):
+    with pytest.raises(ValueError, match="burn_in must be a whole number of epochs.*at least 0"):
+        CBNHook(burn_in=value)
+
+
+def test_bad_by_epoch():
+    with pytest.raises(ValueError, match="by_epoch must be True or False, got 'epoch'"):
+        CBNHook(by_epoch="epoch")
+
+
+@pytest.mark.parametrize(
+    "hook, message",
+    [
+        (dict(burn_in=4), "burn_in=4 epochs is not shorter than the run of 4 epochs"),
+        (
+            dict(burn_in=20, by_epoch=False),
+            "burn_in=20 iterations is not shorter than the run of 16 iterations",
+        ),
+    ],
+)
+def test_burn_in_not_shorter_than_the_run(tmp_path, hook, message):
+    run, seen = runner(tmp_path, dict(type="CBNHook", **hook))
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert seen == []
+
+
+def test_no_cbn_in_the_model(tmp_path):
+    run, _ = runner(tmp_path, dict(type="CBNHook"), norm=nn.BatchNorm2d(4))
+    run.model.body[1].window = 1  # for Watch
+    run.model.body[1]._windows = []
+    run.train()
+    (log,) = tmp_path.rglob("*.log")
+    assert "WARNING - CBNHook: the model contains no CBN layer" in log.read_text()
+
+
+def test_without_the_hook_the_layer_refuses(tmp_path):
+    run, _ = runner(tmp_path, None)
+    with pytest.raises(
+        RuntimeError, match=r"never linked.*custom_hooks=\[dict\(type='CBNHook'\)\]"
+    ):
+        run.train()
+
+
+def test_evaluation_leaves_the_window_alone(tmp_path):
+    class Evaluate(Hook):
+        def after_train_epoch(self, runner):
+            runner.model.eval()
+            runner.model(torch.randn(2, 3, 8, 8))
+            runner.model.train()
+
+    run, seen = runner(tmp_path, dict(type="CBNHook", burn_in=0), epochs=2)
+    run.register_hook(Evaluate())
+    run.train()
+    assert [held for _, held in seen] == [0, 1, 2, 2, 2, 2, 2, 2]

@@ -1,0 +1,349 @@
+"""Which convolution feeds which CBN: plain models, stock mmdet detectors, and what is refused."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from cbn_mmdet import CBN, link, links, set_window, step
+from cbn_mmdet.norm import linking
+
+
+def train_once(model, *inputs):
+    model.train()
+    output = model(*inputs)
+    step(model)
+    return output
+
+
+class TestPlainModels:
+    def test_sequential(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4), nn.ReLU(), nn.Conv2d(4, 2, 1), CBN(2))
+        assert link(model) == 2
+        assert links(model) == {}
+        train_once(model, torch.randn(2, 3, 8, 8))
+        assert links(model) == {"1": "0", "4": "3"}
+
+    def test_linking_twice_is_harmless(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+        assert link(model) == link(model) == 1
+        assert len(model[0]._forward_hooks) == 1
+        assert len(model._forward_pre_hooks) == 1
+        train_once(model, torch.randn(2, 3, 8, 8))
+        assert links(model) == {"1": "0"}
+
+    def test_order_of_registration_does_not_matter(self):
+        class Crossed(nn.Module):
+            """Convolutions and norms in lists of their own, used in another order."""
+
+            def __init__(self):
+                super().__init__()
+                self.norms = nn.ModuleList(CBN(4) for _ in range(3))
+                self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+
+            def forward(self, x):
+                for conv, norm in ((2, 0), (0, 1), (1, 2)):
+                    x = self.norms[norm](self.convs[conv](x))
+                return x
+
+        model = Crossed()
+        link(model)
+        train_once(model, torch.randn(2, 4, 5, 5))
+        assert links(model) == {"norms.0": "convs.2", "norms.1": "convs.0", "norms.2": "convs.1"}
+
+    def test_one_convolution_feeds_several_norms(self):
+        class Fork(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.left, self.right = nn.Conv2d(3, 4, 1), CBN(4), CBN(4)
+
+            def forward(self, x):
+                y = self.conv(x)
+                return self.left(y) + self.right(y)
+
+        model = Fork()
+        link(model)
+        for _ in range(3):
+            train_once(model, torch.randn(2, 3, 5, 5))
+        assert links(model) == {"left": "conv", "right": "conv"}
+        assert model.left.window_bytes == model.right.window_bytes > 0
+
+    def test_a_container_or_identity_between_is_seen_through(self):
+        model = nn.Sequential(
+            nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Identity(), nn.Dropout(0.0).eval()),
+            CBN(4),
+        )
+        model[0][2].train = lambda mode=True: None  # stays in evaluation mode
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        assert links(model) == {"1": "0.0.0"}
+
+    def test_links_are_known_in_evaluation_and_for_naive_cbn(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.ReLU(), CBN(4, compensate=False))
+        link(model)
+        model.eval()
+        with torch.inference_mode():
+            model(torch.randn(2, 3, 5, 5))
+        assert links(model) == {"1": "0", "3": "2"}
+
+    def test_keyword_input(self):
+        class Keyword(nn.Sequential):
+            def forward(self, x):
+                return self[1](self[0](input=x))
+
+        model = Keyword(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        assert links(model) == {"1": "0"}
+
+
+class TestNothingIsKept:
+    def test_inputs_are_free_after_the_forward(self):
+        """A held output does not hold the convolution's input."""
+        inputs = []
+
+        class Remember(nn.Module):
+            def forward(self, x):
+                x = x * 2
+                inputs.append(weakref.ref(x))
+                return x
+
+        model = nn.Sequential(Remember(), nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1))
+        link(model)
+        output = model(torch.randn(2, 3, 5, 5))
+        output.sum().backward()
+        step(model)
+        gc.collect()
+        assert inputs[0]() is None
+        assert output._cbn_signature.input is None
+        assert not linking._holding
+
+    def test_a_failed_forward_leaves_no_open_scope(self):
+        class Fails(nn.Module):
+            def forward(self, x):
+                raise KeyError("stop")
+
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), Fails())
+        link(model)
+        with pytest.raises(KeyError):
+            model(torch.randn(2, 3, 5, 5))
+        assert linking.current_forward() is None
+        assert not linking._holding
+
+    def test_a_model_can_be_freed(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        ref = weakref.ref(model[0])
+        del model
+        gc.collect()
+        assert ref() is None
+
+
+class TestRefusals:
+    """Each names the layer and what it received, in the first forward, burn-in or not."""
+
+    def refuse(self, *modules, message, size=(2, 3, 8, 8)):
+        model = nn.Sequential(*modules)
+        link(model)
+        for in_force in (8, 1):
+            set_window(model, in_force)
+            with pytest.raises(RuntimeError, match=message) as error:
+                model(torch.randn(size))
+            assert "compensate=False" in str(error.value)
+        for module in modules:
+            if isinstance(module, CBN):
+                module.compensate = False
+        model(torch.randn(size))
+        step(model)
+
+    def test_after_an_activation(self):
+        self.refuse(
+            nn.Conv2d(3, 4, 1), nn.ReLU(), CBN(4), message=r"layer '2' \(CBN\).*'1' \(ReLU\)"
+        )
+
+    def test_after_an_activation_in_place(self):
+        self.refuse(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), CBN(4), message=r"'2'.*'1' \(ReLU\)")
+
+    def test_on_the_input(self):
+        self.refuse(CBN(3), message=r"'0'.*shape \(2, 3, 8, 8\) that no module")
+
+    def test_after_a_function(self):
+        class Sum(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        class Blocks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 1)
+
+            def forward(self, x):
+                return nn.functional.relu_(self.conv(x))
+
+        self.refuse(Blocks(), CBN(4), message=r"'1'.*'0' \(Blocks\), which is no nn.Conv2d")
+        self.refuse(Sum(3, 4, 1), CBN(4), message=r"'1'.*'0' \(Sum\).*not the plain convolution")
+
+    def test_after_a_transposed_convolution(self):
+        self.refuse(nn.ConvTranspose2d(3, 4, 2), CBN(4), message=r"'0' \(ConvTranspose2d\)")
+
+    def test_after_a_parametrized_convolution(self):
+        conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
+        self.refuse(conv, CBN(4), message=r"'0' \(ParametrizedConv2d\).*parametrized")
+
+    @pytest.mark.parametrize("kind", ["ConvWS", "ConvAWS"])
+    def test_after_a_standardised_convolution(self, kind):
+        from mmcv.cnn import ConvAWS2d, ConvWS2d
+
+        conv = {"ConvWS": ConvWS2d, "ConvAWS": ConvAWS2d}[kind](3, 4, 3)
+        self.refuse(conv, CBN(4), message=rf"'0' \({kind}2d\).*not the plain convolution")
+
+    @pytest.mark.parametrize("kind", ["DCN", "DCNv2"])
+    def test_after_a_deformable_convolution(self, kind):
+        import mmcv.ops  # noqa: F401  registers the deformable ones
+        from mmcv.cnn import build_conv_layer
+
+        conv = build_conv_layer(dict(type=kind, deform_groups=1), 3, 4, 3)
+        self.refuse(conv, CBN(4), message=r"'0' \((Modulated)?DeformConv2dPack\), which is no")
+
+    def test_a_link_that_ends_before_the_norm_runs(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model[0])
+        link(model[1])
+        with pytest.raises(RuntimeError, match="link the model that contains both"):
+            model(torch.randn(2, 3, 5, 5))
+
+    def test_mmcvs_own_convolution_is_a_plain_one(self):
+        from mmcv.cnn import Conv2d
+
+        model = nn.Sequential(Conv2d(3, 4, 3), CBN(4))
+        link(model)
+        train_once(model, torch.randn(2, 3, 8, 8))
+        assert links(model) == {"1": "0"}
+
+
+STOCK = [
+    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
+    "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
+    "mask_rcnn/mask-rcnn_x101-32x4d_fpn_1x_coco.py",
+    "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
+    "gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py",
+    "hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py",
+    "regnet/faster-rcnn_regnetx-400MF_fpn_ms-3x_coco.py",
+    "res2net/faster-rcnn_res2net-101_fpn_2x_coco.py",
+    "pafpn/faster-rcnn_r50_pafpn_1x_coco.py",
+    "nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py",
+    "retinanet/retinanet_r50_fpn_1x_coco.py",
+    "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
+    "atss/atss_r50_fpn_1x_coco.py",
+    "yolo/yolov3_d53_8xb8-320-273e_coco.py",
+    "yolox/yolox_tiny_8xb8-300e_coco.py",
+    "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
+    "efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py",
+]
+
+
+def with_cbn(node):
+    """The config with every norm a trainable CBN, from no pretrained weights."""
+    if isinstance(node, dict):
+        node = {key: with_cbn(value) for key, value in node.items()}
+        for key, value in node.items():
+            if key.endswith("norm_cfg") and isinstance(value, dict) and "type" in value:
+                node[key] = dict(type="CBN", window_size=3)
+        if "frozen_stages" in node:
+            node["frozen_stages"] = -1
+        if "norm_eval" in node:
+            node["norm_eval"] = False
+        if (node.get("init_cfg") or {}).get("type") == "Pretrained":
+            node["init_cfg"] = None
+        return node
+    return [with_cbn(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def stock_model(name):
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    import cbn_mmdet  # noqa: F401  registers CBN
+
+    cfg = Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py")
+    init_default_scope("mmdet")
+    model = MODELS.build(with_cbn(cfg.model.to_dict()))
+    # A norm whose scale starts at 0 hides what comes before it.
+    model.init_weights()
+    return model
+
+
+def loss_of(model, size=96):
+    """One training forward of a detector on a random image with two objects."""
+    from mmdet.testing import demo_mm_inputs
+
+    data = demo_mm_inputs(
+        2, [[3, size, size]] * 2, num_items=[2, 2], num_classes=10, with_mask=model.with_mask
+    )
+    return model(**model.data_preprocessor(data, True), mode="loss")
+
+
+def total(losses):
+    return sum(
+        term.mean()
+        for name, value in losses.items()
+        if "loss" in name
+        for term in (value if isinstance(value, list) else [value])
+    )
+
+
+class Handed:
+    """What each CBN is handed and what each convolution returns, in one forward, as values."""
+
+    def __init__(self, model):
+        self.inputs, self.outputs, self.handles = {}, {}, []
+        for name, module in model.named_modules():
+            if isinstance(module, CBN):
+                self.handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, name=name: self.inputs.update({name: args[0].clone()})
+                    )
+                )
+            elif isinstance(module, nn.Conv2d):
+                self.handles.append(
+                    module.register_forward_hook(
+                        lambda _, args, out, name=name: self.outputs.setdefault(name, []).append(
+                            out.clone()
+                        )
+                    )
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_detectors(name):
+    """Every CBN of an unmodified detector is fed by the convolution whose output it is handed."""
+    torch.manual_seed(0)
+    model = stock_model(name).train()
+    layers = [name for name, module in model.named_modules() if isinstance(module, CBN)]
+    assert link(model) == len(layers) > 0
+    handed = Handed(model)
+    loss_of(model)
+    found = links(model)
+    assert set(found) == set(handed.inputs), "each layer that ran is linked"
+    assert len(found) > 0.7 * len(layers)
+    for norm, conv in found.items():
+        values = handed.inputs[norm]
+        assert any(
+            torch.equal(values, out) for out in handed.outputs[conv] if out.shape == values.shape
+        )
+    for handle in handed.handles:
+        handle.remove()
+    # The window fills, and the gradient through it reaches every convolution.
+    step(model)
+    losses = total(loss_of(model))
+    assert losses.isfinite()
+    losses.backward()
+    assert all(module.window_bytes > 0 for n, module in model.named_modules() if n in found)
+    convs = {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for conv in set(found.values()):
+        assert convs[conv].weight.grad is not None
