@@ -1,0 +1,94 @@
+## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
+## make train   build the digits data set, train on it, and report; no GPU needed
+## make test    lint, then run the whole test suite with coverage
+## make lint    check style and formatting
+## make clean   remove caches and build products; .venv, data/ and work_dirs/ stay
+##
+## Variables, as in `make test PYTEST_ARGS='-m "not slow"'`:
+##   PYTHON       the Python that .venv is made from, 3.10 or newer (python3)
+##   CXX          the C++ compiler for mmcv's operators (the first of c++, g++, clang++)
+##   MAX_JOBS     compilers that run at a time (the number of cores)
+##   CONFIG       what to train (configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py)
+##   WORK_DIR     where its logs and checkpoints go (work_dirs/ and the config's name)
+##   TRAIN_ARGS   more arguments for tools/train.py
+##   PYTEST_ARGS  more arguments for pytest
+
+PYTHON ?= python3
+CONFIG ?= configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py
+WORK_DIR ?= work_dirs/$(basename $(notdir $(CONFIG)))
+MAX_JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+ifeq ($(origin CXX),default)
+CXX := $(or $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name) 2>/dev/null))),c++)
+endif
+
+RUN := .venv/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check
+# Written last, so that an interrupted set-up is taken up again.
+READY := .venv/.ready
+FAIL := fail() { echo "error: $$*" >&2; exit 1; }
+
+.PHONY: help .venv train test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+.venv: $(READY)
+
+.venv/bin/python:
+	@$(FAIL); \
+	command -v $(firstword $(PYTHON)) >/dev/null || \
+	  fail "no $(PYTHON) found; Python 3.10 or newer is needed (set PYTHON to another)"; \
+	[ "$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 10))' 2>/dev/null)" = True ] || \
+	  fail "Python 3.10 or newer is needed, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  fail "$(PYTHON) has no venv module (on Debian: apt install python3-venv)"
+	$(PYTHON) -m venv --clear .venv
+
+define CAN_COMPILE
+from importlib.util import find_spec
+import torch.cuda
+from torch.utils.cpp_extension import CUDA_HOME
+raise SystemExit(3 if torch.cuda.is_available() and not CUDA_HOME and not find_spec("mmcv") else 0)
+endef
+
+$(READY): export CXX := $(CXX)
+$(READY): export CAN_COMPILE := $(CAN_COMPILE)
+$(READY): export MAX_JOBS := $(MAX_JOBS)
+$(READY): requirements.txt pyproject.toml .venv/bin/python
+	@rm -f $@
+	@$(FAIL); \
+	command -v $(firstword $(CXX)) >/dev/null || \
+	  fail "no C++ compiler ($(CXX)) found; mmcv needs one (on Debian: apt install g++)"; \
+	headers=$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))'); \
+	[ -e "$$headers/Python.h" ] || \
+	  fail "no Python.h in $$headers; mmcv needs it (on Debian: apt install python3-dev)"
+	$(PIP) -c requirements.txt pip setuptools wheel ninja psutil torch torchvision
+	@$(FAIL); $(RUN) -c "$$CAN_COMPILE"; [ $$? -ne 3 ] || \
+	  fail "torch sees a GPU, but there is no CUDA toolkit (nvcc) to compile mmcv with;" \
+	    "install one, or hide the GPU: export CUDA_VISIBLE_DEVICES="
+	@echo "Next, mmcv's operators compile, unless pip has them cached: ten minutes on two cores."
+	$(PIP) --no-build-isolation -r requirements.txt -e '.[dev]'
+	@# Both OpenCV distributions fill the same package, and only this one runs without libGL.
+	$(PIP) --no-deps --force-reinstall -c requirements.txt opencv-python-headless
+	@$(FAIL); \
+	why=$$($(RUN) -c 'import mmcv.ops' 2>&1) || \
+	  fail "mmcv.ops does not import ($$(echo "$$why" | tail -n 1)); to compile it anew:" \
+	    "$(RUN) -m pip cache remove onedl_mmcv; rm -rf .venv; make .venv"
+	@touch $@
+
+train: $(READY)
+	$(RUN) -m cbn_mmdet.datasets.digits data/digits
+	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(TRAIN_ARGS)
+	$(RUN) tools/report.py $(WORK_DIR)
+
+test: lint
+	$(RUN) -m pytest --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
