@@ -1,5 +1,6 @@
 ## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
 ## make train   build the digits data set, train on it, and report; no GPU needed
+## make norms   train the digits detector at one image per step with each norm, two seeds: hours
 ## make test    lint, then run the whole test suite with coverage
 ## make lint    check style and formatting
 ## make clean   remove caches and build products; .venv, data/ and work_dirs/ stay
@@ -27,7 +28,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }
 
-.PHONY: help .venv train test lint clean
+.PHONY: help .venv train norms test lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -81,6 +82,16 @@ train: $(READY)
 	$(RUN) -m cbn_mmdet.datasets.digits data/digits
 	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(TRAIN_ARGS)
 	$(RUN) tools/report.py $(WORK_DIR)
+
+# One thread each: two small trainings side by side use two cores better than one after the other.
+NORM_RUNS = $(foreach seed,0 1,$(foreach config,$(wildcard configs/digits/*_1xb1_digits.py),$(seed)/$(config)))
+norms: $(READY)
+	$(RUN) -m cbn_mmdet.datasets.digits data/digits
+	printf '%s\n' $(NORM_RUNS) | OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
+	  'run={}; config=$${run#*/}; seed=$${run%%/*}; \
+	  $(RUN) tools/train.py $$config --cfg-options randomness.seed=$$seed \
+	    --work-dir work_dirs/norms/$$(basename $$config .py)_seed$$seed >/dev/null 2>&1'
+	$(RUN) tools/tables.py work_dirs/norms/*
 
 test: lint
 	$(RUN) -m pytest --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)

@@ -224,55 +224,60 @@ class TestRefusals:
         assert links(model) == {"1": "0"}
 
 
-STOCK = [
-    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
-    "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
-    "mask_rcnn/mask-rcnn_x101-32x4d_fpn_1x_coco.py",
-    "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
-    "gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py",
-    "hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py",
-    "regnet/faster-rcnn_regnetx-400MF_fpn_ms-3x_coco.py",
-    "res2net/faster-rcnn_res2net-101_fpn_2x_coco.py",
-    "pafpn/faster-rcnn_r50_pafpn_1x_coco.py",
-    "nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py",
-    "retinanet/retinanet_r50_fpn_1x_coco.py",
-    "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
-    "atss/atss_r50_fpn_1x_coco.py",
-    "yolo/yolov3_d53_8xb8-320-273e_coco.py",
-    "yolox/yolox_tiny_8xb8-300e_coco.py",
-    "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
-    "efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py",
-]
+# Configs of mmdet's own, and the parts whose norm they leave to a default of BN.
+STOCK = {
+    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": ["neck"],
+    "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": [],
+    "mask_rcnn/mask-rcnn_x101-32x4d_fpn_1x_coco.py": [],
+    "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py": [],
+    "gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py": [],
+    "hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py": ["backbone", "neck"],
+    "regnet/faster-rcnn_regnetx-400MF_fpn_ms-3x_coco.py": [],
+    "res2net/faster-rcnn_res2net-101_fpn_2x_coco.py": [],
+    "pafpn/faster-rcnn_r50_pafpn_1x_coco.py": ["neck"],
+    "nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py": [],
+    "retinanet/retinanet_r50_fpn_1x_coco.py": ["bbox_head"],
+    "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py": [],
+    "atss/atss_r50_fpn_1x_coco.py": [],
+    "yolo/yolov3_d53_8xb8-320-273e_coco.py": ["backbone", "neck", "bbox_head"],
+    "yolox/yolox_tiny_8xb8-300e_coco.py": ["backbone", "neck", "bbox_head"],
+    "rtmdet/rtmdet_tiny_8xb32-300e_coco.py": [],
+    "efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py": [],
+}
+NORM = dict(type="CBN", window_size=3)
 
 
 def with_cbn(node):
     """The config with every norm a trainable CBN, from no pretrained weights."""
-    if isinstance(node, dict):
-        node = {key: with_cbn(value) for key, value in node.items()}
-        for key, value in node.items():
-            if key.endswith("norm_cfg") and isinstance(value, dict) and "type" in value:
-                node[key] = dict(type="CBN", window_size=3)
-        if "frozen_stages" in node:
-            node["frozen_stages"] = -1
-        if "norm_eval" in node:
-            node["norm_eval"] = False
-        if (node.get("init_cfg") or {}).get("type") == "Pretrained":
-            node["init_cfg"] = None
+    if isinstance(node, (list, tuple)):
+        return [with_cbn(value) for value in node]
+    if not isinstance(node, dict):
         return node
-    return [with_cbn(value) for value in node] if isinstance(node, (list, tuple)) else node
+    node = {key: with_cbn(value) for key, value in node.items()}
+    for key, value in node.items():
+        if key.endswith("norm_cfg") and isinstance(value, dict) and "type" in value:
+            node[key] = NORM
+    if "frozen_stages" in node:
+        node["frozen_stages"] = 0 if node["type"] == "EfficientNet" else -1
+    if "norm_eval" in node:
+        node["norm_eval"] = False
+    if (node.get("init_cfg") or {}).get("type") == "Pretrained":
+        node["init_cfg"] = None
+    return node
 
 
 def stock_model(name):
     from mmdet.registry import MODELS
-    from mmengine.config import Config
+    from mmengine.config import Config, ConfigDict
     from mmengine.registry import init_default_scope
 
     import cbn_mmdet  # noqa: F401  registers CBN
 
-    cfg = Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py")
+    cfg = with_cbn(Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py").model.to_dict())
+    for part in STOCK[name]:
+        cfg[part]["norm_cfg"] = NORM
     init_default_scope("mmdet")
-    model = MODELS.build(with_cbn(cfg.model.to_dict()))
-    # A norm whose scale starts at 0 hides what comes before it.
+    model = MODELS.build(ConfigDict(cfg))
     model.init_weights()
     return model
 

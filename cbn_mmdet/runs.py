@@ -1,0 +1,62 @@
+# Licensed under the Apache License, Version 2.0.
+"""What a training run left behind in its work dir: scalars, evaluations, checkpoints."""
+
+import json
+import os.path as osp
+from glob import glob
+
+from mmengine.runner import find_latest_checkpoint
+
+from .launch import UsageError, check_checkpoint
+
+
+def find_last_run(work_dir: str) -> str:
+    """Find the folder, named after its time, that the last training left in ``work_dir``."""
+    if not osp.isdir(work_dir):
+        raise UsageError(f"there is no work dir {work_dir}: train first")
+    runs = sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json")))
+    if not runs:
+        raise UsageError(f"{work_dir} holds no training run: train first")
+    return osp.dirname(osp.dirname(runs[-1]))
+
+
+def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
+    """Read what all the runs in ``work_dir`` logged: training steps, and evaluations.
+
+    A run that resumed, or started anew, replaces what earlier runs logged from there on.
+    """
+    training, evaluations = [], []
+    for path in sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json"))):
+        with open(path) as file:
+            records = [json.loads(line) for line in file]
+        steps = [record for record in records if "loss" in record]
+        if not steps:
+            continue
+        # Evaluations are numbered by epoch where the loop has epochs, else by iteration.
+        start = steps[0]
+        training = before(training, start["step"]) + steps
+        evaluations = before(evaluations, start.get("epoch", start["step"]))
+        evaluations += [record for record in records if is_coco(record)]
+    if not training:
+        raise UsageError(f"{work_dir} holds no logged training step: train longer")
+    return training, evaluations
+
+
+def before(records: list[dict], step: int) -> list[dict]:
+    """Keep the records of earlier steps."""
+    return [record for record in records if record["step"] < step]
+
+
+def is_coco(record: dict) -> bool:
+    """Tell whether a logged record holds the result of a COCO evaluation."""
+    return any(key.startswith("coco/") for key in record)
+
+
+def find_checkpoint(work_dir: str) -> str:
+    """Find the last checkpoint; its file is looked for where the work dir is now."""
+    checkpoint = find_latest_checkpoint(work_dir)
+    if checkpoint is None:
+        raise UsageError(f"{work_dir} holds no checkpoint: train for an epoch first")
+    checkpoint = osp.join(work_dir, osp.basename(checkpoint))
+    check_checkpoint(checkpoint)
+    return checkpoint

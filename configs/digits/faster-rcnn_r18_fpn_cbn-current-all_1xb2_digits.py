@@ -1,0 +1,8 @@
+_base_ = "./faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
+
+norm_cfg = dict(backward="current")
+model = dict(
+    backbone=dict(norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)),
+)

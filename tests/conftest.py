@@ -1,0 +1,83 @@
+"""What several test modules share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Tests of small models run beside one another better than on threads of their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A small digits data set."""
+    from cbn_mmdet.datasets import build_digits
+
+    return build_digits(
+        tmp_path_factory.mktemp("data") / "digits", num_train=12, num_val=4, progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def small_config(digits):
+    """Writes a config that trains one of ``configs/digits`` on the small data set."""
+
+    def write(folder, base, extra=""):
+        path = folder / f"{Path(base).stem}_small.py"
+        path.write_text(
+            f'_base_ = "{ROOT}/configs/digits/{base}.py"\n'
+            f'data_root = "{digits}/"\n'
+            "train_dataloader = dict(dataset=dict(data_root=data_root))\n"
+            "val_dataloader = dict(dataset=dict(data_root=data_root))\n"
+            "test_dataloader = val_dataloader\n"
+            'val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")\n'
+            "test_evaluator = val_evaluator\n"
+            "default_hooks = dict(logger=dict(interval=1))\n"
+            f"{extra}\n"
+        )
+        return path
+
+    return write
+
+
+def run(*command, cwd=ROOT, check=True, **kwargs):
+    """Runs a command of this environment and returns it with its output."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        **kwargs,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-5000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Runs one of ``tools/`` as a user does."""
+    return lambda name, *args, **kwargs: run(sys.executable, f"tools/{name}", *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Runs one of ``tools/`` in two processes on the CPU."""
+    return lambda name, *args, **kwargs: run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(f"tools/{name}", *args, "--launcher", "pytorch"),
+        **kwargs,
+    )

@@ -1,0 +1,172 @@
+"""The tools as a user runs them: train, stop, resume, test, report; one process and two."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
+SHORT = "train_cfg = dict(max_epochs=3)"
+
+
+def scalars(work_dir):
+    """All that the runs in a work dir logged, in order."""
+    files = sorted(work_dir.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, small_config, root):
+    """A training killed in its second epoch: its work dir and its config."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config, work_dir = small_config(folder, CBN2, SHORT), folder / "work"
+    process = subprocess.Popen(
+        [sys.executable, "tools/train.py", str(config), "--work-dir", str(work_dir)],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (work_dir / "last_checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return work_dir, config
+
+
+@pytest.fixture(scope="module")
+def trained(stopped, tool):
+    """The same training, resumed and finished."""
+    work_dir, config = stopped
+    # The window of 8 opens after the burn-in of one epoch, which lies before the resume.
+    done = tool("train.py", config, "--work-dir", work_dir, "--resume")
+    return work_dir, config, done.stdout
+
+
+def test_resume_goes_on_from_the_last_checkpoint(trained):
+    work_dir, _, output = trained
+    assert "resumed epoch: 1, iter: 6" in output
+    assert (work_dir / "epoch_3.pth").exists()
+    rows = [row for row in scalars(work_dir) if "cbn/window_size" in row]
+    steps = {row["step"]: row["cbn/window_size"] for row in rows}
+    assert steps == {step: 1 if step <= 6 else 8 for step in range(1, 19)}
+    assert re.search(r"coco/bbox_mAP: \d\.\d{4}", output) or "no detection" in output.lower()
+
+
+def test_checkpoint_is_a_batch_norm_checkpoint(trained, root):
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    work_dir, *_ = trained
+    init_default_scope("mmdet")
+    cfg = Config.fromfile(root / "configs/digits/faster-rcnn_r18_fpn_bn-all_1xb2_digits.py")
+    state = torch.load(work_dir / "epoch_3.pth", weights_only=False)["state_dict"]
+    MODELS.build(cfg.model).load_state_dict(state, strict=True)
+
+
+def test_test(trained, tool, tmp_path):
+    work_dir, config, _ = trained
+    out, show = tmp_path / "results.pkl", tmp_path / "show"
+    tool(
+        *("test.py", config, work_dir / "epoch_3.pth", "--work-dir", tmp_path / "work"),
+        *("--out", out, "--show-dir", show),
+    )
+    results = pickle.loads(out.read_bytes())
+    assert len(results) == 4 and {"img_id", "pred_instances"} <= set(results[0])
+    assert len(list(show.rglob("*.png"))) == 4
+
+
+def test_report(trained, tool):
+    work_dir, *_ = trained
+    output = tool("report.py", work_dir).stdout
+    for name in ("log", "checkpoint", "loss and AP", "detections"):
+        (path,) = re.findall(rf"^{name}: +(.+)$", output, re.MULTILINE)
+        assert os.path.getsize(path) > 1000
+    for name in ("curves.png", "detections.png"):
+        assert (work_dir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_with_nothing_there(small_config, tmp_path, tool):
+    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb2_digits")
+    done = tool(
+        *("train.py", config, "--work-dir", tmp_path / "work", "--resume"),
+        *("--cfg-options", "train_cfg.max_epochs=1"),
+    )
+    assert "nothing to resume from" in done.stdout
+    assert "CBNHook" not in done.stdout.split("Hooks will be executed")[1]
+
+
+def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
+    """A config that forgets the hook gets the default one, and is told so."""
+    config = small_config(
+        tmp_path,
+        "mask-rcnn_r18_fpn_cbn-all_1xb2_digits",
+        "custom_hooks = []\ntrain_cfg = dict(max_epochs=4)",
+    )
+    work_dir = tmp_path / "work"
+    done = tool("train.py", config, "--work-dir", work_dir)
+    assert "has no CBNHook: registered the default one" in done.stdout
+    assert "custom_hooks = [dict(type='CBNHook', burn_in=3)]" in done.stdout
+    windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
+    assert windows == [1] * 18 + [8] * 6
+
+
+def test_two_processes_over_gloo(small_config, tmp_path, torchrun):
+    """Both ranks train, evaluate together, and end with the same parameters."""
+    config = small_config(tmp_path, CBN2, "train_cfg = dict(max_epochs=2)")
+    work_dir = tmp_path / "work"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = torchrun("train.py", config, "--work-dir", work_dir, env=environment)
+    assert "GPU number: 2" in done.stdout or "Distributed launcher: pytorch" in done.stdout
+    windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
+    assert windows == [1] * 3 + [8] * 3  # 12 images, 2 ranks of 2 images
+    out = tmp_path / "results.pkl"
+    torchrun(
+        *("test.py", config, work_dir / "epoch_2.pth", "--work-dir", work_dir, "--out", out),
+        env=environment,
+    )
+    assert len(pickle.loads(out.read_bytes())) == 4
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("train.py", "configs/none.py"), "the config file configs/none.py does not exist"),
+        (("test.py", "CONFIG", "none.pth"), "the checkpoint none.pth does not exist"),
+        (("train.py", "CONFIG", "--amp"), "--amp needs a GPU"),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.burn_in=-1"),
+            "burn_in must be a whole number of epochs",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "model.backbone.norm_cfg.window_size=0"),
+            "window_size must be a whole number of at least 1, got 0",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "model.backbone.norm_cfg.windowsize=4"),
+            "windowsize",
+        ),
+        (("report.py", "none"), "there is no work dir none: train first"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_one_line(args, message, small_config, tmp_path, tool):
+    config = small_config(tmp_path, CBN2)
+    args = [config if arg == "CONFIG" else arg for arg in args]
+    if args[0] == "train.py":
+        args[2:2] = ["--work-dir", tmp_path / "work"]
+    done = tool(*args, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout
+    assert message in done.stdout.splitlines()[-1]

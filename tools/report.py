@@ -1,0 +1,173 @@
+# Licensed under the Apache License, Version 2.0.
+"""Report on a training run: its COCO table, its curves, and what the detector sees."""
+
+import argparse
+import os.path as osp
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none has to be there
+
+import matplotlib.pyplot as plt
+import mmcv
+import numpy as np
+import torch
+from mmdet.apis import init_detector
+from mmdet.registry import DATASETS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.structures import InstanceData
+from rich.console import Console
+from rich.table import Table
+
+from cbn_mmdet.launch import check_data, read_config, run_tool
+from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars
+
+IMAGES = 12
+PAIRS_PER_ROW = 3
+SCORE = 0.3
+COLOURS = matplotlib.colormaps["tab10"].colors
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work_dir", help="the work dir of tools/train.py")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Report."""
+    work_dir = parse_args().work_dir
+    run = find_last_run(work_dir)
+    training, evaluations = read_scalars(work_dir)
+    checkpoint = find_checkpoint(work_dir)
+    cfg = read_config(osp.join(run, "vis_data", "config.py"))
+    check_data(cfg, "val")
+
+    curves = osp.join(work_dir, "curves.png")
+    plot_curves(training, evaluations, curves)
+    detections = osp.join(work_dir, "detections.png")
+    draw_detections(cfg, checkpoint, detections)
+
+    if evaluations:
+        print_table(evaluations[-1], time_unit(training))
+    else:  # mmdet logs nothing for an evaluation without a single detection
+        print("There is no COCO evaluation yet in which the detector found anything.")
+    print_path("log", osp.join(run, f"{osp.basename(run)}.log"))
+    print_path("checkpoint", checkpoint)
+    print_path("loss and AP", curves)
+    print_path("detections", detections)
+
+
+def time_unit(training: list[dict]) -> str:
+    """Tell what mmengine numbered the evaluations by."""
+    return "epoch" if "epoch" in training[-1] else "iteration"
+
+
+def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> None:
+    """Plot the loss and the AP over time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [record["step"] for record in training]
+    left.plot(steps, [record["loss"] for record in training], ".-")
+    left.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    times = [record["step"] for record in evaluations]
+    names = {key for record in evaluations for key in record if key.endswith("_mAP")}
+    for key in sorted(names):
+        right.plot(times, [record.get(key) for record in evaluations], ".-", label=key)
+    right.set(xlabel=time_unit(training), ylabel="AP", ylim=(0, None))
+    if names:
+        right.legend()
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
+    """Draw a sheet of validation images: in each pair, the truth left and the detections right."""
+    model = init_detector(cfg, checkpoint, device=get_device())
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    count = min(IMAGES, len(dataset))
+    rows = -(-count // PAIRS_PER_ROW)
+    # A cell of 2.5 inches and no wider gaps: mmdet's own visualizer would draw its labels in the
+    # pixels of the image, and these images are too small for that.
+    figure, axes = plt.subplots(
+        rows,
+        2 * PAIRS_PER_ROW,
+        figsize=(5 * PAIRS_PER_ROW, 2.75 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for each in axes.flat:
+        each.set_axis_off()
+    for index, (left, right) in enumerate(axes.reshape(-1, 2)[:count]):
+        sample = detect(model, dataset[index])
+        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        found = sample.pred_instances
+        draw_instances(left, image, sample.gt_instances, dataset.metainfo["classes"])
+        draw_instances(right, image, found[found.scores > SCORE], dataset.metainfo["classes"])
+        left.set_title("truth")
+        right.set_title(f"detected, score > {SCORE}")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def detect(model: torch.nn.Module, data: dict) -> DetDataSample:
+    """Detect in one image of a data set; the result holds the truth as well."""
+    with torch.no_grad():
+        (sample,) = model.test_step(pseudo_collate([data]))
+    sample = sample.cpu()
+    # Detections come at the scale of the image file, the truth at that of the pipeline's Resize.
+    boxes = sample.gt_instances.bboxes
+    sample.gt_instances.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
+    return sample
+
+
+def draw_instances(axes: plt.Axes, image: np.ndarray, instances: InstanceData, names: tuple):
+    """Draw an image with labelled boxes, and masks where there are any, one colour per class."""
+    axes.imshow(image)
+    axes.autoscale(False)
+    for index, (x1, y1, x2, y2) in enumerate(instances.bboxes.tolist()):
+        label = int(instances.labels[index])
+        text = names[label]
+        if "scores" in instances:
+            text += f" {instances.scores[index]:.2f}"
+        colour = COLOURS[label % len(COLOURS)]
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
+        background = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+        axes.text(
+            x1, y1, text, va="bottom", color="white", fontsize=8, bbox=background, clip_on=True
+        )
+        if isinstance(instances.get("masks"), torch.Tensor):
+            axes.contour(instances.masks[index].numpy(), [0.5], colors=[colour], linewidths=1)
+
+
+def print_table(evaluation: dict, unit: str) -> None:
+    """Print the COCO table of one evaluation, under the names that MMDetection logs."""
+    names = {"box": "coco/bbox_", "mask": "coco/segm_"}
+    columns = {
+        title: [f"{key}: {value:.3f}" for key, value in evaluation.items() if key.startswith(name)]
+        for title, name in names.items()
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    table = Table(title=f"COCO evaluation of {unit} {evaluation['step']}", title_justify="left")
+    for title in columns:
+        table.add_column(title, no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    if -1 in evaluation.values():
+        table.caption = "-1: no such objects"
+    Console().print(table)
+
+
+def print_path(name: str, path: str) -> None:
+    """Print where something is, as seen from the current folder."""
+    print(f"{name + ':':13}{osp.relpath(path)}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,75 @@
+# Licensed under the Apache License, Version 2.0.
+"""Evaluate a checkpoint on the test data of a config, as MMDetection's own tool does."""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import cbn_mmdet  # noqa: F401  (registers CBN, for configs that do not import it)
+from cbn_mmdet.launch import (
+    UsageError,
+    add_launch_arguments,
+    check_checkpoint,
+    check_data,
+    explained_errors,
+    load_config,
+    run_tool,
+    start_processes,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="the config file")
+    parser.add_argument("checkpoint", help="the checkpoint to evaluate")
+    add_launch_arguments(parser)
+    parser.add_argument("--out", metavar="FILE.pkl", help="write the detections to a pickle file")
+    parser.add_argument("--show", action="store_true", help="show the detections in a window")
+    parser.add_argument(
+        "--show-dir",
+        metavar="DIR",
+        help="draw the detections into this folder; a relative one lies in WORK_DIR/TIMESTAMP",
+    )
+    parser.add_argument("--wait-time", type=float, default=2, help="seconds per shown image")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Evaluate."""
+    args = parse_args()
+    cfg = load_config(args)
+    check_data(cfg, "test")
+    check_checkpoint(args.checkpoint)
+    cfg.resume = False
+    cfg.load_from = args.checkpoint
+    if args.out:
+        write_detections(cfg, args.out)
+    if args.show or args.show_dir:
+        draw_detections(cfg, args)
+    start_processes(cfg)
+    with explained_errors():
+        Runner.from_cfg(cfg).test()
+
+
+def write_detections(cfg: Config, path: str) -> None:
+    """Add the evaluator that writes all detections to ``path``."""
+    if not path.endswith((".pkl", ".pickle")):
+        raise UsageError(f"--out {path}: the name must end with .pkl or .pickle")
+    evaluators = cfg.test_evaluator
+    evaluators = [evaluators] if isinstance(evaluators, dict) else list(evaluators)
+    cfg.test_evaluator = [*evaluators, {"type": "DumpDetResults", "out_file_path": path}]
+
+
+def draw_detections(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the drawing of MMDetection's visualization hook."""
+    if "visualization" not in cfg.get("default_hooks", {}):
+        raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
+    cfg.default_hooks.visualization.update(
+        draw=True, show=args.show, wait_time=args.wait_time, test_out_dir=args.show_dir
+    )
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,106 @@
+# Licensed under the Apache License, Version 2.0.
+"""Train a detector from a config, as MMDetection's own tool does, on GPUs or on the CPU."""
+
+import argparse
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from cbn_mmdet import CBN, CBNHook
+from cbn_mmdet.launch import (
+    UsageError,
+    add_launch_arguments,
+    check_checkpoint,
+    check_data,
+    explained_errors,
+    load_config,
+    run_tool,
+    start_processes,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="the config file")
+    add_launch_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint; without a value, from the last one of the work dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate linearly with the total batch",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    cfg = load_config(args)
+    check_data(cfg, "train")
+    check_data(cfg, "val")
+    if args.amp:
+        use_amp(cfg)
+    if args.auto_scale_lr:
+        use_lr_scaling(cfg)
+    if args.resume:
+        use_checkpoint(cfg, args.resume)
+    start_processes(cfg)
+    with explained_errors():
+        runner = Runner.from_cfg(cfg)
+        ensure_cbn_hook(runner)
+        runner.train()
+
+
+def use_amp(cfg: Config) -> None:
+    """Switch to mmengine's mixed precision, which has no CPU implementation."""
+    if not torch.cuda.is_available():
+        raise UsageError("--amp needs a GPU and none is available: leave --amp out")
+    if cfg.optim_wrapper.get("type", "OptimWrapper") not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UsageError(f"--amp cannot replace optim_wrapper.type={cfg.optim_wrapper.type}")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def use_lr_scaling(cfg: Config) -> None:
+    """Let the learning rate follow the total batch size."""
+    if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+        raise UsageError("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size")
+    cfg.auto_scale_lr.enable = True
+
+
+def use_checkpoint(cfg: Config, checkpoint: str) -> None:
+    """Resume from ``checkpoint``, where ``auto`` means the last one of the work dir."""
+    if checkpoint == "auto":
+        checkpoint = find_latest_checkpoint(cfg.work_dir)
+    if checkpoint is None:
+        print(f"--resume: nothing to resume from in {cfg.work_dir}, training from the start")
+        return
+    check_checkpoint(checkpoint)
+    cfg.resume = True
+    cfg.load_from = checkpoint
+
+
+def ensure_cbn_hook(runner: Runner) -> None:
+    """Register the default hook when the model has CBN layers and the config forgot it."""
+    has_cbn = any(isinstance(module, CBN) for module in runner.model.modules())
+    has_hook = any(isinstance(hook, CBNHook) for hook in runner.hooks)
+    if has_cbn and not has_hook:
+        hook = CBNHook()
+        runner.register_hook(hook)
+        runner.logger.info(
+            f"The model contains CBN and the config has no CBNHook: registered the default one "
+            f"(custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in})])."
+        )
+
+
+if __name__ == "__main__":
+    run_tool(main)
