@@ -55,7 +55,8 @@ class CBNHook(Hook):
         if link(model) == 0:
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
-                "norm_cfg=dict(type='CBN') where the model should use it, or remove the hook."
+                "norm_cfg=dict(type='CBN') where the model should use it, or remove the hook. "
+                "(A config with sync_bn turns every CBN into SyncBN.)"
             )
         unit, length = (
             ("epochs", runner.max_epochs) if self.by_epoch else ("iterations", runner.max_iters)

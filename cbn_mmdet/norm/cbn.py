@@ -7,6 +7,7 @@ Paper: "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import numbers
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -20,19 +21,12 @@ from .moments import (
     Derivative,
     batch_derivative,
     batch_moments,
-    convolve_subgrid,
-    statistics_dtype,
+    is_plain,
 )
 from .normalize import normalize
 from .window import Entry, Estimate, Window, dot
 
 _BACKWARDS = ("window", "current")
-
-# A plain convolution's output agrees with its recomputation to TF32's or half precision's
-# rounding; a standardised weight or a deformed kernel is far outside.
-_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
-_SAME_OUTPUT_HALF = 5e-2
-_CHECKED_POSITIONS = 4
 
 
 class _Record(NamedTuple):
@@ -55,9 +49,10 @@ class CBN(_BatchNorm):
     The layer finds its convolution by itself once the model was given to
     :func:`cbn_mmdet.link`; :func:`cbn_mmdet.step` ends an iteration and
     :func:`cbn_mmdet.set_window` narrows the window for a burn-in. In mmengine, ``CBNHook`` calls
-    the three. Until an iteration ends its forward can be repeated: window and running statistics
-    only change with ``step``. With a window of 1 in force the layer is ``nn.BatchNorm2d`` in
-    training, too, running statistics included.
+    the three. Until an iteration ends its forward can be repeated: with a window above 1, what a
+    forward learns about the statistics is kept apart, and ``step`` alone puts it into the window
+    and the running statistics. With a window of 1 in force the layer is ``nn.BatchNorm2d`` in
+    training, too, which updates the running statistics in each forward.
 
     Past statistics are kept in float32, on the layer's device, and are not part of
     ``state_dict``. A copied or unpickled layer starts with an empty window and without a link.
@@ -101,9 +96,9 @@ class CBN(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_count("num_features", num_features, "the number of channels")
-        _check_count("window_size", window_size, "the number of iterations, the current included")
-        _check_count("derivative_stride", derivative_stride, "every n-th row and column")
+        check_count("num_features", num_features, "the number of channels")
+        check_count("window_size", window_size, "the number of iterations, the current included")
+        check_count("derivative_stride", derivative_stride, "every n-th row and column")
         if backward not in _BACKWARDS:
             raise ValueError(
                 f"CBN: backward must be 'window' (gradient through the window) or 'current' "
@@ -142,7 +137,7 @@ class CBN(_BatchNorm):
 
     def set_window(self, size: int) -> None:
         """Sets the window size in force, at most ``window_size``; a change forgets the past."""
-        _check_count("size", size, "the window size to put in force")
+        check_count("size", size, "the window size to put in force")
         size = min(size, self.window_size)
         if size != self._window:
             self._window = size
@@ -179,7 +174,7 @@ class CBN(_BatchNorm):
         """
         self._check_input_dim(input)
         if not self.training:
-            self._note_feeder(linking.signature_of(input))
+            self._note_feeder(input)
             return super().forward(input)
         # Under autocast the small matrix products on the statistics would run in half precision.
         with torch.autocast(input.device.type, enabled=False):
@@ -193,16 +188,31 @@ class CBN(_BatchNorm):
                 return self._batch_norm(input)
             mean, var = batch_moments(input.detach())
             estimate = self._estimate(call, mean, var, conv)
-            if estimate.size == 1:
-                F._verify_batch_size(input.size())
+            if estimate.size == 1 and input.numel() == self.num_features:
+                raise ValueError(
+                    f"{self._title}: Expected more than 1 value per channel when training with an "
+                    f"empty window, got an input of shape {tuple(input.shape)}."
+                )
             self._records[call] = self._record(input, mean, var, estimate, conv, conv_input)
             return self._normalize(input, estimate, conv)
 
     # The method, in the order of the paper.
 
     def _estimate(self, call: int, mean: Tensor, var: Tensor, conv: nn.Conv2d | None) -> Estimate:
-        weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
-        return self._window_of(call).estimate(mean, var, weight, bias)
+        window = self._window_of(call)
+        if conv is None:
+            return window.estimate(mean, var, None, None)
+        feeder = None if window.feeder is None else window.feeder()
+        if feeder not in (None, conv):
+            raise RuntimeError(
+                f"{self._title}: was fed by {linking.name_of(feeder)} so far, and now by "
+                f"{linking.name_of(conv)} in the same place of the model's forward. Past "
+                "statistics of one convolution say nothing of another: give each its own CBN."
+            )
+        if feeder is None:
+            window.clear()
+            window.feeder = weakref.ref(conv)
+        return window.estimate(mean, var, conv.weight, conv.bias)
 
     def _normalize(self, y: Tensor, estimate: Estimate, conv: nn.Conv2d | None) -> Tensor:
         dtype = estimate.mean.dtype
@@ -279,10 +289,24 @@ class CBN(_BatchNorm):
         forward = linking.current_forward()
         if forward is None or forward != self._forward_id:
             self._forward_id, self._call = forward, 0
+            self._warn_if_not_stepped()
             self._records.clear()
         else:
             self._call += 1
         return self._call
+
+    def _warn_if_not_stepped(self) -> None:
+        """Tells a loop that trains but never ends an iteration: its window would stay empty."""
+        version = None if self.weight is None else self.weight._version
+        if self._records and version != self._recorded_version:
+            # Without the layer's name, so that Python shows it once and not for every layer.
+            warnings.warn(
+                "CBN: the weights changed since the last forward, but cbn_mmdet.step(model) was "
+                "not called, so the window stays as it was and running statistics are not "
+                "updated. Call it after each iteration, or use CBNHook in mmengine.",
+                stacklevel=2,
+            )
+        self._recorded_version = version
 
     def _window_of(self, call: int) -> Window:
         while len(self._windows) <= call:
@@ -314,6 +338,7 @@ class CBN(_BatchNorm):
 
     def _resolve(self, input: Tensor) -> tuple[nn.Conv2d | None, Tensor | None]:
         """The convolution that feeds the layer, and its input if a derivative is to be formed."""
+        signature = self._note_feeder(input)
         if self.window_size == 1:
             return None, None
         if not linking.is_watched(self):
@@ -325,17 +350,15 @@ class CBN(_BatchNorm):
                     "custom_hooks=[dict(type='CBNHook')] to the config, which does both."
                 )
             return None, None
-        signature = linking.signature_of(input)
-        self._note_feeder(signature)
         if not self.compensate:
             return None, None
-        if signature is None:
+        conv = None if signature is None else signature.module()
+        if conv is None:
             raise self._refusal(
                 f"was handed a tensor of shape {tuple(input.shape)} that no module of the linked "
                 "model returned: the result of a function or of an operation in place, a sum or "
                 "an activation say"
             )
-        conv = signature.module
         if not isinstance(conv, nn.Conv2d):
             raise self._refusal(f"is fed by {linking.name_of(conv)}, which is no nn.Conv2d")
         if nn.utils.parametrize.is_parametrized(conv, "weight"):
@@ -348,7 +371,8 @@ class CBN(_BatchNorm):
         if signature.input is None:
             raise self._refusal(
                 f"is fed by {linking.name_of(conv)}, whose input is no longer known because the "
-                "model's forward ended before this layer ran; link the model that contains both"
+                "linked model's forward ended before this layer ran; link the model that "
+                "contains both"
             )
         self._verify(conv, signature.input, input)
         return conv, signature.input
@@ -356,24 +380,21 @@ class CBN(_BatchNorm):
     @torch.no_grad()
     def _verify(self, conv: nn.Conv2d, x: Tensor, y: Tensor) -> None:
         """Refuses, once, a convolution that does not compute ``weight * x + bias``."""
-        if self._verified is not None and self._verified() is conv or y.numel() == 0:
+        if self._verified is not None and self._verified() is conv:
             return
-        stride = -(-max(y.shape[2:]) // _CHECKED_POSITIONS)
-        dtype = statistics_dtype(y.dtype)
-        seen = y[:, :, ::stride, ::stride].to(dtype)
-        error = convolve_subgrid(conv, x.to(y.dtype), stride).to(dtype) - seen
-        if not seen.isfinite().all():
+        if not y.any() or not y.isfinite().all():  # nothing to be seen in this batch
             return
-        if error.norm() > _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * seen.norm():
+        if not is_plain(conv, x, y):
             raise self._refusal(
                 f"is fed by {linking.name_of(conv)}, whose output is not the plain convolution "
                 "of its weight (a standardised or modulated one, say)"
             )
         self._verified = weakref.ref(conv)
 
-    def _note_feeder(self, signature: linking.Signature | None) -> None:
-        if signature is not None:
-            self._feeder = weakref.ref(signature.module)
+    def _note_feeder(self, input: Tensor) -> linking.Signature | None:
+        signature = linking.signature_of(input)
+        self._feeder = None if signature is None else signature.module
+        return signature
 
     def _refusal(self, what: str) -> RuntimeError:
         return RuntimeError(
@@ -435,12 +456,13 @@ def _fresh_state() -> dict:
         _records={},  # by call
         _forward_id=None,
         _call=0,
+        _recorded_version=None,
         _feeder=None,
         _verified=None,
     )
 
 
-def _check_count(name: str, value: object, meaning: str) -> None:
+def check_count(name: str, value: object, meaning: str) -> None:
     """Refuses what is no whole number of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linking
-from .cbn import CBN
+from .cbn import CBN, check_count
 
 
 def link(model: nn.Module) -> int:
@@ -57,9 +57,10 @@ def set_window(model: nn.Module, size: int) -> None:
     Raises:
         ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
     """
+    check_count("size", size, "the window size to put in force")
     layers = _layers(model)
-    largest = max((layer.window_size for layer in layers), default=None)
-    if largest is not None and isinstance(size, int) and size > largest:
+    largest = max((layer.window_size for layer in layers), default=size)
+    if size > largest:
         raise ValueError(
             f"set_window: size {size} is above the largest window_size of the model's CBN layers, "
             f"{largest}. Pass at most that, or build the layers with a larger window_size."
@@ -72,7 +73,7 @@ def step(model: nn.Module) -> Tensor | None:
     """Ends an iteration: what its forward recorded becomes part of the window.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
-    without changing window or running statistics.
+    without changing window or running statistics; of several forwards the last one counts.
 
     Args:
         model: A model with CBN layers.
@@ -81,7 +82,7 @@ def step(model: nn.Module) -> Tensor | None:
         The fraction of compensated past channel variances that the maximum cut to zero in this
         iteration, a tensor without dimensions; None if nothing was compensated.
     """
-    linking.release()
+    linking.end_iteration()
     counts = [count for layer in _layers(model) if (count := layer.step()) is not None]
     if not counts:
         return None

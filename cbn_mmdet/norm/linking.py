@@ -3,11 +3,11 @@
 
 A norm layer is handed a tensor and must know the convolution that computed it. Neither the order
 of registration nor names tell: some blocks keep convolutions and norms in separate lists. So every
-module of a watched model signs the tensor it returns, and the norm layer reads the signature from
+module of a watched model signs the tensor it returns, and the norm layer looks up the signature of
 the very tensor it is handed.
 
-Nothing here changes a value, and nothing outlives the model's forward: a signature lives on its
-tensor, and lets go of the convolution's input when the outermost watched module returns.
+Nothing here changes a value, and nothing outlives its use: a signature goes with its tensor, and
+lets go of the convolution's input when the watched model returns.
 """
 
 from __future__ import annotations
@@ -24,43 +24,49 @@ class Signature:
     """Who computed a tensor.
 
     Attributes:
-        module: The innermost module that returned the tensor.
-        input: The module's input if it is a convolution that trains, else None.
+        tensor: Reference to the tensor.
+        module: Reference to the innermost module that returned it.
+        input: The module's input if it is a convolution whose weight trains, else None.
         version: The tensor's version when it was returned: an operation in place raises it.
     """
 
-    __slots__ = ("__weakref__", "input", "module", "version")
+    __slots__ = ("input", "module", "tensor", "version")
 
-    def __init__(self, module: nn.Module, tensor: Tensor, input: Tensor | None) -> None:
-        self.module = module
+    def __init__(self, tensor: Tensor, module: nn.Module, input: Tensor | None) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.module = weakref.ref(module)
         self.input = input
         self.version = _version(tensor)
 
 
+class _Thread(threading.local):
+    """What the forwards that run in this thread have in common."""
+
+    def __init__(self) -> None:
+        self.signatures: dict[int, Signature] = {}  # by the tensor's id
+        self.running: list[nn.Module] = []  # watched modules with children, outermost first
+        self.forward: int | None = None
+
+
+_here = _Thread()
+_forwards = itertools.count()
 # The hooks hold no state: a copied or pickled model carries hooks that are still right, and the
 # names of the original's modules do not come along.
 _names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_holding: weakref.WeakSet[Signature] = weakref.WeakSet()
-_forwards = itertools.count()
-
-
-class _Scope(threading.local):
-    depth = 0
-    forward: int | None = None
-
-
-_scope = _Scope()
 
 
 def watch(model: nn.Module) -> None:
     """Makes every module of ``model`` sign its output. Calling it again adds nothing."""
     for name, module in model.named_modules():
         _names[module] = name or type(module).__name__
-        if _sign not in module._forward_hooks.values():
+        if _is_new(_sign, module._forward_hooks):
             module.register_forward_hook(_sign, with_kwargs=True)
-    if _enter not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_enter)
-        model.register_forward_hook(_leave, always_call=True)
+        has_children = next(module.children(), None) is not None
+        if has_children and _is_new(_enter, module._forward_pre_hooks):
+            module.register_forward_pre_hook(_enter, prepend=True)
+            module.register_forward_hook(_leave, always_call=True)
+    if _is_new(_release, model._forward_hooks):
+        model.register_forward_hook(_release, always_call=True)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -76,22 +82,22 @@ def name_of(module: nn.Module) -> str:
 
 def signature_of(tensor: Tensor) -> Signature | None:
     """The signature of a tensor, or None if no watched module returned it as it is now."""
-    signature = getattr(tensor, "_cbn_signature", None)
-    if signature is None or signature.version != _version(tensor):
+    signature = _here.signatures.get(id(tensor))
+    if signature is None or signature.tensor() is not tensor:
         return None
-    return signature
+    return signature if signature.version == _version(tensor) else None
 
 
 def current_forward() -> int | None:
-    """A number for the running forward of the outermost watched model, None outside of one."""
-    return _scope.forward
+    """A number for the running forward of the outermost watched module, None outside of one."""
+    return _here.forward
 
 
-def release() -> None:
-    """Lets go of every convolution input that is still held."""
-    for signature in list(_holding):
-        signature.input = None
-    _holding.clear()
+def end_iteration() -> None:
+    """Lets go of all that is held, and of a forward that was interrupted."""
+    _here.running.clear()
+    _here.forward = None
+    _release()
 
 
 def is_recomputation() -> bool:
@@ -104,24 +110,47 @@ def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     if not isinstance(output, Tensor) or signature_of(output) is not None:
         return
     held = None
-    if isinstance(module, nn.Conv2d) and module.training:
+    # A convolution in evaluation mode may still train; without gradients it does not.
+    learns = module.training or torch.is_grad_enabled()
+    if learns and isinstance(module, nn.Conv2d) and _trains(module):
         held = args[0] if args else kwargs.get("input")
-    output._cbn_signature = signature = Signature(module, output, held)
-    if held is not None:
-        _holding.add(signature)
+    signatures, key = _here.signatures, id(output)
+    signatures[key] = signature = Signature(output, module, held)
+
+    def forget() -> None:
+        # Another tensor may have the id by then.
+        if signatures.get(key) is signature:
+            del signatures[key]
+
+    weakref.finalize(output, forget).atexit = False
 
 
 def _enter(module: nn.Module, args: tuple) -> None:
-    if _scope.depth == 0:
-        _scope.forward = next(_forwards)
-    _scope.depth += 1
+    if not _here.running:
+        _here.forward = next(_forwards)
+    _here.running.append(module)
 
 
 def _leave(module: nn.Module, args: tuple, output: object) -> None:
-    _scope.depth = max(_scope.depth - 1, 0)
-    if _scope.depth == 0:
-        _scope.forward = None
-        release()
+    # A forward that failed may have left some that it had entered.
+    if module in _here.running:
+        del _here.running[_here.running.index(module) :]
+    if not _here.running:
+        _here.forward = None
+
+
+def _release(*_: object) -> None:
+    for signature in list(_here.signatures.values()):
+        signature.input = None
+
+
+def _trains(conv: nn.Conv2d) -> bool:
+    # Reading a parametrized weight computes it anew.
+    return not nn.utils.parametrize.is_parametrized(conv) and conv.weight.requires_grad
+
+
+def _is_new(hook: object, hooks: dict) -> bool:
+    return hook not in hooks.values()
 
 
 def _version(tensor: Tensor) -> int:

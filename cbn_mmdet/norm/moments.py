@@ -25,6 +25,10 @@ from torch import Tensor, nn
 # of fp16's subnormal range.
 _HALF_SCALE = 16.0
 
+# What two computations of one convolution may differ by; other mathematics is far outside.
+_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_SAME_OUTPUT_HALF = 5e-2
+
 
 class Derivative(NamedTuple):
     """Derivatives of a channel's statistics in the weight that produces it.
@@ -82,21 +86,36 @@ def batch_derivative(
     """
     dtype = statistics_dtype(y.dtype)
     x, y = x.detach(), y.detach()
-    if x.dtype != y.dtype:  # under autocast the convolution saw a cast copy of its input
-        x = x.to(y.dtype)
-    return Derivative(_mean_patch(conv, x, y).to(dtype), _var_derivative(conv, x, y, mean, stride))
+    # Under autocast the convolution saw a cast copy of its input.
+    x, padding = _padded(conv, x.to(y.dtype), y)
+    return Derivative(
+        _mean_patch(conv, x, padding, y).to(dtype),
+        _var_derivative(conv, x, padding, y, mean, stride),
+    )
 
 
-def convolve_subgrid(conv: nn.Conv2d, x: Tensor, stride: int) -> Tensor:
-    """``conv(x)[:, :, ::stride, ::stride]``, computed at these positions only."""
-    x, padding = _padded(conv, x)
-    weight = conv.weight.to(x.dtype)
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    steps = [s * stride for s in conv.stride]
-    return F.conv2d(x, weight, bias, steps, padding, conv.dilation, conv.groups)
+def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
+    """Whether ``y`` is the plain convolution of ``x`` with the weight of ``conv``.
+
+    It is not if the weight is standardised or modulated on the way, say. Computes the convolution
+    once more, and allows for the rounding of half precision or of TF32.
+    """
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or y.shape[1] != conv.out_channels:
+        return False
+    padded, padding = _padded(conv, x.to(y.dtype), y)
+    weight = conv.weight.to(y.dtype)
+    bias = None if conv.bias is None else conv.bias.to(y.dtype)
+    again = F.conv2d(padded, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    if again.shape != y.shape:
+        return False
+    dtype = statistics_dtype(y.dtype)
+    error = (again.to(dtype) - y.to(dtype)).norm()
+    return bool(error <= _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * y.to(dtype).norm())
 
 
-def _var_derivative(conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride: int) -> Tensor:
+def _var_derivative(
+    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, stride: int
+) -> Tensor:
     """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``."""
     if stride > 1:
         y = y[:, :, ::stride, ::stride]
@@ -106,10 +125,10 @@ def _var_derivative(conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride:
     centred = y.to(mean.dtype) - mean[:, None, None]
     scale = torch.full_like(mean, 2.0 / count)
     if y.dtype == torch.float16:
-        spread = centred.square().mean((0, 2, 3)).sqrt().clamp_min(torch.finfo(mean.dtype).tiny)
+        spread = centred.square().mean((0, 2, 3)).sqrt()
+        spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
         centred = centred * (_HALF_SCALE / count / spread)[:, None, None]
         scale = spread * (2.0 / _HALF_SCALE)
-    x, padding = _padded(conv, x)
     gradient = torch.ops.aten.convolution_backward(
         centred.to(x.dtype),
         x,
@@ -126,17 +145,16 @@ def _var_derivative(conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride:
     return gradient.flatten(1).to(mean.dtype) * scale[:, None]
 
 
-def _mean_patch(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
+def _mean_patch(conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor) -> Tensor:
     """``m = E[phi]``, shape ``(groups, P)``.
 
     The mean over output positions is separable: along each axis, a 0/1 matrix says which input
     rows (columns) meet which tap of the kernel. One pass over ``x`` serves all taps.
     """
     dtype = statistics_dtype(x.dtype)
-    if tuple(conv.kernel_size) == (1, 1) and conv.padding in ((0, 0), "valid", "same"):
+    if tuple(conv.kernel_size) == (1, 1) and padding == [0, 0]:
         seen = x[:, :, :: conv.stride[0], :: conv.stride[1]]
         return seen.mean((0, 2, 3), dtype=dtype).view(conv.groups, -1)
-    x, padding = _padded(conv, x)
     rows, columns = (
         _taps(x.shape[i + 2], y.shape[i + 2], size, stride, pad, dilation, x)
         for i, (size, stride, pad, dilation) in enumerate(
@@ -163,15 +181,47 @@ def _taps(
     return meets.to(like.dtype)
 
 
-def _padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, list[int]]:
-    """The input with any padding applied that a convolution call cannot express as two numbers."""
-    if conv.padding == "valid":
-        return x, [0, 0]
-    if conv.padding_mode == "zeros" and conv.padding != "same":
-        return x, list(conv.padding)
-    pads = conv._reversed_padding_repeated_twice
-    if conv.padding_mode == "zeros":
-        if pads[0] == pads[1] and pads[2] == pads[3]:
-            return x, [pads[2], pads[0]]
-        return F.pad(x, pads), [0, 0]
-    return F.pad(x, pads, mode=conv.padding_mode), [0, 0]
+def _padded(conv: nn.Conv2d, x: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
+    """The input with any padding applied that a convolution call cannot express as two numbers.
+
+    Args:
+        conv: The convolution.
+        x: Its input, ``(N, C_in, H_in, W_in)``.
+        y: Its output, whose size tells the padding of a module that pads in its own ``forward``.
+
+    Returns:
+        The input and the zeros still to be added to each side of its height and width.
+    """
+    if isinstance(conv.padding, str):
+        pads = conv._reversed_padding_repeated_twice  # left, right, top, bottom
+    else:
+        pads = [pad for pad in reversed(conv.padding) for _ in range(2)]
+    if _output_size(conv, x, pads) != tuple(y.shape[2:]):
+        pads = _pads_to_size(conv, x, y)
+    if conv.padding_mode != "zeros":
+        return F.pad(x, pads, mode=conv.padding_mode), [0, 0]
+    if pads[0] == pads[1] and pads[2] == pads[3]:
+        return x, [pads[2], pads[0]]
+    return F.pad(x, pads), [0, 0]
+
+
+def _output_size(conv: nn.Conv2d, x: Tensor, pads: list[int]) -> tuple[int, ...]:
+    return tuple(
+        (x.shape[i + 2] + pads[2 - 2 * i] + pads[3 - 2 * i] - _reach(conv, i)) // conv.stride[i] + 1
+        for i in (0, 1)
+    )
+
+
+def _pads_to_size(conv: nn.Conv2d, x: Tensor, y: Tensor) -> list[int]:
+    """TensorFlow's "same" padding, as EfficientNet's convolutions do it: the odd one at the end."""
+    pads = []
+    for i in (1, 0):
+        total = (y.shape[i + 2] - 1) * conv.stride[i] + _reach(conv, i) - x.shape[i + 2]
+        total = max(total, 0)
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+def _reach(conv: nn.Conv2d, axis: int) -> int:
+    """How many inputs the kernel spans along an axis."""
+    return (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1

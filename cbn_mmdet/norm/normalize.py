@@ -68,10 +68,12 @@ class _Normalize(Function):
     def forward(ctx, y, gamma, beta, conv_weight, conv_bias, estimate, eps):
         ctx.size, ctx.eps = estimate.size, eps
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
-        # None where nothing flows through the window, so that its tensors are not kept for nothing.
-        window = (estimate.gap,) if conv_weight is not None or conv_bias is not None else (None,)
+        # Only where something flows through the window are its tensors kept.
+        window = [None]
+        if conv_weight is not None or conv_bias is not None:
+            window = [estimate.gap]
         if conv_weight is not None:
-            window += (estimate.delta, estimate.positive, *estimate.derivative)
+            window += [estimate.delta, estimate.positive, *estimate.derivative]
         ctx.save_for_backward(y, gamma, estimate.mean, estimate.var, *window)
         return F.batch_norm(y, estimate.mean, estimate.var, gamma, beta, False, 0.0, eps)
 
@@ -79,39 +81,57 @@ class _Normalize(Function):
     @once_differentiable
     def backward(ctx, grad):
         y, gamma, mean, var, gap, *compensation = ctx.saved_tensors
-        need_y, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
-        k, r = ctx.size, (var + ctx.eps).rsqrt()
-        scale = r if gamma is None else r * gamma  # C
-        # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each (C,).
-        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-            grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
-        )
-        if need_y:
-            # What reaches y through the current batch's share of the statistics.
-            per_position = -scale / (k * (y.numel() // y.shape[1]))
-            slope = per_position * r * grad_gamma
-            offset = per_position * grad_beta - slope * mean
-            grad_y.addcmul_(y, slope.to(y.dtype)[:, None, None])
-            grad_y.add_(offset.to(y.dtype)[:, None, None])
-        grad_weight = grad_bias = None
-        if gap is not None:
-            through_var = -0.5 * r * scale * grad_gamma / k  # S / k
-            of_mean = (-scale * grad_beta / k)[:, None] + 2 * through_var[:, None] * gap  # C, T
-            if need_bias:
-                grad_bias = of_mean.sum(1)
-            if need_weight:
-                delta, positive, m, h = compensation
-                of_var = through_var[:, None] * positive  # C, T
-                of_mean = of_mean - 2 * of_var * delta
-                by_group = of_mean.view(m.shape[0], -1, of_mean.shape[1])
-                grad_weight = torch.bmm(by_group, m).view(ctx.conv_shape)
-                grad_weight += torch.bmm(of_var[:, None], h).view(ctx.conv_shape)
+        with torch.autocast(y.device.type, enabled=False):
+            grad_y, grad_gamma, grad_beta = _backward_current(ctx, grad, y, gamma, mean, var)
+            grads = (grad_gamma, grad_beta, gamma, var, gap, compensation)
+            grad_weight, grad_bias = (None, None) if gap is None else _backward_past(ctx, *grads)
         return (
             grad_y,
-            grad_gamma if need_gamma else None,
-            grad_beta if need_beta else None,
+            grad_gamma if ctx.needs_input_grad[1] else None,
+            grad_beta if ctx.needs_input_grad[2] else None,
             grad_weight,
             grad_bias,
             None,
             None,
         )
+
+
+def _backward_current(ctx, grad, y, gamma, mean, var):
+    """Gradients in y, gamma and beta."""
+    need_y, dtype = ctx.needs_input_grad[0], y.dtype
+    if dtype != mean.dtype:
+        # Three terms that nearly cancel: rounding each to half precision would leave a residue.
+        grad, y = grad.to(mean.dtype), y.to(mean.dtype)
+    # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each sum (C,).
+    grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+        grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
+    )
+    if not need_y:
+        return None, grad_gamma, grad_beta
+    # What reaches y through the current batch's share of the statistics.
+    r = (var + ctx.eps).rsqrt()
+    scale = r if gamma is None else r * gamma
+    per_position = -scale / (ctx.size * (y.numel() // y.shape[1]))
+    slope = per_position * r * grad_gamma
+    offset = per_position * grad_beta - slope * mean
+    grad_y.addcmul_(y, slope[:, None, None]).add_(offset[:, None, None])
+    return grad_y.to(dtype), grad_gamma, grad_beta
+
+
+def _backward_past(ctx, grad_gamma, grad_beta, gamma, var, gap, compensation):
+    """Gradients in the convolution's weight and bias through the compensated past."""
+    need_weight, need_bias = ctx.needs_input_grad[3:5]
+    r = (var + ctx.eps).rsqrt()
+    scale = r if gamma is None else r * gamma
+    through_var = -0.5 * r * scale * grad_gamma / ctx.size  # S / k
+    of_mean = (-scale * grad_beta / ctx.size)[:, None] + 2 * through_var[:, None] * gap  # C, T
+    grad_bias = of_mean.sum(1) if need_bias else None
+    if not need_weight:
+        return None, grad_bias
+    delta, positive, m, h = compensation
+    of_var = through_var[:, None] * positive  # C, T
+    of_mean = of_mean - 2 * of_var * delta
+    by_group = of_mean.view(m.shape[0], -1, of_mean.shape[1])  # groups, C / groups, T
+    grad_weight = torch.bmm(by_group, m).view(ctx.conv_shape)
+    grad_weight += torch.bmm(of_var[:, None], h).view(ctx.conv_shape)
+    return grad_weight, grad_bias

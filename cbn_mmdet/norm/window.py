@@ -18,10 +18,11 @@ are one number per channel.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .moments import Derivative
 
@@ -84,6 +85,7 @@ class Window:
 
     def clear(self) -> None:
         """Forgets everything and frees the memory."""
+        self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
         self._count = 0
         self._next = 0
         self._vectors: Tensor | None = None  # (2 or 4, C, capacity): mean, var, m.w, h.w
@@ -168,8 +170,12 @@ class Window:
         between = gap.square().sum(1) + (mean - mean_bar).square()
         return Estimate(mean_bar, (within + between) / size, size, gap, delta, positive, derivative)
 
+    # Entries recorded in inference mode must serve a later forward with gradients.
+    @torch.inference_mode(False)
     def _allocate(self, entry: Entry) -> None:
+        feeder = self.feeder
         self.clear()
+        self.feeder = feeder
         channels = entry.mean.numel()
         new = dict(dtype=torch.float32, device=entry.mean.device)
         rows = 2 if entry.derivative is None else 4

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -106,7 +107,9 @@ class TestIsBatchNorm:
     def test_bn_error_for_one_value_per_channel(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
         link(model)
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
+        with pytest.raises(
+            ValueError, match=r"'1' \(CBN\): Expected more than 1 value per channel"
+        ):
             model(torch.randn(1, 3, 1, 1))
         model(torch.randn(2, 3, 4, 4))
         step(model)
@@ -225,7 +228,8 @@ class TestWindow:
         model(x)
         assert step(model).item() == 0.5
 
-    def test_each_call_in_a_forward_has_its_own_window(self):
+    @pytest.mark.parametrize("direct", [False, True])
+    def test_each_call_in_a_forward_has_its_own_window(self, direct):
         """A head shared between levels: a level meets its own history only."""
 
         class Shared(nn.Module):
@@ -236,22 +240,76 @@ class TestWindow:
             def forward(self, *levels):
                 return [self.norm(self.conv(level)) for level in levels]
 
+        class Detector(nn.Module):
+            """Its loss is called as a method: no forward of the linked model encloses the head."""
+
+            def __init__(self, head):
+                super().__init__()
+                self.head = head
+
+            def loss(self, *levels):
+                return self.head(*levels)
+
         torch.manual_seed(0)
         shared = Shared()
-        link(shared)
+        call = shared
+        if direct:
+            call = Detector(shared).loss
+        link(getattr(call, "__self__", call))
         single = [nn.Sequential(copy.deepcopy(shared.conv), CBN(4, window_size=3)) for _ in "ab"]
         for model in single:
             link(model)
         for _ in range(4):
             levels = [torch.randn(1, 3, 9, 9), torch.randn(1, 3, 5, 5) * 3 + 2]
-            shared(*levels)  # a repeated forward starts to count again
-            for ours, model, level in zip(shared(*levels), single, levels, strict=True):
+            call(*levels)  # a repeated forward starts to count again
+            for ours, model, level in zip(call(*levels), single, levels, strict=True):
                 torch.testing.assert_close(ours, model(level))
                 step(model)
             step(shared)
             change = 0.05 * torch.randn_like(shared.conv.weight)
             for conv in (shared.conv, single[0][0], single[1][0]):
                 conv.weight.data += change
+
+    def test_a_loop_that_never_steps_is_told(self):
+        model = linked()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(torch.randn(2, 3, 8, 8))  # a repetition is none
+        optimizer.step()
+        with pytest.warns(UserWarning, match=r"cbn_mmdet.step\(model\) was not called"):
+            model(torch.randn(2, 3, 8, 8))
+
+    def test_the_first_iterations_may_run_in_inference_mode(self):
+        model = linked()
+        with torch.inference_mode():
+            model(torch.randn(2, 3, 8, 8))
+            step(model)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        step(model)
+
+    @pytest.mark.parametrize("stride", [2, 3])
+    def test_a_strided_derivative_is_close(self, stride):
+        """On smooth maps the subgrid's derivative compensates almost as well as the whole one."""
+        torch.manual_seed(0)
+        full = linked()
+        strided = copy.deepcopy(full)
+        strided[1].derivative_stride = stride
+        naive = copy.deepcopy(full)
+        naive[1].compensate = False
+        for model in (strided, naive):
+            link(model)
+        outputs = {}
+        for _ in range(4):
+            x = nn.functional.interpolate(torch.randn(2, 3, 8, 8), scale_factor=4, mode="bilinear")
+            change = 0.1 * torch.randn_like(full[0].weight)
+            for model in (full, strided, naive):
+                outputs[model] = model(x).detach()
+                step(model)
+                model[0].weight.data += change
+        error = (outputs[strided] - outputs[full]).norm()
+        assert 0 < error < 0.5 * (outputs[naive] - outputs[full]).norm()
 
     def test_an_empty_batch_changes_nothing(self):
         model = linked()
@@ -324,6 +382,21 @@ class TestHalfPrecision:
             half[0].weight.data += change
         assert half[0].weight.grad.isfinite().all()
         assert half[1]._windows[0]._h.dtype == torch.float32
+
+    @pytest.mark.parametrize("mean", [0, 100])
+    def test_gradient_has_no_residue(self, mean):
+        """dL/dy sums to 0 over a channel; rounding its terms would leave a common part."""
+        y = (torch.randn(2, 4, 50, 50) + mean).bfloat16().requires_grad_()
+        target = torch.randn(2, 4, 50, 50).bfloat16()
+        residues = []
+        model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False).bfloat16(), CBN(4))
+        nn.init.dirac_(model[0].weight)
+        link(model)
+        for norm in (model, nn.BatchNorm2d(4)):
+            y.grad = None
+            norm(y).backward(target)
+            residues.append(y.grad.double().sum((0, 2, 3)).abs() / y.grad.double().abs().sum())
+        assert residues[0].max() < 3 * residues[1].max() + 1e-5
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_the_window_is_float32_whatever_the_layers_dtype(self, dtype):

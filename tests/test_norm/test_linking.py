@@ -1,6 +1,7 @@
 """Which convolution feeds which CBN: plain models, stock mmdet detectors, and what is refused."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -88,6 +89,19 @@ class TestPlainModels:
             model(torch.randn(2, 3, 5, 5))
         assert links(model) == {"1": "0", "3": "2"}
 
+    def test_links_of_a_window_of_one(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, window_size=1))
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        assert links(model) == {"1": "0"}
+
+    def test_a_link_is_of_the_last_run(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, compensate=False))
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        model[1](torch.randn(2, 4, 5, 5))
+        assert links(model) == {}
+
     def test_keyword_input(self):
         class Keyword(nn.Sequential):
             def forward(self, x):
@@ -117,8 +131,9 @@ class TestNothingIsKept:
         step(model)
         gc.collect()
         assert inputs[0]() is None
-        assert output._cbn_signature.input is None
-        assert not linking._holding
+        assert not output.__dict__  # nothing rides along when it is copied or saved
+        del output
+        assert not linking._here.signatures
 
     def test_a_failed_forward_leaves_no_open_scope(self):
         class Fails(nn.Module):
@@ -130,7 +145,48 @@ class TestNothingIsKept:
         with pytest.raises(KeyError):
             model(torch.randn(2, 3, 5, 5))
         assert linking.current_forward() is None
-        assert not linking._holding
+        assert all(held.input is None for held in linking._here.signatures.values())
+
+    def test_an_interrupted_forward_ends_with_the_iteration(self):
+        """Ctrl-C in a notebook: no hook runs, and the next iterations must still count right."""
+
+        class Interrupt(nn.Module):
+            armed = True
+
+            def forward(self, x):
+                if self.armed:
+                    raise KeyboardInterrupt
+                return x
+
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), Interrupt())
+        link(model)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(2, 3, 5, 5))
+        step(model)
+        model[2].armed = False
+        for _ in range(3):
+            model(torch.randn(2, 3, 5, 5))
+        step(model)
+        assert len(model[1]._windows) == 1
+        assert model[1].num_batches_tracked == 2
+
+    def test_models_in_threads_do_not_meet(self):
+        def train(errors):
+            try:
+                model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1), CBN(4))
+                link(model)
+                for _ in range(30):
+                    train_once(model, torch.randn(2, 3, 16, 16))
+            except Exception as error:
+                errors.append(error)
+
+        errors = []
+        threads = [threading.Thread(target=train, args=(errors,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
 
     def test_a_model_can_be_freed(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
@@ -207,6 +263,23 @@ class TestRefusals:
 
         conv = build_conv_layer(dict(type=kind, deform_groups=1), 3, 4, 3)
         self.refuse(conv, CBN(4), message=r"'0' \((Modulated)?DeformConv2dPack\), which is no")
+
+    def test_another_convolution_in_the_same_place(self):
+        class Either(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+                self.norm, self.side = CBN(4), "left"
+
+            def forward(self, x):
+                return self.norm(getattr(self, self.side)(x))
+
+        model = Either()
+        link(model)
+        train_once(model, torch.randn(2, 3, 5, 5))
+        model.side = "right"
+        with pytest.raises(RuntimeError, match="'norm'.*'left'.*'right'.*its own CBN"):
+            model(torch.randn(2, 3, 5, 5))
 
     def test_a_link_that_ends_before_the_norm_runs(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
