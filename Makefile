@@ -1,6 +1,6 @@
 ## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
 ## make train   build the digits data set, train on it, and report; no GPU needed
-## make norms   train the digits detector at one image per step with each norm, two seeds: hours
+## make norms   train the digits detector at one image per step with each norm, two seeds (an hour)
 ## make test    lint, then run the whole test suite with coverage
 ## make lint    check style and formatting
 ## make clean   remove caches and build products; .venv, data/ and work_dirs/ stay
@@ -86,12 +86,14 @@ train: $(READY)
 # One thread each: two small trainings side by side use two cores better than one after the other.
 NORM_RUNS = $(foreach seed,0 1,$(foreach config,$(wildcard configs/digits/*_1xb1_digits.py),$(seed)/$(config)))
 norms: $(READY)
+	@mkdir -p work_dirs/norms
 	$(RUN) -m cbn_mmdet.datasets.digits data/digits
 	printf '%s\n' $(NORM_RUNS) | OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
 	  'run={}; config=$${run#*/}; seed=$${run%%/*}; \
-	  $(RUN) tools/train.py $$config --cfg-options randomness.seed=$$seed \
-	    --work-dir work_dirs/norms/$$(basename $$config .py)_seed$$seed >/dev/null 2>&1'
-	$(RUN) tools/tables.py work_dirs/norms/*
+	  name=work_dirs/norms/$$(basename $$config .py)_seed$$seed; \
+	  $(RUN) tools/train.py $$config --cfg-options randomness.seed=$$seed --resume \
+	    --work-dir $$name >$$name.log 2>&1 || { echo "failed: see $$name.log" >&2; exit 1; }'
+	$(RUN) tools/tables.py work_dirs/norms/*/
 
 test: lint
 	$(RUN) -m pytest --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
@@ -101,5 +103,5 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf build dist .dist_test *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -24,10 +24,15 @@ OPTIONAL_SETTINGS = {
     "efficient_conv_bn_eval",
     "find_unused_parameters",
     "model_wrapper_cfg",
-    "runner_type",
     "sync_bn",
     *inspect.signature(Runner.__init__).parameters,
 }
+
+
+# What an error in building a part of the runner says if the config is to blame, and what this
+# package says of settings that only the start of a training can judge.
+BUILD_ERRORS = ("unexpected keyword argument", "registry", "CBN: ", "CBNHook: ")
+START_ERRORS = ("CBNHook: ",)
 
 
 class UsageError(Exception):
@@ -93,8 +98,9 @@ def read_config(path: str) -> Config:
         raise UsageError(f"the config file {path} does not exist")
     try:
         return Config.fromfile(path)
-    except (SyntaxError, KeyError, FileNotFoundError, ImportError) as error:
-        raise UsageError(f"cannot read the config {path}: {error}") from error
+    except Exception as error:  # a config is code of the user's: it can fail in any way
+        why = str(error).partition("\n")[0]
+        raise UsageError(f"cannot read the config {path}: {type(error).__name__}: {why}") from error
 
 
 def merge_options(cfg: Config, options: dict) -> None:
@@ -124,7 +130,7 @@ def check_data(cfg: Config, split: str) -> None:
     if dataset.get("backend_args"):
         return  # not files of this machine
     root = dataset.get("data_root") or ""
-    needed = [dataset.get("ann_file"), *dataset.get("data_prefix", {}).values()]
+    needed = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
     evaluators = cfg.get(f"{split}_evaluator") or []
     evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
     paths = [osp.join(root, path) for path in needed if path]
@@ -135,7 +141,7 @@ def check_data(cfg: Config, split: str) -> None:
 
 
 def _how_to_get_data(dataset: dict) -> str:
-    if tuple(dataset.get("metainfo", {}).get("classes", ())) == tuple("0123456789"):
+    if tuple((dataset.get("metainfo") or {}).get("classes", ())) == tuple("0123456789"):
         root = dataset["data_root"].rstrip("/")
         return f"Build the digits with: python -m cbn_mmdet.datasets.digits {root}"
     return "Set data_root, and the ann_file of dataset and evaluator, to where the data is."
@@ -176,13 +182,12 @@ def start_processes(cfg: Config) -> None:
         "broadcast_buffers": False,
         "find_unused_parameters": cfg.get("find_unused_parameters", False),
     }
-    cfg.model_wrapper_cfg = {**defaults, **cfg.get("model_wrapper_cfg", {}), "device_ids": None}
+    cfg.model_wrapper_cfg = {**defaults, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
 
 
 @contextmanager
-def explained_errors() -> Iterator[None]:
-    """Turn an error that a wrong setting causes, and whose message says so, into a UsageError."""
-    signs = ("unexpected keyword argument", "registry", "CBN: ", "CBNHook: ")
+def explained_errors(*signs: str) -> Iterator[None]:
+    """Turn an error that a wrong setting causes into a UsageError: its message holds a sign."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:

@@ -9,6 +9,9 @@ from mmengine.runner import find_latest_checkpoint
 
 from .launch import UsageError, check_checkpoint
 
+# mmdet evaluates no result that holds not a single detection, and logs none of its keys.
+NOTHING_DETECTED = {"coco/bbox_mAP": 0.0}
+
 
 def find_last_run(work_dir: str) -> str:
     """Find the folder, named after its time, that the last training left in ``work_dir``."""
@@ -36,7 +39,11 @@ def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
         start = steps[0]
         training = before(training, start["step"]) + steps
         evaluations = before(evaluations, start.get("epoch", start["step"]))
-        evaluations += [record for record in records if is_coco(record)]
+        evaluations += [
+            record if is_coco(record) else {**NOTHING_DETECTED, **record}
+            for record in records
+            if "loss" not in record
+        ]
     if not training:
         raise UsageError(f"{work_dir} holds no logged training step: train longer")
     return training, evaluations
@@ -53,10 +60,23 @@ def is_coco(record: dict) -> bool:
 
 
 def find_checkpoint(work_dir: str) -> str:
-    """Find the last checkpoint; its file is looked for where the work dir is now."""
-    checkpoint = find_latest_checkpoint(work_dir)
+    """Find the last checkpoint, which has to be there and readable."""
+    checkpoint = latest_checkpoint(work_dir)
     if checkpoint is None:
         raise UsageError(f"{work_dir} holds no checkpoint: train for an epoch first")
-    checkpoint = osp.join(work_dir, osp.basename(checkpoint))
     check_checkpoint(checkpoint)
     return checkpoint
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """Find the last checkpoint, None if there is none.
+
+    mmengine notes its path as of the training; its file is looked for where the work dir is now.
+    """
+    checkpoint = find_latest_checkpoint(work_dir)
+    return None if checkpoint is None else osp.join(work_dir, osp.basename(checkpoint))
+
+
+def time_unit(training: list[dict]) -> str:
+    """Tell what mmengine numbered the evaluations by."""
+    return "epoch" if "epoch" in training[-1] else "iteration"

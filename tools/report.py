@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cbn_mmdet.launch import check_data, read_config, run_tool
-from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars
+from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars, time_unit
 
 IMAGES = 12
 PAIRS_PER_ROW = 3
@@ -46,6 +46,7 @@ def main() -> None:
     checkpoint = find_checkpoint(work_dir)
     cfg = read_config(osp.join(run, "vis_data", "config.py"))
     check_data(cfg, "val")
+    check_data(cfg, "test")
 
     curves = osp.join(work_dir, "curves.png")
     plot_curves(training, evaluations, curves)
@@ -54,17 +55,12 @@ def main() -> None:
 
     if evaluations:
         print_table(evaluations[-1], time_unit(training))
-    else:  # mmdet logs nothing for an evaluation without a single detection
-        print("There is no COCO evaluation yet in which the detector found anything.")
+    else:
+        print("There is no COCO evaluation yet.")
     print_path("log", osp.join(run, f"{osp.basename(run)}.log"))
     print_path("checkpoint", checkpoint)
     print_path("loss and AP", curves)
     print_path("detections", detections)
-
-
-def time_unit(training: list[dict]) -> str:
-    """Tell what mmengine numbered the evaluations by."""
-    return "epoch" if "epoch" in training[-1] else "iteration"
 
 
 def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from statistics import mean
 
 from cbn_mmdet.launch import UsageError, run_tool
-from cbn_mmdet.runs import read_scalars
+from cbn_mmdet.runs import read_scalars, time_unit
 
 METRICS = ("coco/bbox_mAP", "coco/bbox_mAP_50", "coco/bbox_mAP_75", "coco/segm_mAP")
 
@@ -28,6 +28,8 @@ def main() -> None:
     rows = defaultdict(dict)
     for work_dir in parse_args().work_dirs:
         name, seed = split_name(work_dir)
+        if seed in rows[name]:
+            raise UsageError(f"{work_dir}: another work dir is run {name}, seed {seed}, as well")
         rows[name][seed] = last_result(work_dir)
     metrics = [
         metric
@@ -36,13 +38,13 @@ def main() -> None:
     ]
     if not metrics:
         raise UsageError("none of the runs has a COCO evaluation yet")
-    print("| run | " + " | ".join(metrics) + " | epochs |")
+    print("| run | " + " | ".join(metrics) + " | trained for |")
     print("|---|" + "---|" * (len(metrics) + 1))
     for name, seeds in rows.items():
         results = [seeds[seed] for seed in sorted(seeds)]
         cells = [cell([result.get(metric) for result in results]) for metric in metrics]
-        epochs = sorted({result["step"] for result in results if "step" in result})
-        print(f"| {name} | " + " | ".join(cells) + f" | {'/'.join(map(str, epochs))} |")
+        lengths = sorted({result["length"] for result in results if result})
+        print(f"| {name} | " + " | ".join(cells) + f" | {', '.join(lengths)} |")
 
 
 def split_name(work_dir: str) -> tuple[str, int]:
@@ -56,19 +58,19 @@ def last_result(work_dir: str) -> dict:
     """Read the last evaluation of a run, empty if there was none."""
     if not osp.isdir(work_dir):
         raise UsageError(f"there is no work dir {work_dir}: train first")
-    _, evaluations = read_scalars(work_dir)
-    return evaluations[-1] if evaluations else {}
+    training, evaluations = read_scalars(work_dir)
+    if not evaluations:
+        return {}
+    last = evaluations[-1]
+    return {**last, "length": f"{last['step']} {time_unit(training)}s"}
 
 
 def cell(values: list) -> str:
-    """Format the values of all seeds: their mean, then each; empty where nothing was measured."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    if len(values) == 1:
-        return f"{known[0]:.3f}"
+    """Format the values of all seeds: their mean, then each; a dash where none was measured."""
     each = ", ".join("–" if value is None else f"{value:.3f}" for value in values)
-    return f"**{mean(known):.3f}** ({each})"
+    if None in values or len(values) == 1:  # no mean over the seeds that happened to end
+        return each
+    return f"**{mean(values):.3f}** ({each})"
 
 
 if __name__ == "__main__":

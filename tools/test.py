@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 
 import cbn_mmdet  # noqa: F401  (registers CBN, for configs that do not import it)
 from cbn_mmdet.launch import (
+    BUILD_ERRORS,
     UsageError,
     add_launch_arguments,
     check_checkpoint,
@@ -49,7 +50,7 @@ def main() -> None:
     if args.show or args.show_dir:
         draw_detections(cfg, args)
     start_processes(cfg)
-    with explained_errors():
+    with explained_errors(*BUILD_ERRORS):
         Runner.from_cfg(cfg).test()
 
 

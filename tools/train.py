@@ -2,13 +2,16 @@
 """Train a detector from a config, as MMDetection's own tool does, on GPUs or on the CPU."""
 
 import argparse
+import os
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from cbn_mmdet import CBN, CBNHook
 from cbn_mmdet.launch import (
+    BUILD_ERRORS,
+    START_ERRORS,
     UsageError,
     add_launch_arguments,
     check_checkpoint,
@@ -18,6 +21,7 @@ from cbn_mmdet.launch import (
     run_tool,
     start_processes,
 )
+from cbn_mmdet.runs import latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,9 +58,10 @@ def main() -> None:
     if args.resume:
         use_checkpoint(cfg, args.resume)
     start_processes(cfg)
-    with explained_errors():
+    with explained_errors(*BUILD_ERRORS):
         runner = Runner.from_cfg(cfg)
-        ensure_cbn_hook(runner)
+    ensure_cbn_hook(runner)
+    with explained_errors(*START_ERRORS):
         runner.train()
 
 
@@ -80,9 +85,10 @@ def use_lr_scaling(cfg: Config) -> None:
 def use_checkpoint(cfg: Config, checkpoint: str) -> None:
     """Resume from ``checkpoint``, where ``auto`` means the last one of the work dir."""
     if checkpoint == "auto":
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
+        checkpoint = latest_checkpoint(cfg.work_dir)
     if checkpoint is None:
-        print(f"--resume: nothing to resume from in {cfg.work_dir}, training from the start")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--resume: nothing to resume from in {cfg.work_dir}, training from the start")
         return
     check_checkpoint(checkpoint)
     cfg.resume = True

@@ -48,16 +48,19 @@ class CBNHook(Hook):
         self.burn_in = burn_in
         self.by_epoch = by_epoch
         self._full_window = 1
+        self._checked_modes = False
 
     def before_train(self, runner) -> None:
         """Links the model and checks the burn-in against the length of the run."""
         model = _unwrapped(runner.model)
         if link(model) == 0:
+            self._full_window = 1
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
                 "norm_cfg=dict(type='CBN') where the model should use it, or remove the hook. "
                 "(A config with sync_bn turns every CBN into SyncBN.)"
             )
+            return
         unit, length = (
             ("epochs", runner.max_epochs) if self.by_epoch else ("iterations", runner.max_iters)
         )
@@ -67,9 +70,7 @@ class CBNHook(Hook):
                 f"{unit}, so the window would never open. Set a shorter burn_in"
                 + (", or count iterations with by_epoch=False." if self.by_epoch else ".")
             )
-        self._full_window = max(
-            (layer.window_size for layer in model.modules() if isinstance(layer, CBN)), default=1
-        )
+        self._full_window = max(layer.window_size for layer in _layers(model).values())
 
     def before_train_epoch(self, runner) -> None:
         """Opens the window after a burn-in that counts epochs."""
@@ -80,6 +81,9 @@ class CBNHook(Hook):
         """Opens the window after a burn-in that counts iterations."""
         if not self.by_epoch:
             self._hold(runner, runner.iter)
+        if not self._checked_modes:
+            self._checked_modes = True
+            self._warn_of_idle_layers(runner)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
@@ -88,12 +92,28 @@ class CBNHook(Hook):
         hub.update_scalar("train/cbn/window_size", self._in_force(runner))
         hub.update_scalar("train/cbn/clamped", 0.0 if clamped is None else clamped.item())
 
+    def _warn_of_idle_layers(self, runner) -> None:
+        """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
+        layers = _layers(_unwrapped(runner.model))
+        idle = [name for name, layer in layers.items() if not layer.training]
+        if idle:
+            runner.logger.warning(
+                f"CBNHook: {len(idle)} of {len(layers)} CBN layers are in evaluation mode while "
+                f"the model trains, '{idle[0]}' first: they normalise with frozen running "
+                "statistics. To train them, set norm_eval=False and frozen_stages=-1 in the "
+                "backbone; to keep them frozen, leave their norm at BN."
+            )
+
     def _hold(self, runner, done: int) -> None:
         set_window(_unwrapped(runner.model), 1 if done < self.burn_in else self._full_window)
 
     def _in_force(self, runner) -> int:
         done = runner.epoch if self.by_epoch else runner.iter
         return 1 if done < self.burn_in else self._full_window
+
+
+def _layers(model) -> dict[str, CBN]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CBN)}
 
 
 def _unwrapped(model):

@@ -199,7 +199,19 @@ def dot(derivative: Derivative, weight: Tensor) -> tuple[Tensor, Tensor]:
     m, h = derivative
     w = weight.detach().to(h.dtype).reshape(h.shape[0], -1)  # C, P
     by_group = w.view(m.shape[0], -1, w.shape[1])  # groups, C / groups, P
-    mean = torch.bmm(by_group, m.transpose(1, 2)).flatten(0, 1)  # C, T
-    # The vector first: on the CPU, twice as fast as bmm(h, w).
-    var = torch.bmm(w[:, None], h.transpose(1, 2)).squeeze(1)  # C, T
-    return mean, var
+    product = _product if h.device.type == "cpu" else _product_without_tf32
+    return product(by_group, m).flatten(0, 1), product(w[:, None], h).squeeze(1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller one, for speed."""
+    return torch.bmm(a, b.transpose(1, 2))
+
+
+def _product_without_tf32(a: Tensor, b: Tensor) -> Tensor:
+    """The same by elements.
+
+    A GPU that may use TF32 for matrix products would round each weight by as much as it moves in
+    an iteration, and ``m . w_t - m . w_{t-tau}`` would be lost.
+    """
+    return (a[:, :, None] * b[:, None]).sum(3)

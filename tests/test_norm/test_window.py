@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
-from cbn_mmdet.norm.window import Entry, Window, dot
+from cbn_mmdet.norm.window import Entry, Window, _product, _product_without_tf32, dot
 
 
 def entry_of(conv, x, stride=1):
@@ -144,3 +144,17 @@ def test_entries_with_and_without_derivative_do_not_mix():
     window.push(Entry(full.mean, full.var))
     assert len(window) == 1
     assert window.estimate(full.mean, full.var, conv.weight, None).derivative is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("product", [_product, _product_without_tf32])
+def test_products_with_the_weight(groups, product, monkeypatch):
+    monkeypatch.setattr("cbn_mmdet.norm.window._product", product)
+    weight = torch.randn(6, 4, 3, 3)
+    derivative = Derivative(torch.randn(groups, 5, 36), torch.randn(6, 5, 36))
+    mean, var = dot(derivative, weight)
+    for channel in range(6):
+        w = weight[channel].flatten()
+        of_group = derivative.mean[channel * groups // 6]
+        torch.testing.assert_close(mean[channel], of_group @ w)
+        torch.testing.assert_close(var[channel], derivative.var[channel] @ w)

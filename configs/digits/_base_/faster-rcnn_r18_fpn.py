@@ -2,7 +2,7 @@
 # trainable norm after every convolution of the backbone, the FPN and the box head.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50_fpn.py"
 
-# A step of one or two images moves the running statistics less than the default of 0.1 lets it.
+# Batches of one or two images are noisy: average the running statistics over more of them.
 norm_cfg = dict(type="BN", momentum=0.02, requires_grad=True)
 strides = [4, 8, 16, 32]
 model = dict(
