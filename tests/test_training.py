@@ -26,7 +26,7 @@ def scalars(work_dir):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, small_config, root):
-    """A training killed in its second epoch: its work dir and its config."""
+    """A training killed after its first checkpoint: its work dir and its config."""
     folder = tmp_path_factory.mktemp("stopped")
     config, work_dir = small_config(folder, CBN2, SHORT), folder / "work"
     process = subprocess.Popen(
@@ -35,12 +35,14 @@ def stopped(tmp_path_factory, small_config, root):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
-    while not (work_dir / "last_checkpoint").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 300
+        while not (work_dir / "last_checkpoint").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     return work_dir, config
 
 
@@ -55,12 +57,12 @@ def trained(stopped, tool):
 
 def test_resume_goes_on_from_the_last_checkpoint(trained):
     work_dir, _, output = trained
-    assert "resumed epoch: 1, iter: 6" in output
+    assert re.search(r"resumed epoch: [12], iter: (6|12)\b", output)
     assert (work_dir / "epoch_3.pth").exists()
     rows = [row for row in scalars(work_dir) if "cbn/window_size" in row]
     steps = {row["step"]: row["cbn/window_size"] for row in rows}
     assert steps == {step: 1 if step <= 6 else 8 for step in range(1, 19)}
-    assert re.search(r"coco/bbox_mAP: \d\.\d{4}", output) or "no detection" in output.lower()
+    assert re.search(r"coco/bbox_mAP: \d\.\d{4}|results of the whole dataset is empty", output)
 
 
 def test_checkpoint_is_a_batch_norm_checkpoint(trained, root):
@@ -90,6 +92,8 @@ def test_test(trained, tool, tmp_path):
 def test_report(trained, tool):
     work_dir, *_ = trained
     output = tool("report.py", work_dir).stdout
+    assert "COCO evaluation of epoch 3" in output
+    assert re.search(r"coco/bbox_mAP: +\d\.\d{3}", output)
     for name in ("log", "checkpoint", "loss and AP", "detections"):
         (path,) = re.findall(rf"^{name}: +(.+)$", output, re.MULTILINE)
         assert os.path.getsize(path) > 1000
@@ -123,12 +127,12 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
 
 
 def test_two_processes_over_gloo(small_config, tmp_path, torchrun):
-    """Both ranks train, evaluate together, and end with the same parameters."""
+    """Both ranks train and evaluate together, through the wrapper that mmengine puts on."""
     config = small_config(tmp_path, CBN2, "train_cfg = dict(max_epochs=2)")
     work_dir = tmp_path / "work"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = torchrun("train.py", config, "--work-dir", work_dir, env=environment)
-    assert "GPU number: 2" in done.stdout or "Distributed launcher: pytorch" in done.stdout
+    assert "GPU number: 2" in done.stdout  # mmengine's words for two processes
     windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
     assert windows == [1] * 3 + [8] * 3  # 12 images, 2 ranks of 2 images
     out = tmp_path / "results.pkl"

@@ -227,3 +227,22 @@ def test_evaluation_leaves_the_window_alone(tmp_path):
     run.register_hook(Evaluate())
     run.train()
     assert [held for _, held in seen] == [0, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_a_run_without_cbn_may_be_shorter_than_the_burn_in(tmp_path):
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=3), norm=nn.GroupNorm(1, 4), epochs=1)
+    run.model.body[1].window, run.model.body[1]._windows = 1, []  # for Watch
+    run.train()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_layers_kept_in_evaluation_mode_are_named(tmp_path, frozen):
+    """As a backbone with norm_eval=True keeps them."""
+    norm = CBN(4, window_size=3)
+    if frozen:
+        norm.train = lambda mode=True: nn.Module.train(norm, False)
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=0), norm=norm, epochs=1)
+    run.train()
+    (log,) = tmp_path.rglob("*.log")
+    warning = "1 of 1 CBN layers are in evaluation mode while the model trains, 'body.1' first"
+    assert (warning in log.read_text()) == frozen
