@@ -332,8 +332,6 @@ def with_cbn(node):
             node[key] = NORM
     if "frozen_stages" in node:
         node["frozen_stages"] = 0 if node["type"] == "EfficientNet" else -1
-    if "norm_eval" in node:
-        node["norm_eval"] = False
     if (node.get("init_cfg") or {}).get("type") == "Pretrained":
         node["init_cfg"] = None
     return node
@@ -350,7 +348,11 @@ def stock_model(name):
     for part in STOCK[name]:
         cfg[part]["norm_cfg"] = NORM
     init_default_scope("mmdet")
+    cfg["data_preprocessor"].pop("batch_augments", None)  # they resize to the full training size
     model = MODELS.build(ConfigDict(cfg))
+    for module in model.modules():
+        if hasattr(module, "norm_eval"):  # the default of some backbones
+            module.norm_eval = False
     model.init_weights()
     return model
 
