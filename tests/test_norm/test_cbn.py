@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import CBN, link, set_window, step
+from cbn_mmdet.norm import linking
 
 
 def pair(channels=4, **kwargs):
@@ -214,6 +215,68 @@ class TestWindow:
             torch.testing.assert_close(norm.running_var, var, rtol=1e-4, atol=1e-4)
             with torch.no_grad():
                 conv.weight += 0.01
+
+    def test_running_statistics_as_a_plain_average(self):
+        model = linked(backward="current", momentum=None)
+        bn = nn.BatchNorm2d(4, momentum=None)
+        for _ in range(4):
+            x = torch.randn(2, 3, 8, 8)
+            bn(model[0](x))
+            model(x)
+            step(model)
+        for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_without_running_statistics(self):
+        """The window works alike; evaluation normalises with the batch, as BN does."""
+        torch.manual_seed(0)
+        tracking = linked()
+        bare = nn.Sequential(
+            copy.deepcopy(tracking[0]), CBN(4, window_size=4, track_running_stats=False)
+        )
+        link(bare)
+        for _ in range(4):
+            x = torch.randn(2, 3, 8, 8)
+            assert torch.equal(bare(x), tracking(x))
+            step(bare), step(tracking)
+        bn = nn.BatchNorm2d(4, track_running_stats=False).eval()
+        assert torch.equal(bare.eval()(x), bn(bare[0](x)))
+
+    @pytest.mark.parametrize("frozen", ["input", "weight", "all but the bias"])
+    def test_gradients_of_what_is_frozen_are_not_formed(self, frozen):
+        torch.manual_seed(0)
+        model = linked(bias=True)
+        iterate(model, 4)
+        x = torch.randn(2, 3, 8, 8)
+        target = torch.randn(2, 4, 8, 8)
+        (model(x) * target).sum().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        conv, norm = model
+        if frozen == "input":
+            y = conv(x).detach()
+            linking._sign(conv, (x,), {}, y)
+            (norm(y) * target).sum().backward()  # what is left flows through the window
+            assert conv.weight.grad is not None
+            torch.testing.assert_close(norm.weight.grad, expected["1.weight"])
+            return
+        conv.weight.requires_grad_(False)
+        if frozen == "all but the bias":
+            norm.requires_grad_(False)
+        (model(x) * target).sum().backward()
+        assert conv.weight.grad is None
+        torch.testing.assert_close(conv.bias.grad, expected["0.bias"], rtol=1e-3, atol=1e-3)
+
+    def test_a_dead_output_is_verified_later(self):
+        """A convolution whose output is all zero tells nothing of what it computes."""
+        model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Conv2d(3, 4, 1, bias=False), CBN(4))
+        link(model)
+        model[1].weight.data.zero_()
+        model(torch.randn(2, 3, 5, 5))
+        assert model[2]._verified is None
+        nn.init.normal_(model[1].weight)
+        model(torch.randn(2, 3, 5, 5))
+        assert model[2]._verified() is model[1]
 
     def test_step_tells_what_was_clamped(self):
         model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2))
