@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ class Signature:
 
     __slots__ = ("input", "module", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, module: nn.Module, input: Tensor | None) -> None:
-        self.tensor = weakref.ref(tensor)
+    def __init__(
+        self, tensor: Tensor, module: nn.Module, input: Tensor | None, forget: Callable
+    ) -> None:
+        self.tensor = weakref.ref(tensor, forget)
         self.module = weakref.ref(module)
         self.input = input
         self.version = _version(tensor)
@@ -115,14 +118,13 @@ def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     if learns and isinstance(module, nn.Conv2d) and _trains(module):
         held = args[0] if args else kwargs.get("input")
     signatures, key = _here.signatures, id(output)
-    signatures[key] = signature = Signature(output, module, held)
 
-    def forget() -> None:
+    def forget(reference: weakref.ref) -> None:
         # Another tensor may have the id by then.
-        if signatures.get(key) is signature:
+        if key in signatures and signatures[key].tensor is reference:
             del signatures[key]
 
-    weakref.finalize(output, forget).atexit = False
+    signatures[key] = Signature(output, module, held, forget)
 
 
 def _enter(module: nn.Module, args: tuple) -> None:
