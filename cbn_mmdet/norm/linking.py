@@ -134,10 +134,12 @@ def _enter(module: nn.Module, args: tuple) -> None:
 
 
 def _leave(module: nn.Module, args: tuple, output: object) -> None:
-    # A forward that failed may have left some that it had entered.
-    if module in _here.running:
-        del _here.running[_here.running.index(module) :]
-    if not _here.running:
+    # A forward that failed may have left some that it had entered; a module may call itself.
+    running = _here.running
+    depths = [depth for depth, entered in enumerate(running) if entered is module]
+    if depths:
+        del running[depths[-1] :]
+    if not running:
         _here.forward = None
 
 

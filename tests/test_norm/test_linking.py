@@ -170,6 +170,23 @@ class TestNothingIsKept:
         assert len(model[1]._windows) == 1
         assert model[1].num_batches_tracked == 2
 
+    def test_a_module_that_calls_itself_stays_in_its_forward(self):
+        class Again(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(4, 4, 1), CBN(4)
+
+            def forward(self, x, again=True):
+                if again:
+                    x = self(x, again=False)
+                return self.norm(self.conv(x))
+
+        model = Again()
+        link(model)
+        for _ in range(3):
+            train_once(model, torch.randn(2, 4, 5, 5))
+        assert [len(window) for window in model.norm._windows] == [3, 3]
+
     def test_models_in_threads_do_not_meet(self):
         def train(errors):
             try:
