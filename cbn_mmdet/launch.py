@@ -131,13 +131,17 @@ def check_data(cfg: Config, split: str) -> None:
         return  # not files of this machine
     root = dataset.get("data_root") or ""
     needed = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
-    evaluators = cfg.get(f"{split}_evaluator") or []
-    evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
     paths = [osp.join(root, path) for path in needed if path]
-    paths += [evaluator["ann_file"] for evaluator in evaluators if evaluator.get("ann_file")]
+    paths += [each["ann_file"] for each in evaluators(cfg, split) if each.get("ann_file")]
     for path in paths:
         if not osp.exists(path):
             raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
+
+
+def evaluators(cfg: Config, split: str) -> list[dict]:
+    """The evaluators of ``split``, which a config may give as one, as several, or not at all."""
+    given = cfg.get(f"{split}_evaluator") or []
+    return [given] if isinstance(given, dict) else list(given)
 
 
 def _how_to_get_data(dataset: dict) -> str:

@@ -15,12 +15,17 @@ NOTHING_DETECTED = {"coco/bbox_mAP": 0.0}
 
 def find_last_run(work_dir: str) -> str:
     """Find the folder, named after its time, that the last training left in ``work_dir``."""
+    return osp.dirname(osp.dirname(find_scalars(work_dir)[-1]))
+
+
+def find_scalars(work_dir: str) -> list[str]:
+    """Find the file of scalars of each training in ``work_dir``, in the order of their times."""
     if not osp.isdir(work_dir):
         raise UsageError(f"there is no work dir {work_dir}: train first")
-    runs = sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json")))
-    if not runs:
+    paths = sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json")))
+    if not paths:
         raise UsageError(f"{work_dir} holds no training run: train first")
-    return osp.dirname(osp.dirname(runs[-1]))
+    return paths
 
 
 def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
@@ -29,7 +34,7 @@ def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
     A run that resumed, or started anew, replaces what earlier runs logged from there on.
     """
     training, evaluations = [], []
-    for path in sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json"))):
+    for path in find_scalars(work_dir):
         with open(path) as file:
             records = [json.loads(line) for line in file]
         steps = [record for record in records if "loss" in record]

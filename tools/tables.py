@@ -56,8 +56,6 @@ def split_name(work_dir: str) -> tuple[str, int]:
 
 def last_result(work_dir: str) -> dict:
     """Read the last evaluation of a run, empty if there was none."""
-    if not osp.isdir(work_dir):
-        raise UsageError(f"there is no work dir {work_dir}: train first")
     training, evaluations = read_scalars(work_dir)
     if not evaluations:
         return {}

@@ -13,6 +13,7 @@ from cbn_mmdet.launch import (
     add_launch_arguments,
     check_checkpoint,
     check_data,
+    evaluators,
     explained_errors,
     load_config,
     run_tool,
@@ -58,9 +59,8 @@ def write_detections(cfg: Config, path: str) -> None:
     """Add the evaluator that writes all detections to ``path``."""
     if not path.endswith((".pkl", ".pickle")):
         raise UsageError(f"--out {path}: the name must end with .pkl or .pickle")
-    evaluators = cfg.test_evaluator
-    evaluators = [evaluators] if isinstance(evaluators, dict) else list(evaluators)
-    cfg.test_evaluator = [*evaluators, {"type": "DumpDetResults", "out_file_path": path}]
+    dump = {"type": "DumpDetResults", "out_file_path": path}
+    cfg.test_evaluator = [*evaluators(cfg, "test"), dump]
 
 
 def draw_detections(cfg: Config, args: argparse.Namespace) -> None:

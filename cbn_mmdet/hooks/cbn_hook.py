@@ -10,7 +10,8 @@ from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ..norm import CBN, link, set_window, step
+from ..norm import link, set_window, step
+from ..norm.iteration import cbn_layers
 
 
 @HOOKS.register_module()
@@ -54,7 +55,6 @@ class CBNHook(Hook):
         """Links the model and checks the burn-in against the length of the run."""
         model = _unwrapped(runner.model)
         if link(model) == 0:
-            self._full_window = 1
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
                 "norm_cfg=dict(type='CBN') where the model should use it, or remove the hook. "
@@ -70,17 +70,17 @@ class CBNHook(Hook):
                 f"{unit}, so the window would never open. Set a shorter burn_in"
                 + (", or count iterations with by_epoch=False." if self.by_epoch else ".")
             )
-        self._full_window = max(layer.window_size for layer in _layers(model).values())
+        self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
 
     def before_train_epoch(self, runner) -> None:
         """Opens the window after a burn-in that counts epochs."""
         if self.by_epoch:
-            self._hold(runner, runner.epoch)
+            self._hold(runner)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Opens the window after a burn-in that counts iterations."""
         if not self.by_epoch:
-            self._hold(runner, runner.iter)
+            self._hold(runner)
         if not self._checked_modes:
             self._checked_modes = True
             self._warn_of_idle_layers(runner)
@@ -94,7 +94,7 @@ class CBNHook(Hook):
 
     def _warn_of_idle_layers(self, runner) -> None:
         """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
-        layers = _layers(_unwrapped(runner.model))
+        layers = cbn_layers(_unwrapped(runner.model))
         idle = [name for name, layer in layers.items() if not layer.training]
         if idle:
             runner.logger.warning(
@@ -104,16 +104,12 @@ class CBNHook(Hook):
                 "backbone; to keep them frozen, leave their norm at BN."
             )
 
-    def _hold(self, runner, done: int) -> None:
-        set_window(_unwrapped(runner.model), 1 if done < self.burn_in else self._full_window)
+    def _hold(self, runner) -> None:
+        set_window(_unwrapped(runner.model), self._in_force(runner))
 
     def _in_force(self, runner) -> int:
         done = runner.epoch if self.by_epoch else runner.iter
         return 1 if done < self.burn_in else self._full_window
-
-
-def _layers(model) -> dict[str, CBN]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, CBN)}
 
 
 def _unwrapped(model):

@@ -24,7 +24,7 @@ def link(model: nn.Module) -> int:
         The number of CBN layers in the model.
     """
     linking.watch(model)
-    return len(_layers(model))
+    return len(cbn_layers(model))
 
 
 def links(model: nn.Module) -> dict[str, str]:
@@ -39,8 +39,8 @@ def links(model: nn.Module) -> dict[str, str]:
     names = {module: name for name, module in model.named_modules()}
     return {
         name: names[layer.feeder]
-        for name, layer in model.named_modules()
-        if isinstance(layer, CBN) and layer.feeder in names
+        for name, layer in cbn_layers(model).items()
+        if layer.feeder in names
     }
 
 
@@ -58,7 +58,7 @@ def set_window(model: nn.Module, size: int) -> None:
         ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
     """
     check_count("size", size, "the window size to put in force")
-    layers = _layers(model)
+    layers = cbn_layers(model).values()
     largest = max((layer.window_size for layer in layers), default=size)
     if size > largest:
         raise ValueError(
@@ -83,7 +83,7 @@ def step(model: nn.Module) -> Tensor | None:
         iteration, a tensor without dimensions; None if nothing was compensated.
     """
     linking.end_iteration()
-    counts = [count for layer in _layers(model) if (count := layer.step()) is not None]
+    counts = [count for layer in cbn_layers(model).values() if (count := layer.step()) is not None]
     if not counts:
         return None
     device = counts[0][0].device
@@ -91,5 +91,6 @@ def step(model: nn.Module) -> Tensor | None:
     return clamped / sum(total for _, total in counts)
 
 
-def _layers(model: nn.Module) -> list[CBN]:
-    return [module for module in model.modules() if isinstance(module, CBN)]
+def cbn_layers(model: nn.Module) -> dict[str, CBN]:
+    """The CBN layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CBN)}

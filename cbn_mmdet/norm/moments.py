@@ -84,12 +84,11 @@ def batch_derivative(
     Returns:
         The derivatives in float32 (float64 for float64 input), detached.
     """
-    dtype = statistics_dtype(y.dtype)
     x, y = x.detach(), y.detach()
     # Under autocast the convolution saw a cast copy of its input.
     x, padding = _padded(conv, x.to(y.dtype), y)
     return Derivative(
-        _mean_patch(conv, x, padding, y).to(dtype),
+        _mean_patch(conv, x, padding, y),
         _var_derivative(conv, x, padding, y, mean, stride),
     )
 

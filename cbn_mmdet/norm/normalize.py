@@ -82,9 +82,16 @@ class _Normalize(Function):
     def backward(ctx, grad):
         y, gamma, mean, var, gap, *compensation = ctx.saved_tensors
         with torch.autocast(y.device.type, enabled=False):
-            grad_y, grad_gamma, grad_beta = _backward_current(ctx, grad, y, gamma, mean, var)
-            grads = (grad_gamma, grad_beta, gamma, var, gap, compensation)
-            grad_weight, grad_bias = (None, None) if gap is None else _backward_past(ctx, *grads)
+            r = (var + ctx.eps).rsqrt()
+            scale = r if gamma is None else r * gamma
+            grad_y, grad_gamma, grad_beta = _backward_current(
+                ctx, grad, y, gamma, mean, var, r, scale
+            )
+            grad_weight = grad_bias = None
+            if gap is not None:
+                grad_weight, grad_bias = _backward_past(
+                    ctx, grad_gamma, grad_beta, gap, compensation, r, scale
+                )
         return (
             grad_y,
             grad_gamma if ctx.needs_input_grad[1] else None,
@@ -96,7 +103,7 @@ class _Normalize(Function):
         )
 
 
-def _backward_current(ctx, grad, y, gamma, mean, var):
+def _backward_current(ctx, grad, y, gamma, mean, var, r, scale):
     """Gradients in y, gamma and beta."""
     need_y, dtype = ctx.needs_input_grad[0], y.dtype
     if dtype != mean.dtype:
@@ -109,8 +116,6 @@ def _backward_current(ctx, grad, y, gamma, mean, var):
     if not need_y:
         return None, grad_gamma, grad_beta
     # What reaches y through the current batch's share of the statistics.
-    r = (var + ctx.eps).rsqrt()
-    scale = r if gamma is None else r * gamma
     per_position = -scale / (ctx.size * (y.numel() // y.shape[1]))
     slope = per_position * r * grad_gamma
     offset = per_position * grad_beta - slope * mean
@@ -118,11 +123,9 @@ def _backward_current(ctx, grad, y, gamma, mean, var):
     return grad_y.to(dtype), grad_gamma, grad_beta
 
 
-def _backward_past(ctx, grad_gamma, grad_beta, gamma, var, gap, compensation):
+def _backward_past(ctx, grad_gamma, grad_beta, gap, compensation, r, scale):
     """Gradients in the convolution's weight and bias through the compensated past."""
     need_weight, need_bias = ctx.needs_input_grad[3:5]
-    r = (var + ctx.eps).rsqrt()
-    scale = r if gamma is None else r * gamma
     through_var = -0.5 * r * scale * grad_gamma / ctx.size  # S / k
     of_mean = (-scale * grad_beta / ctx.size)[:, None] + 2 * through_var[:, None] * gap  # C, T
     grad_bias = of_mean.sum(1) if need_bias else None

@@ -1,6 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -216,7 +215,6 @@ def test_nothing_remains_of_a_failed_build(tmp_path, monkeypatch, error):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_killed_build_leaves_no_set(tmp_path):
     root = tmp_path / "digits"
     process = subprocess.Popen(command(root, "--train", 100000))
