@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import numbers
+import os
+import os.path as osp
 
+import torch
+from mmengine.dist import all_reduce_params, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ..norm import link, set_window, step
+from ..norm import link, load_window_state, set_window, step, window_state
 from ..norm.iteration import cbn_layers
 
 
@@ -19,8 +23,14 @@ class CBNHook(Hook):
     """Links every CBN to its convolution, holds the burn-in, and ends each iteration.
 
     Early in training the weights move too fast for a first-order compensation, so the window is
-    held at 1 first, which is batch normalisation: 3 epochs on COCO in the paper. After a
-    resume the window starts empty and fills again within ``window_size - 1`` iterations.
+    held at 1 first, which is batch normalisation: 3 epochs on COCO in the paper.
+
+    In distributed training the running statistics are averaged over the processes at the end of
+    each iteration, so that every process evaluates with the same ones, and a checkpoint has them.
+    Windows stay with their process.
+
+    After a resume the window starts empty and fills again within ``window_size - 1`` iterations,
+    unless ``save_window`` is set.
 
     It logs, beside the losses,
 
@@ -32,23 +42,33 @@ class CBNHook(Hook):
     Args:
         burn_in: Length of the burn-in, at least 0, less than the run.
         by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False).
+        save_window: Whether each process writes its windows to ``cbn_window_rank{rank}.pth`` in
+            the work dir with every checkpoint, in the place of the last ones, so that a resume
+            goes on as if there had been no interruption. They have ``window_size - 1`` times the
+            size of the weights that CBN follows.
 
     Raises:
-        ValueError: ``burn_in`` or ``by_epoch`` is not of its kind, or (at the start of training)
-            ``burn_in`` is not shorter than the run.
+        ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
+            not shorter than the run.
     """
 
-    def __init__(self, burn_in: int = 3, by_epoch: bool = True) -> None:
+    # Before whatever reads the running statistics after an iteration, EMAHook for one.
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self, burn_in: int = 3, by_epoch: bool = True, save_window: bool = False) -> None:
         if not isinstance(burn_in, numbers.Integral) or isinstance(burn_in, bool) or burn_in < 0:
             raise ValueError(
                 "CBNHook: burn_in must be a whole number of epochs (or of iterations with "
                 f"by_epoch=False), at least 0, got {burn_in!r}."
             )
-        if not isinstance(by_epoch, bool):
-            raise ValueError(f"CBNHook: by_epoch must be True or False, got {by_epoch!r}.")
+        for name, value in (("by_epoch", by_epoch), ("save_window", save_window)):
+            if not isinstance(value, bool):
+                raise ValueError(f"CBNHook: {name} must be True or False, got {value!r}.")
         self.burn_in = burn_in
         self.by_epoch = by_epoch
+        self.save_window = save_window
         self._full_window = 1
+        self._checkpoint: str | None = None
         self._checked_modes = False
 
     def before_train(self, runner) -> None:
@@ -71,14 +91,20 @@ class CBNHook(Hook):
                 + (", or count iterations with by_epoch=False." if self.by_epoch else ".")
             )
         self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
+        self._hold(runner)
+        self._checkpoint = _last_checkpoint()
+        if self.save_window and runner.iter > 0:
+            self._load_window(runner)
 
     def before_train_epoch(self, runner) -> None:
         """Opens the window after a burn-in that counts epochs."""
+        self._save_window(runner)
         if self.by_epoch:
             self._hold(runner)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Opens the window after a burn-in that counts iterations."""
+        self._save_window(runner)
         if not self.by_epoch:
             self._hold(runner)
         if not self._checked_modes:
@@ -87,10 +113,61 @@ class CBNHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
-        clamped = step(_unwrapped(runner.model))
+        model = _unwrapped(runner.model)
+        clamped = step(model)
+        if get_world_size() > 1:
+            _average_running_statistics(model)
         hub = MessageHub.get_current_instance()
         hub.update_scalar("train/cbn/window_size", self._in_force(runner))
         hub.update_scalar("train/cbn/clamped", 0.0 if clamped is None else clamped.item())
+
+    def before_val_epoch(self, runner) -> None:
+        """Writes the windows if a checkpoint was just written."""
+        self._save_window(runner)
+
+    def after_train(self, runner) -> None:
+        """Writes the windows if a checkpoint was just written."""
+        self._save_window(runner)
+
+    def _save_window(self, runner) -> None:
+        """Writes the windows if a checkpoint was written since the last call.
+
+        Only the process of rank 0 writes checkpoints, but all of them learn of it.
+        """
+        checkpoint = _last_checkpoint()
+        if not self.save_window or checkpoint == self._checkpoint:
+            return
+        self._checkpoint = checkpoint
+        path = _window_path(runner)
+        saved = dict(
+            iter=runner.iter,
+            world_size=get_world_size(),
+            windows=window_state(_unwrapped(runner.model)),
+        )
+        # An interrupted write must not leave a file that a resume would stumble over.
+        torch.save(saved, path + ".part")
+        os.replace(path + ".part", path)
+
+    def _load_window(self, runner) -> None:
+        """Fills the windows of a resumed run, or tells why they start empty."""
+        path = _window_path(runner)
+        if not osp.isfile(path):
+            return self._start_empty(runner, f"there is no {path}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, now in (("iter", runner.iter), ("world_size", get_world_size())):
+            if saved[name] != now:
+                why = f"{path} is of {name} {saved[name]}, the run of {name} {now}"
+                return self._start_empty(runner, why)
+        try:
+            load_window_state(_unwrapped(runner.model), saved["windows"])
+        except ValueError as error:
+            self._start_empty(runner, str(error))
+
+    def _start_empty(self, runner, why: str) -> None:
+        runner.logger.warning(
+            f"CBNHook: the windows start empty, as {why}. They fill within "
+            f"{self._full_window - 1} iterations."
+        )
 
     def _warn_of_idle_layers(self, runner) -> None:
         """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
@@ -110,6 +187,30 @@ class CBNHook(Hook):
     def _in_force(self, runner) -> int:
         done = runner.epoch if self.by_epoch else runner.iter
         return 1 if done < self.burn_in else self._full_window
+
+
+def _average_running_statistics(model) -> None:
+    """Averages what the layers learnt of their own process's images over the processes.
+
+    Doing so after each iteration leaves the same average as doing it once, since running
+    statistics are linear in what they average.
+    """
+    buffers = [
+        buffer
+        for layer in cbn_layers(model).values()
+        if layer.training and layer.track_running_stats
+        for buffer in (layer.running_mean, layer.running_var)
+    ]
+    if buffers:
+        all_reduce_params(buffers, op="mean")
+
+
+def _last_checkpoint() -> str | None:
+    return MessageHub.get_current_instance().get_info("last_ckpt")
+
+
+def _window_path(runner) -> str:
+    return osp.join(runner.work_dir, f"cbn_window_rank{get_rank()}.pth")
 
 
 def _unwrapped(model):

@@ -1,7 +1,18 @@
 # Licensed under the Apache License, Version 2.0.
-"""The layer and what a training loop calls; depends on torch alone."""
+"""The layers and what a training loop calls; depends on torch alone."""
 
-from .cbn import CBN
-from .iteration import link, links, set_window, step
+from .brn import BRN
+from .cbn import CBN, SyncCBN
+from .iteration import link, links, load_window_state, set_window, step, window_state
 
-__all__ = ["CBN", "link", "links", "set_window", "step"]
+__all__ = [
+    "BRN",
+    "CBN",
+    "SyncCBN",
+    "link",
+    "links",
+    "load_window_state",
+    "set_window",
+    "step",
+    "window_state",
+]

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import linking
+from . import linking, sync
 from .moments import (
     Derivative,
     batch_derivative,
     batch_moments,
     is_plain,
+    statistics_dtype,
 )
 from .normalize import normalize
+from .sync import Moments
 from .window import Entry, Estimate, Window, dot
 
 _BACKWARDS = ("window", "current")
@@ -55,7 +57,8 @@ class CBN(_BatchNorm):
     training, too, which updates the running statistics in each forward.
 
     Past statistics are kept in float32, on the layer's device, and are not part of
-    ``state_dict``. A copied or unpickled layer starts with an empty window and without a link.
+    ``state_dict``, but :func:`cbn_mmdet.window_state` has them. A copied or unpickled layer starts
+    with an empty window and without a link.
     Called several times in one forward of the model, the layer keeps a window for each call.
 
     Args:
@@ -75,6 +78,10 @@ class CBN(_BatchNorm):
             past statistics are constants, running statistics those of the current batch.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
             of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions.
+        sync: Whether the current statistics, and hence those that enter the window, are those of
+            the batches of all processes together, as in ``nn.SyncBatchNorm``, which this is with a
+            window of 1. Each process moves the past to today's weights with the derivative of its
+            own batch. Without distributed training it changes nothing.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
 
@@ -93,6 +100,7 @@ class CBN(_BatchNorm):
         compensate: bool = True,
         backward: str = "window",
         derivative_stride: int = 1,
+        sync: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,8 +112,9 @@ class CBN(_BatchNorm):
                 f"CBN: backward must be 'window' (gradient through the window) or 'current' "
                 f"(the paper's), got {backward!r}."
             )
-        if not isinstance(compensate, bool):
-            raise ValueError(f"CBN: compensate must be True or False, got {compensate!r}.")
+        for name, value in (("compensate", compensate), ("sync", sync)):
+            if not isinstance(value, bool):
+                raise ValueError(f"CBN: {name} must be True or False, got {value!r}.")
         if not isinstance(eps, numbers.Real) or not eps >= 0:
             raise ValueError(f"CBN: eps must be a number of at least 0, got {eps!r}.")
         if momentum is not None and not (isinstance(momentum, numbers.Real) and 0 <= momentum <= 1):
@@ -117,6 +126,7 @@ class CBN(_BatchNorm):
         self.compensate = compensate
         self.backward = backward
         self.derivative_stride = derivative_stride
+        self.sync = sync
         self._window = window_size  # in force
         self.__dict__.update(_fresh_state())
 
@@ -182,26 +192,50 @@ class CBN(_BatchNorm):
                 return self._recompute(input)
             conv, conv_input = self._resolve(input)
             if self._window == 1:
-                return super().forward(input)
+                if not self._is_spread():
+                    return super().forward(input)
+                conv = conv_input = None
             call = self._next_call()
-            if input.numel() == 0:  # no region in the batch: nothing to learn or to record
+            moments = self._moments(input)
+            if moments is None:  # no region in the batch: nothing to learn or to record
                 return self._batch_norm(input)
-            mean, var = batch_moments(input.detach())
-            estimate = self._estimate(call, mean, var, conv)
-            if estimate.size == 1 and input.numel() == self.num_features:
+            estimate = self._estimate(call, moments, conv)
+            if estimate.size == 1 and not self._is_spread() and moments.count == 1:
                 raise ValueError(
                     f"{self._title}: Expected more than 1 value per channel when training with an "
                     f"empty window, got an input of shape {tuple(input.shape)}."
                 )
-            self._records[call] = self._record(input, mean, var, estimate, conv, conv_input)
-            return self._normalize(input, estimate, conv)
+            record = self._record(input, moments, estimate, conv, conv_input)
+            if self._window == 1:
+                self._update_running_stats(record)
+            else:
+                self._records[call] = record
+            return self._normalize(input, estimate, moments, conv)
 
     # The method, in the order of the paper.
 
-    def _estimate(self, call: int, mean: Tensor, var: Tensor, conv: nn.Conv2d | None) -> Estimate:
+    @torch.no_grad()
+    def _moments(self, y: Tensor) -> Moments | None:
+        """Statistics of the current batch, of all processes if ``sync``; None if it is empty."""
+        count = y.numel() // self.num_features
+        if count > 0:
+            mean, var = batch_moments(y.detach())
+        else:
+            mean = var = y.new_zeros(self.num_features, dtype=statistics_dtype(y.dtype))
+        moments = Moments(mean, var, count, mean)
+        if self._is_spread():
+            moments = sync.joint_moments(moments)
+        # Where this process has positions the sum need not be read, which a GPU would wait for.
+        return moments if count > 0 or moments.count > 0 else None
+
+    def _is_spread(self) -> bool:
+        """Whether other processes hold parts of the batch."""
+        return self.sync and sync.is_distributed()
+
+    def _estimate(self, call: int, moments: Moments, conv: nn.Conv2d | None) -> Estimate:
         window = self._window_of(call)
         if conv is None:
-            return window.estimate(mean, var, None, None)
+            return window.estimate(moments.mean, moments.var, None, None)
         feeder = None if window.feeder is None else window.feeder()
         if feeder not in (None, conv):
             raise RuntimeError(
@@ -212,9 +246,11 @@ class CBN(_BatchNorm):
         if feeder is None:
             window.clear()
             window.feeder = weakref.ref(conv)
-        return window.estimate(mean, var, conv.weight, conv.bias)
+        return window.estimate(moments.mean, moments.var, conv.weight, conv.bias)
 
-    def _normalize(self, y: Tensor, estimate: Estimate, conv: nn.Conv2d | None) -> Tensor:
+    def _normalize(
+        self, y: Tensor, estimate: Estimate, moments: Moments, conv: nn.Conv2d | None
+    ) -> Tensor:
         dtype = estimate.mean.dtype
         through_window = self.backward == "window" and estimate.size > 1 and conv is not None
         return normalize(
@@ -225,14 +261,14 @@ class CBN(_BatchNorm):
             self.eps,
             conv.weight if through_window and estimate.derivative is not None else None,
             conv.bias if through_window else None,
+            moments if self._is_spread() else None,
         )
 
     @torch.no_grad()
     def _record(
         self,
         y: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        moments: Moments,
         estimate: Estimate,
         conv: nn.Conv2d | None,
         conv_input: Tensor | None,
@@ -241,19 +277,18 @@ class CBN(_BatchNorm):
         if self.backward == "window" and estimate.size > 1:
             running = estimate.mean, estimate.var
         else:
-            count = y.numel() // y.shape[1]
-            running = mean, var * (count / max(count - 1, 1))
+            running = moments.mean, moments.unbiased_var
         clamped = None if estimate.positive is None else ~estimate.positive
-        return _Record(self._entry(y, mean, var, conv, conv_input), *running, clamped)
+        return _Record(self._entry(y, moments, conv, conv_input), *running, clamped)
 
     def _entry(
         self,
         y: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        moments: Moments,
         conv: nn.Conv2d | None,
         conv_input: Tensor | None,
     ) -> Entry:
+        mean, var = moments.mean, moments.var
         if conv is None:
             return Entry(mean, var)
         if conv.bias is not None:
@@ -262,7 +297,7 @@ class CBN(_BatchNorm):
             mean_of_product = mean
         if conv_input is None:
             return Entry(mean_of_product, var)
-        derivative = batch_derivative(conv, conv_input, y, mean, self.derivative_stride)
+        derivative = batch_derivative(conv, conv_input, y, moments.own_mean, self.derivative_stride)
         now = dot(Derivative(derivative.mean[:, None], derivative.var[:, None]), conv.weight)
         return Entry(mean_of_product, var, derivative, *(value.squeeze(1) for value in now))
 
@@ -315,17 +350,19 @@ class CBN(_BatchNorm):
 
     def _recompute(self, input: Tensor) -> Tensor:
         """The same output again, for activation checkpointing: nothing is recorded twice."""
-        if self._window == 1 or input.numel() == 0:
+        moments = None
+        if self._window > 1 or self._is_spread():
+            moments = self._moments(input)
+        if moments is None:
             return self._batch_norm(input)
-        if len(self._windows) > 1:
+        if self._window > 1 and len(self._windows) > 1:
             raise RuntimeError(
                 f"{self._title}: was called {len(self._windows)} times in one forward, and "
                 "activation checkpointing repeats the calls in another order, so they cannot be "
                 "told apart. Turn checkpointing off (with_cp=False) around this layer."
             )
-        conv = self.feeder if self.compensate else None
-        mean, var = batch_moments(input.detach())
-        return self._normalize(input, self._estimate(0, mean, var, conv), conv)
+        conv = self.feeder if self.compensate and self._window > 1 else None
+        return self._normalize(input, self._estimate(0, moments, conv), moments, conv)
 
     def _batch_norm(self, input: Tensor) -> Tensor:
         """Batch normalisation in training that leaves the running statistics alone."""
@@ -445,8 +482,15 @@ class CBN(_BatchNorm):
         return (
             f"{super().extra_repr()}, window_size={self.window_size}, "
             f"compensate={self.compensate}, backward={self.backward!r}, "
-            f"derivative_stride={self.derivative_stride}"
+            f"derivative_stride={self.derivative_stride}" + (", sync=True" if self.sync else "")
         )
+
+
+class SyncCBN(CBN):
+    """:class:`CBN` with ``sync=True``: in a config, ``norm_cfg=dict(type='SyncCBN')``."""
+
+    def __init__(self, num_features: int, *args, sync: bool = True, **kwargs) -> None:
+        super().__init__(num_features, *args, sync=sync, **kwargs)
 
 
 def _fresh_state() -> dict:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 from . import linking
 from .cbn import CBN, check_count
+from .window import Window
 
 
 def link(model: nn.Module) -> int:
@@ -89,6 +92,64 @@ def step(model: nn.Module) -> Tensor | None:
     device = counts[0][0].device
     clamped = torch.stack([count.to(device) for count, _ in counts]).sum()
     return clamped / sum(total for _, total in counts)
+
+
+def window_state(model: nn.Module) -> dict:
+    """What the windows hold: the one thing that ``model.state_dict()`` leaves out.
+
+    A training that resumes with it goes on as if it had not been interrupted; without it the
+    windows fill again within ``window_size - 1`` iterations. Each process of a distributed
+    training has its own.
+
+    Args:
+        model: A linked model, between two iterations.
+
+    Returns:
+        Plain values and the windows' own tensors, for ``torch.save``.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        name: [
+            dict(window.state(), feeder=names.get(window.feeder and window.feeder()))
+            for window in layer._windows
+        ]
+        for name, layer in cbn_layers(model).items()
+    }
+
+
+def load_window_state(model: nn.Module, state: dict) -> None:
+    """Fills the windows with what :func:`window_state` returned.
+
+    Args:
+        model: The same model with the weights of that time, linked, and with the same window in
+            force.
+        state: What :func:`window_state` returned.
+
+    Raises:
+        ValueError: The model has other CBN layers, or a layer has another window in force.
+    """
+    layers = cbn_layers(model)
+    if layers.keys() != state.keys():
+        odd = sorted(layers.keys() ^ state.keys())[0]
+        raise ValueError(
+            f"load_window_state: only one of the model and the state has a CBN layer '{odd}'. "
+            "Windows can only be loaded into the model that they were saved from."
+        )
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        for window in state[name]:
+            if window["capacity"] != layer.window - 1:
+                raise ValueError(
+                    f"load_window_state: CBN layer '{name}' has a window of {layer.window} in "
+                    f"force, the state one of {window['capacity'] + 1}. Build the model with the "
+                    "same window_size and call set_window first."
+                )
+    for name, layer in layers.items():
+        device = next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
+        layer._windows[:] = [
+            Window.from_state(window, modules.get(window["feeder"]), device)
+            for window in state[name]
+        ]
 
 
 def cbn_layers(model: nn.Module) -> dict[str, CBN]:

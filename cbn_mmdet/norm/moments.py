@@ -82,9 +82,13 @@ def batch_derivative(
         stride: Subsampling of the positions for ``h``; 1 takes all of them.
 
     Returns:
-        The derivatives in float32 (float64 for float64 input), detached.
+        The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
+        position.
     """
     x, y = x.detach(), y.detach()
+    if y.numel() == 0:
+        per_channel = mean.new_zeros(conv.weight.flatten(1).shape)
+        return Derivative(per_channel[: conv.groups], per_channel)
     # Under autocast the convolution saw a cast copy of its input.
     x, padding = _padded(conv, x.to(y.dtype), y)
     return Derivative(

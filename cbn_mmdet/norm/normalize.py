@@ -11,7 +11,12 @@ carries a gradient to ``y``. For ``g``, the gradient of the loss in ``z`` times 
 
     dL/dy = r [g - (sum(g) + x_hat sum(g x_hat)) / (k M)]
 
-which is batch normalisation's own formula with ``M`` replaced by ``k M``.
+which is batch normalisation's own formula with ``M`` replaced by ``k M``. If the current batch is
+spread over processes, which may differ in their estimate of the past, each position receives the
+sum of what reaches it from all of them. With their ``U`` and ``S`` (below) and the mean ``mu`` of
+the current batch, of ``M`` positions in all,
+
+    dL/dy = r g + (sum U + 2 sum(S (mu - mu_bar)) + 2 (y - mu) sum S) / (k M)
 
 The compensated statistics of the past depend on today's weight and bias as well. The paper takes
 them as constants; the gradient through the window adds their share. With ``U = dL/d mu_bar =
@@ -33,6 +38,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .sync import Moments, joint_sum
 from .window import Estimate
 
 
@@ -44,6 +50,7 @@ def normalize(
     eps: float,
     conv_weight: Tensor | None = None,
     conv_bias: Tensor | None = None,
+    spread: Moments | None = None,
 ) -> Tensor:
     """Normalises ``y`` with the window's statistics.
 
@@ -56,17 +63,19 @@ def normalize(
         conv_weight: The convolution's weight if the gradient is to flow through the past
             iterations' compensated statistics, else None (the paper's gradient).
         conv_bias: The convolution's bias, likewise.
+        spread: The current batch's statistics if they are those of several processes, all of which
+            then take part in the backward pass, else None.
 
     Returns:
         The normalised tensor, in the dtype and memory format of ``y``.
     """
-    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, estimate, eps)
+    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, estimate, eps, spread)
 
 
 class _Normalize(Function):
     @staticmethod
-    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, estimate, eps):
-        ctx.size, ctx.eps = estimate.size, eps
+    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, estimate, eps, spread):
+        ctx.size, ctx.eps, ctx.spread = estimate.size, eps, spread
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
         # Only where something flows through the window are its tensors kept.
         window = [None]
@@ -100,6 +109,7 @@ class _Normalize(Function):
             grad_bias,
             None,
             None,
+            None,
         )
 
 
@@ -109,16 +119,24 @@ def _backward_current(ctx, grad, y, gamma, mean, var, r, scale):
     if dtype != mean.dtype:
         # Three terms that nearly cancel: rounding each to half precision would leave a residue.
         grad, y = grad.to(mean.dtype), y.to(mean.dtype)
-    # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each sum (C,).
-    grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-        grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
-    )
+    if y.numel() == 0:  # the kernel divides by the number of positions
+        grad_y, grad_gamma, grad_beta = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+    else:
+        # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each sum (C,).
+        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+            grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
+        )
     if not need_y:
         return None, grad_gamma, grad_beta
     # What reaches y through the current batch's share of the statistics.
-    per_position = -scale / (ctx.size * (y.numel() // y.shape[1]))
-    slope = per_position * r * grad_gamma
-    offset = per_position * grad_beta - slope * mean
+    through_mean, through_var = -scale * grad_beta, -scale * r * grad_gamma  # U and 2 S
+    count = y.numel() // y.shape[1]
+    if ctx.spread is not None:
+        gap = ctx.spread.mean - mean
+        through_mean, through_var = joint_sum(through_mean + through_var * gap, through_var)
+        mean, count = ctx.spread.mean, ctx.spread.count
+    slope = through_var / (ctx.size * count)
+    offset = through_mean / (ctx.size * count) - slope * mean
     grad_y.addcmul_(y, slope[:, None, None]).add_(offset[:, None, None])
     return grad_y.to(dtype), grad_gamma, grad_beta
 

@@ -113,6 +113,31 @@ class Window:
         tensors = (self._vectors, self._m, self._h)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def state(self) -> dict:
+        """Everything but the feeder, as plain values and the tensors themselves."""
+        return dict(
+            capacity=self.capacity,
+            count=self._count,
+            next=self._next,
+            vectors=self._vectors,
+            m=self._m,
+            h=self._h,
+        )
+
+    @classmethod
+    def from_state(
+        cls, state: dict, feeder: nn.Module | None, device: torch.device | None
+    ) -> Window:
+        """A window on ``device`` with a copy of what :meth:`state` returned."""
+        window = cls(state["capacity"])
+        window.feeder = None if feeder is None else weakref.ref(feeder)
+        window._count, window._next = state["count"], state["next"]
+        window._vectors, window._m, window._h = (
+            None if state[name] is None else state[name].to(device, copy=True)
+            for name in ("vectors", "m", "h")
+        )
+        return window
+
     @torch.no_grad()
     def push(self, entry: Entry) -> None:
         """Adds an iteration, in the place of the oldest one if the window is full."""

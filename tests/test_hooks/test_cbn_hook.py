@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from cbn_mmdet import CBN, CBNHook, links
+from cbn_mmdet import CBN, CBNHook, links, window_state
 
 LENGTH = 4  # iterations of an epoch
 _runs = itertools.count()
@@ -128,6 +128,59 @@ def test_resume_within_an_iteration_based_burn_in(tmp_path):
     assert windows(seen) == [1] * 2 + [3] * 10
 
 
+def trained(run):
+    """Everything that a run learnt, its windows included."""
+    run.train()
+    return run.model.state_dict(), window_state(run.model)
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_saved_windows_make_a_resume_exact(tmp_path, by_epoch):
+    """The resumed run ends where the uninterrupted one does; with empty windows it does not."""
+    ends = {}
+    for save_window in (True, False):
+        hook = dict(type="CBNHook", burn_in=1, by_epoch=by_epoch, save_window=save_window)
+        whole, folder = tmp_path / f"whole{save_window}", tmp_path / f"parts{save_window}"
+        torch.manual_seed(0)
+        model = Net(CBN(4, window_size=3))
+        runs = [(whole, 4, {}), (folder, 2, {}), (folder, 4, dict(resume=True))]
+        for work_dir, epochs, how in runs:
+            if how:
+                how["load_from"] = str(folder / "epoch_2.pth")
+            run, _ = runner(work_dir, hook, epochs=epochs, **how)
+            run.model.load_state_dict(model.state_dict())
+            ends[work_dir, epochs, save_window] = trained(run)
+        assert (folder / "cbn_window_rank0.pth").exists() == save_window
+        one, other = ends[whole, 4, save_window], ends[folder, 4, save_window]
+        same = [torch.equal(one[0][name], other[0][name]) for name in one[0]]
+        assert all(same) if save_window else not all(same)
+        for a, b in zip(one[1]["body.1"], other[1]["body.1"], strict=True):
+            assert a["feeder"] == b["feeder"] == "body.0" and a["count"] == b["count"] == 2
+            assert torch.equal(a["vectors"], b["vectors"]) == save_window
+
+
+def test_a_resume_without_matching_windows_says_so(tmp_path):
+    hook = dict(type="CBNHook", burn_in=1, save_window=True)
+    runner(tmp_path, hook, epochs=3)[0].train()
+    older = dict(resume=True, load_from=str(tmp_path / "epoch_2.pth"))
+    log = ""
+    for end, change in ((4, None), (4, "layer"), (4, "missing")):
+        norm = CBN(4, window_size=2) if change == "layer" else None
+        if change:
+            older["load_from"] = str(tmp_path / "epoch_4.pth")
+            end = 5 if change == "layer" else 6
+        if change == "missing":
+            older["load_from"] = str(tmp_path / "epoch_5.pth")
+            (tmp_path / "cbn_window_rank0.pth").unlink()
+        run, seen = runner(tmp_path, hook, norm=norm, epochs=end, **older)
+        run.train()
+        assert seen[0][1] == 0
+        log += "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert "cbn_window_rank0.pth is of iter 12, the run of iter 8. They fill within 2" in log
+    assert "'body.1' has a window of 2 in force, the state one of 3" in log
+    assert "the windows start empty, as there is no" in log
+
+
 def test_what_is_logged(tmp_path):
     run, _ = runner(
         tmp_path,
@@ -177,9 +230,10 @@ def test_bad_burn_in(value):
         CBNHook(burn_in=value)
 
 
-def test_bad_by_epoch():
-    with pytest.raises(ValueError, match="by_epoch must be True or False, got 'epoch'"):
-        CBNHook(by_epoch="epoch")
+@pytest.mark.parametrize("name", ["by_epoch", "save_window"])
+def test_bad_switch(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'epoch'"):
+        CBNHook(**{name: "epoch"})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from reference import Reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cbn_mmdet import CBN, link, set_window, step
+from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm import linking
 
 
@@ -520,6 +520,47 @@ class TestCopies:
         assert torch.equal(window._h, before)
         model.to("meta")
         assert window.nbytes == 0
+
+
+class TestWindowState:
+    @pytest.mark.parametrize("kwargs", [{}, dict(compensate=False), dict(bias=True)])
+    def test_a_resumed_model_goes_on_as_the_saved_one(self, kwargs):
+        model = linked(**kwargs)
+        iterate(model, 5)
+        buffer = io.BytesIO()
+        torch.save((model.state_dict(), window_state(model)), buffer)
+        buffer.seek(0)
+        weights, windows = torch.load(buffer, weights_only=True)
+        resumed = linked(**kwargs)
+        resumed.load_state_dict(weights)
+        load_window_state(resumed, windows)
+        for seed in range(3):
+            ends = []
+            for each in (model, resumed):
+                torch.manual_seed(seed)
+                iterate(each, 1)
+                ends.append(each.state_dict())
+            assert all(torch.equal(ends[0][name], ends[1][name]) for name in weights)
+
+    def test_the_state_is_copied_on_loading(self):
+        model = linked()
+        iterate(model, 4)
+        other = copy.deepcopy(model)
+        link(other)
+        load_window_state(other, window_state(model))
+        assert other[1].feeder is None and other[1].window_bytes == model[1].window_bytes
+        iterate(other, 1)
+        ours, theirs = (window_state(each)["1"][0]["vectors"] for each in (model, other))
+        assert not torch.equal(ours, theirs)
+
+    def test_refusals(self):
+        model = linked()
+        iterate(model, 2)
+        state = window_state(model)
+        with pytest.raises(ValueError, match="'1' has a window of 3 in force, the state one of 4"):
+            load_window_state(linked(window=3), state)
+        with pytest.raises(ValueError, match="only one .* has a CBN layer '1'"):
+            load_window_state(nn.Sequential(nn.Conv2d(3, 4, 3)), state)
 
 
 class TestErrors:

@@ -1,0 +1,72 @@
+# Licensed under the Apache License, Version 2.0.
+"""One batch that is spread over the processes of a distributed training.
+
+The statistics of the whole batch follow from each process's own mean, variance and number of
+positions; the processes may differ in the latter, and some may have none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Statistics of the current batch.
+
+    Attributes:
+        mean: Mean of each channel, ``(C,)``.
+        var: Biased variance of each channel, ``(C,)``.
+        count: Number of positions per channel, ``M``; a tensor if it is a sum over processes.
+        own_mean: Mean over the positions of this process alone, ``(C,)``.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor
+    own_mean: Tensor
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """The variance as batch normalisation's running statistics take it, ``(C,)``."""
+        others = self.count - 1
+        others = others.clamp_min(1) if isinstance(others, Tensor) else max(others, 1)
+        return self.var * (self.count / others)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def joint_moments(own: Moments) -> Moments:
+    """The statistics over the positions of all processes, each of which calls this once.
+
+    Args:
+        own: The statistics of this process's batch, zeros where it is empty.
+
+    Returns:
+        The joint statistics, with a count of shape ``(1,)``; the same on every process. All zeros
+        if no process has a position.
+    """
+    one = torch.cat([own.mean, own.var, own.mean.new_full((1,), own.count)])  # 2C + 1
+    each = [torch.empty_like(one) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, one)
+    means, variances, counts = torch.stack(each).split(
+        [own.mean.numel(), own.var.numel(), 1], dim=1
+    )  # W, C and W, C and W, 1
+    count = counts.sum(0)
+    share = counts / count.clamp_min(1)
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean).square())).sum(0)
+    return Moments(mean, var, count, own.own_mean)
+
+
+def joint_sum(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """The sums over all processes of vectors of one length, in a single reduction."""
+    stacked = torch.stack(vectors)
+    dist.all_reduce(stacked)
+    return stacked.unbind()

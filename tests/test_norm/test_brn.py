@@ -1,0 +1,497 @@
+"""Batch Renormalization: the paper's formulas, its schedule, and what nn.Module does."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cbn_mmdet import BRN, link
+
+OPEN = dict(warmup=0, r_end=0, d_end=0)  # both limits in force from the first step
+
+
+class Reference:
+    """Algorithm 1 of the paper in float64, with autograd for every derivative.
+
+    The running statistics are batch normalisation's: of the unbiased variance.
+    """
+
+    def __init__(self, channels, eps, momentum):
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.var = torch.ones(channels, dtype=torch.float64)
+        self.eps, self.momentum, self.steps = eps, momentum, 0
+
+    def forward(self, x, gamma, beta, r_max, d_max):
+        c = (slice(None), None, None)
+        mu_b = x.mean((0, 2, 3))
+        sigma_b = (x.var((0, 2, 3), correction=0) + self.eps).sqrt()
+        sigma = (self.var + self.eps).sqrt()
+        r = (sigma_b / sigma).clamp(1 / r_max, r_max).detach()
+        d = ((mu_b - self.mean) / sigma).clamp(-d_max, d_max).detach()
+        x_hat = (x - mu_b[c]) / sigma_b[c] * r[c] + d[c]
+        self.steps += 1
+        alpha = 1 / self.steps if self.momentum is None else self.momentum
+        self.mean = self.mean + alpha * (mu_b.detach() - self.mean)
+        self.var = self.var + alpha * (x.detach().var((0, 2, 3)) - self.var)
+        return gamma[c] * x_hat + beta[c]
+
+
+def ramp(step, start, warmup, end, final):
+    """The limit in force in a step, counted from 1, as the paper tells it."""
+    if step <= warmup:
+        return start
+    if step >= end:
+        return final
+    return start + (final - start) * (step - warmup) / (end - warmup)
+
+
+def trained(channels=4, steps=3, **kwargs):
+    """A layer with random parameters, after some steps on moving batches."""
+    torch.manual_seed(0)
+    norm = BRN(channels, **{**OPEN, **kwargs})
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+    for _ in range(steps):
+        norm(torch.randn(2, channels, 5, 6) * torch.rand(1) + torch.randn(1))
+    return norm
+
+
+class TestFormulas:
+    @settings(max_examples=60, deadline=None)
+    @given(data=st.data())
+    def test_any_steps_are_the_references(self, data):
+        """Output, gradients and running statistics, over shapes, limits and schedules."""
+        draw = data.draw
+        torch.manual_seed(draw(st.integers(0, 99)))
+        channels = draw(st.integers(1, 5))
+        r_max, d_max = draw(st.floats(1, 5)), draw(st.floats(0, 6))
+        warmup = draw(st.integers(0, 3))
+        r_end, d_end = (draw(st.integers(warmup, 5)) for _ in range(2))
+        affine, momentum = draw(st.booleans()), draw(st.sampled_from([0.1, 0.7, None]))
+        norm = BRN(
+            channels, 1e-3, momentum, affine,
+            r_max=r_max, d_max=d_max, warmup=warmup, r_end=r_end, d_end=d_end,
+        ).double()  # fmt: skip
+        gamma, beta = torch.ones(channels).double(), torch.zeros(channels).double()
+        if affine:
+            gamma, beta = nn.init.uniform_(norm.weight), nn.init.normal_(norm.bias)
+        slow = Reference(channels, 1e-3, momentum)
+        for step in range(1, draw(st.integers(2, 6))):
+            shape = [draw(st.integers(*sides)) for sides in ((1, 3), (1, 4), (2, 5))]
+            shape.insert(1, channels)
+            x = torch.randn(shape).double() * 4 * torch.rand(1) + 3 * torch.randn(1)
+            target = torch.randn(shape).double()
+            limits = ramp(step, 1, warmup, r_end, r_max), ramp(step, 0, warmup, d_end, d_max)
+            assert [limit.item() for limit in norm.limits()] == pytest.approx(limits, rel=1e-5)
+            grads = []
+            for run in (norm, lambda x, at=limits: slow.forward(x, gamma, beta, *at)):
+                x_ = x.clone().requires_grad_()
+                norm.zero_grad()
+                y = run(x_)
+                (y * target).sum().backward()
+                grads.append([y.detach(), x_.grad, *(p.grad.clone() for p in norm.parameters())])
+            for fast, plain in zip(*grads, strict=True):
+                torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(norm.running_mean, slow.mean)
+            torch.testing.assert_close(norm.running_var, slow.var)
+            assert norm.num_batches_tracked.item() == step
+
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_gradcheck_where_both_limits_cut(self, affine):
+        """There r and d do not change with the input, so the gradient is the whole derivative."""
+        norm = BRN(3, affine=affine, momentum=0.0, r_max=2, d_max=0.5, **OPEN).double()
+        norm.running_mean.fill_(100)
+        norm.running_var.copy_(torch.tensor([1e-3, 1e3, 1e-3]))
+        x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+
+        def run(x, *parameters):
+            state = dict(zip(("weight", "bias"), parameters, strict=bool(parameters)))
+            return torch.func.functional_call(norm, state, (x,))
+
+        assert torch.autograd.gradcheck(run, (x, *norm.parameters()))
+        _, r, d = norm._corrections[0]
+        torch.testing.assert_close(r, torch.tensor([2, 0.5, 2]).double())
+        torch.testing.assert_close(d, torch.full((3,), -0.5).double())
+
+    def test_training_computes_what_evaluation_would(self):
+        """The method's aim: where nothing is cut, the batch's own statistics cancel."""
+        norm = trained(r_max=1e6, d_max=1e6)
+        x = torch.randn(1, 4, 3, 3) * 5 + 2
+        expected = copy.deepcopy(norm).eval()(x)
+        torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(nn.BatchNorm2d(4)(x), expected, rtol=0.1, atol=0.1)
+
+    def test_running_statistics_are_batch_norms_bit_for_bit(self):
+        norm, bn = BRN(4, momentum=0.3, **OPEN), nn.BatchNorm2d(4, momentum=0.3)
+        for i in range(5):
+            x = torch.randn(2, 4, 5, 6) * (i + 1) + i
+            norm(x), bn(x)
+            for ours, theirs in zip(norm.buffers(), bn.buffers(), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+class TestSchedule:
+    @pytest.mark.parametrize(
+        "done, r_max, d_max",
+        [
+            (0, 1, 0),
+            (4999, 1, 0),
+            (5000, 1 + 2 / 35000, 5 / 20000),
+            (14999, 1 + 2 * 10000 / 35000, 2.5),
+            (24998, 1 + 2 * 19999 / 35000, 5 * 19999 / 20000),
+            (24999, 1 + 2 * 20000 / 35000, 5),
+            (39998, 1 + 2 * 34999 / 35000, 5),
+            (39999, 3, 5),
+            (10**9, 3, 5),
+        ],
+    )
+    def test_the_papers_at_its_corners(self, done, r_max, d_max):
+        """After ``done`` steps; the step that is next, counted from 1, is one more."""
+        norm = BRN(4)
+        norm.num_batches_tracked.fill_(done)
+        assert [limit.item() for limit in norm.limits()] == pytest.approx([r_max, d_max], rel=1e-6)
+
+    @pytest.mark.parametrize("warmup", [0, 3])
+    def test_without_a_ramp(self, warmup):
+        norm = BRN(4, warmup=warmup, r_end=warmup, d_end=warmup)
+        seen = []
+        for _ in range(warmup + 2):
+            seen.append(tuple(limit.item() for limit in norm.limits()))
+            norm(torch.randn(2, 4, 3, 3))
+        assert seen == [(1, 0)] * warmup + [(3, 5)] * 2
+
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    @pytest.mark.parametrize("closed", [dict(warmup=3, r_end=9, d_end=9), dict(r_max=1, d_max=0)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_batch_norm_bit_for_bit_while_closed(self, affine, momentum, closed, dtype):
+        norm = BRN(4, momentum=momentum, affine=affine, **{**OPEN, **closed}).to(dtype)
+        bn = nn.BatchNorm2d(4, momentum=momentum, affine=affine).to(dtype)
+        if affine:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            bn.load_state_dict(norm.state_dict())
+        for _ in range(3):
+            x = (torch.randn(2, 4, 5, 6) * 3 + 1).to(dtype)
+            results = []
+            for module in (norm, bn):
+                x_ = x.clone().requires_grad_()
+                module.zero_grad()
+                y = module(x_)
+                y.square().sum().backward()
+                grads = [p.grad for p in module.parameters()]
+                results.append([y, x_.grad, *grads, *module.buffers()])
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours, theirs)
+        if "warmup" in closed:  # and no longer
+            assert not torch.equal(norm(x), bn(x))
+
+    def test_a_resumed_run_goes_on(self):
+        torch.manual_seed(0)
+        kwargs = dict(warmup=2, r_end=8, d_end=6)
+        whole, first = BRN(4, **kwargs), BRN(4, **kwargs)
+        batches = [torch.randn(2, 4, 5, 6) * (i + 1) + i for i in range(10)]
+        for x in batches[:5]:
+            first(x)
+        resumed = BRN(4, **kwargs)
+        resumed.load_state_dict(first.state_dict())
+        for i, x in enumerate(batches):
+            expected = whole(x)
+            if i >= 5:
+                assert torch.equal(resumed(x), expected)
+
+
+class TestIsBatchNorm:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_evaluation_bit_for_bit(self, dtype):
+        norm, bn = trained().eval().to(dtype), nn.BatchNorm2d(4).eval().to(dtype)
+        bn.load_state_dict(norm.state_dict(), strict=True)
+        x = torch.randn(2, 4, 5, 6).to(dtype)
+        before = copy.deepcopy(norm.state_dict())
+        assert torch.equal(norm(x), bn(x))
+        assert norm(x[:0]).shape == (0, 4, 5, 6)
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+    def test_state_dict_both_ways(self):
+        norm, bn = trained(), nn.BatchNorm2d(4)
+        assert list(norm.state_dict()) == list(bn.state_dict())
+        bn.load_state_dict(norm.state_dict(), strict=True)
+        other = BRN(4)
+        other.load_state_dict(bn.state_dict(), strict=True)
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, norm.state_dict()[name])
+
+    def test_one_value_per_channel(self):
+        norm = trained()
+        before = copy.deepcopy(norm.state_dict())
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            norm(torch.randn(1, 4, 1, 1))
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+    def test_an_empty_batch_changes_nothing(self):
+        norm = trained()
+        before = copy.deepcopy(norm.state_dict())
+        x = torch.randn(0, 4, 5, 6, requires_grad=True)
+        y = norm(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        # Distributed training waits for a gradient of every parameter.
+        assert all(torch.equal(p.grad, torch.zeros(4)) for p in norm.parameters())
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+    @pytest.mark.parametrize("requires_grad", [True, False])
+    def test_built_from_a_config(self, requires_grad):
+        from mmcv.cnn import build_norm_layer
+
+        cfg = dict(type="BRN", requires_grad=requires_grad, momentum=0.01, warmup=9, r_max=2)
+        name, norm = build_norm_layer(cfg, 4, postfix=1)
+        assert name == "bn1" and type(norm) is BRN
+        assert (norm.momentum, norm.warmup, norm.r_max, norm.d_max) == (0.01, 9, 2, 5)
+        assert all(p.requires_grad is requires_grad for p in norm.parameters())
+
+    def test_frozen_parameters(self):
+        norm = trained().requires_grad_(False)
+        x = torch.randn(2, 4, 5, 6, requires_grad=True)
+        norm(x).square().sum().backward()
+        assert x.grad.any() and norm.weight.grad is None
+
+
+class TestCheckpointing:
+    def compare(self, plain, other, iterations=4, size=(2, 3, 8, 8)):
+        """The same gradients and buffers, whatever was recomputed on the way."""
+        for _ in range(iterations):
+            x = torch.randn(size) * torch.rand(1) * 3 + torch.randn(1)
+            results = []
+            for model in (plain, other):
+                model.zero_grad()
+                x_ = x.clone().requires_grad_()
+                y = model(x_)
+                torch.manual_seed(1)
+                (y * torch.randn_like(y)).sum().backward()
+                results.append([y, x_.grad, *(p.grad for p in model.parameters())])
+                results[-1] += list(model.buffers())
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_records_once(self, reentrant, affine):
+        class Checkpointed(nn.Sequential):
+            def forward(self, x):
+                return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+        torch.manual_seed(0)
+        norm = BRN(4, affine=affine, warmup=1, r_end=3, d_end=2)
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
+        self.compare(plain, Checkpointed(*copy.deepcopy(plain)))
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("regions", [1, 2])
+    def test_a_layer_called_several_times(self, reentrant, regions):
+        """In one region the calls are repeated in order, in two the last one first."""
+
+        class Shared(nn.Module):
+            def __init__(self, checkpointed):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 4, 3), BRN(4, **OPEN)
+                self.checkpointed = checkpointed
+
+            def run(self, function, x):
+                if not self.checkpointed:
+                    return function(x)
+                return checkpoint(function, x, use_reentrant=reentrant)
+
+            def level(self, x):
+                return self.norm(self.conv(x))
+
+            def both(self, x):
+                return self.level(x) + self.level(2 * x + 1)
+
+            def forward(self, x):
+                if regions == 1:
+                    return self.run(self.both, x)
+                return self.run(self.level, x) + self.run(self.level, 2 * x + 1)
+
+        torch.manual_seed(0)
+        plain, other = Shared(False), Shared(True)
+        other.load_state_dict(plain.state_dict())
+        self.compare(plain, other)
+
+    def test_a_detectors_backbone(self):
+        from mmdet.models import ResNet
+
+        torch.manual_seed(0)
+        cfg = dict(type="BRN", warmup=1, r_end=3, d_end=3)
+        kwargs = dict(depth=50, base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1))
+        kwargs |= dict(out_indices=(1,), norm_cfg=cfg, norm_eval=False, frozen_stages=-1)
+
+        class Last(ResNet):
+            def forward(self, x):
+                return super().forward(x)[-1]
+
+        plain, other = Last(**kwargs), Last(with_cp=True, **kwargs)
+        other.load_state_dict(plain.state_dict())
+        assert sum(isinstance(module, BRN) for module in other.modules()) == 24
+        self.compare(plain, other, iterations=3, size=(1, 3, 32, 32))
+
+    @pytest.mark.parametrize("linked", [True, False])
+    def test_a_forgotten_forward_is_refused(self, linked):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), BRN(4, **OPEN))
+        if linked:
+            link(model)
+        name = r"BRN layer '1' \(BRN\)" if linked else "BRN layer of 4 channels"
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+        for _ in range(16):
+            model(torch.randn(2, 3, 8, 8) * 3 + 1)
+        with pytest.raises(RuntimeError, match=f"{name}: .* last 16, .*with_cp=False"):
+            loss.backward()
+
+    def test_a_layer_moved_in_between_has_forgotten(self):
+        norm = BRN(4, **OPEN)
+        loss = checkpoint(norm, torch.randn(2, 4, 5, 5), use_reentrant=False).sum()
+        norm.to("cpu")
+        with pytest.raises(RuntimeError, match="with_cp=False"):
+            loss.backward()
+
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    def test_an_overflow_is_passed_on(self, value):
+        """For the gradient scaler to find."""
+        norm = trained()
+        x = torch.randn(2, 4, 5, 6)
+        x[0, 1] = value
+        x.requires_grad_()
+        checkpoint(norm, x, use_reentrant=False).sum().backward()
+        assert norm.weight.grad.isfinite().tolist() == [True, False, True, True]
+
+    def test_an_empty_batch(self):
+        norm = trained()
+        before = copy.deepcopy(norm.state_dict())
+        x = torch.randn(0, 4, 5, 6, requires_grad=True)
+        checkpoint(norm, x, use_reentrant=False).sum().backward()
+        assert x.grad.shape == x.shape
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+class TestHalfPrecision:
+    def test_bfloat16_autocast(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BRN(4, **OPEN))
+        half = copy.deepcopy(model)
+        for i in range(4):
+            x = torch.randn(2, 3, 12, 12) + i
+            y = model(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                y_half = half(x)
+            assert y_half.dtype == torch.bfloat16
+            torch.testing.assert_close(y_half.float(), y, rtol=0.05, atol=0.08)
+            for norm in (model, half):
+                norm.zero_grad()
+            target = torch.randn_like(y)
+            (y * target).sum().backward()
+            (y_half * target).sum().backward()
+            for ours, theirs in zip(half.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(
+                    ours.grad, theirs.grad, rtol=0.1, atol=0.03 * theirs.grad.abs().max().item()
+                )
+        assert half[1].running_var.dtype == half[1]._corrections[0].r.dtype == torch.float32
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_half_precision_layer(self, dtype):
+        """r and d from float32 statistics: a mean of 300 squared would leave fp16's range."""
+        norm = trained(steps=0, momentum=0.5)
+        half = copy.deepcopy(norm).to(dtype)
+        norm.load_state_dict(half.state_dict())
+        for _ in range(3):
+            x = (torch.randn(2, 4, 9, 9) * 100 + 300).to(dtype)
+            y = half(x)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.float(), norm(x.float()), rtol=0.03, atol=0.1)
+            y.sum().backward()
+        assert half._corrections[0].d.dtype == torch.float32
+        assert half.weight.grad.isfinite().all()
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_channels_last_stays(self, training):
+        norm = trained().train(training)
+        twin = copy.deepcopy(norm)
+        x = torch.randn(2, 4, 5, 6)
+        y = norm(x.to(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, twin(x))
+
+
+class TestCopies:
+    def copies(self, norm):
+        yield copy.deepcopy(norm)
+        yield pickle.loads(pickle.dumps(norm))
+        buffer = io.BytesIO()
+        torch.save(norm, buffer)
+        buffer.seek(0)
+        yield torch.load(buffer, weights_only=False)
+
+    def test_a_copy_goes_on_alike(self):
+        norm = trained(warmup=2, r_end=9, d_end=9)
+        copies = list(self.copies(norm))
+        assert len(norm._corrections) == 3
+        for other in copies:
+            assert len(other._corrections) == 0
+        x = torch.randn(2, 4, 5, 6)
+        expected = norm(x)
+        for other in copies:
+            assert torch.equal(other(x), expected)
+            assert str(other) == str(norm)
+
+    def test_what_is_remembered_is_bounded(self):
+        assert len(trained(steps=40)._corrections) == 16
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "kwargs, message",
+        [
+            (dict(num_features=0), "num_features must be a whole number of at least 1, got 0"),
+            (dict(eps=0), "eps must be a number above 0, got 0"),
+            (dict(eps="small"), "eps must be a number above 0, got 'small'"),
+            (dict(momentum=2), "momentum must be None or from 0 to 1, got 2"),
+            (dict(track_running_stats=False), "track_running_stats must be True.*type='BN'"),
+            (dict(r_max=0.5), "r_max must be a finite number of at least 1, got 0.5"),
+            (dict(r_max=float("inf")), "r_max must be a finite number"),
+            (dict(r_max=True), "r_max must be a finite number"),
+            (dict(d_max=-1), "d_max must be a finite number of at least 0, got -1"),
+            (dict(d_max="5"), "d_max must be a finite number of at least 0, got '5'"),
+            (dict(warmup=-1), "warmup must be a whole number of at least 0, got -1"),
+            (dict(warmup=1e3), "warmup must be a whole number of at least 0, got 1000.0"),
+            (
+                dict(warmup=50000),
+                "r_end must be a whole number of at least 50000, got 40000: .*end of warmup",
+            ),
+            (dict(d_end=4000), "d_end must be a whole number of at least 5000, got 4000"),
+        ],
+    )
+    def test_arguments(self, kwargs, message):
+        with pytest.raises(ValueError, match=f"^BRN: {message}"):
+            BRN(**{"num_features": 4, **kwargs})
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 5), (2, 4, 5, 5, 5)])
+    def test_dimensions(self, shape, training):
+        with pytest.raises(ValueError, match=r"4 channels: .*\(N, C, H, W\), got \d dimensions"):
+            BRN(4).train(training)(torch.randn(shape))
+
+    def test_channels(self):
+        model = nn.Sequential(nn.Conv2d(3, 5, 1), BRN(4))
+        link(model)
+        with pytest.raises(ValueError, match="'1' .*num_features=4.* 5 channels"):
+            model(torch.randn(2, 3, 4, 4))
