@@ -3,15 +3,19 @@
 ## make norms   train the digits detector at one image per step with each norm, two seeds (an hour)
 ## make test    lint, then run the whole test suite with coverage
 ## make lint    check style and formatting
+## make sweep   train every COCO config for two steps on the CPU (not part of `make test`)
+## make coco-check   check a COCO config, its data and its weights before a cluster is booked
 ## make clean   remove caches and build products; .venv, data/ and work_dirs/ stay
 ##
 ## Variables, as in `make test PYTEST_ARGS='-m "not slow"'`:
 ##   PYTHON       the Python that .venv is made from, 3.10 or newer (python3)
 ##   CXX          the C++ compiler for mmcv's operators (the first of c++, g++, clang++)
 ##   MAX_JOBS     compilers that run at a time (the number of cores)
-##   CONFIG       what to train (configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py)
+##   CONFIG       what to train (configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py) or
+##                to check (configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py)
 ##   WORK_DIR     where its logs and checkpoints go (work_dirs/ and the config's name)
 ##   TRAIN_ARGS   more arguments for tools/train.py
+##   CHECK_ARGS   more arguments for tools/preflight.py
 ##   PYTEST_ARGS  more arguments for pytest
 
 PYTHON ?= python3
@@ -28,7 +32,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }
 
-.PHONY: help .venv train norms test lint clean
+.PHONY: help .venv train norms sweep coco-check test lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -95,8 +99,15 @@ norms: $(READY)
 	    --work-dir $$name >$$name.log 2>&1 || { echo "failed: see $$name.log" >&2; exit 1; }'
 	$(RUN) tools/tables.py work_dirs/norms/*/
 
+coco-check: CONFIG = configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py
+coco-check: $(READY)
+	$(RUN) tools/preflight.py $(CONFIG) $(CHECK_ARGS)
+
 test: lint
 	$(RUN) -m pytest --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
+
+sweep: $(READY)
+	$(RUN) -m pytest -m sweep tests/test_configs.py $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

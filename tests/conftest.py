@@ -30,6 +30,14 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """A handful of images in a folder as COCO has it."""
+    from coco_folder import build_coco
+
+    return build_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="session")
 def small_config(digits):
     """Writes a config that trains one of ``configs/digits`` on the small data set."""
 

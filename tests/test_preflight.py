@@ -1,0 +1,217 @@
+"""What the check before a long run says of good configs, and of each thing that can be wrong."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import torchvision
+
+pytestmark = pytest.mark.slow
+
+MASK_RCNN = "configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_16xb1-1x_coco.py"
+GN_ALL = "configs/faster_rcnn/faster-rcnn_r50_fpn_gn-all_4xb4-1x_coco.py"
+DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file as the pretrained backbone's."""
+    path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
+    return path
+
+
+def data_options(folder):
+    options = [
+        f"{split}_dataloader.dataset.data_root={folder}" for split in ("train", "val", "test")
+    ]
+    annotations = f"{folder}/annotations/instances_val2017.json"
+    return options + [f"{split}_evaluator.ann_file={annotations}" for split in ("val", "test")]
+
+
+def lines_of(done, status):
+    """The lines with a status, by the name of their check."""
+    found = re.findall(rf"^{status:4}  ([^:]+?): (.*)$", done.stdout, re.MULTILINE)
+    return dict(found)
+
+
+def test_digits(tool, small_config, tmp_path):
+    hook = "custom_hooks = [dict(type='CBNHook', burn_in=40, by_epoch=False)]"
+    done = tool("preflight.py", small_config(tmp_path, DIGITS, hook), "--images", "2")
+    ok = lines_of(done, "OK")
+    assert ok["batch"].startswith("1 GPU(s) (the config's name) x 1 image(s) = 1 images per step")
+    assert "at most 12 steps per epoch" in ok["batch"]
+    assert ok["learning rate"].startswith("0.01 in force (0.02 is for 2 images per step)")
+    assert ok["CBNHook"] == "the window opens after 40 iterations of 48"
+    assert re.match(r"loss [\d.]+, [\d.]+; [\d.]+ s for the last step", ok["training"])
+    assert ok["links"].startswith("all 32 CBN layers have what they need")
+    # Seven past iterations of 32 channels, fed by 3 x 7 x 7 weights each, in float32.
+    assert 7 * 4 * (32 * 147 + 147 + 4 * 32) == 139_412
+    row = r"│ backbone.bn1 +│ backbone.conv1 +│ +32 │ +8 │ +139.4 kB │"
+    assert re.search(row, done.stdout)
+    assert re.match(r"2 images in [\d.]+ s; computed: coco/bbox_mAP", ok["evaluation"])
+    assert done.stdout.endswith("no check failed\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / f"{DIGITS}_small.py"]
+
+
+def test_coco(tool, coco, weights):
+    """At the size of postage stamps, on fewer GPUs than the config's name says."""
+    small = [
+        "train_dataloader.dataset.pipeline.2.scale=(160,96)",
+        "val_dataloader.dataset.pipeline.1.scale=(160,96)",
+        "model.train_cfg.rpn_proposal.max_per_img=50",
+        "model.test_cfg.rpn.max_per_img=20",
+        f"model.backbone.init_cfg.checkpoint={weights}",
+    ]
+    options = ["--cfg-options", *data_options(coco), *small]
+    done = tool("preflight.py", MASK_RCNN, "--gpus", "4", "--device", "cpu", *options)
+    ok = lines_of(done, "OK")
+    train = f"train annotations, {coco}/annotations/instances_train2017.json"
+    assert ok[train].startswith("10 images (1 without objects), 23 annotations (4 crowds), 80 cat")
+    assert ok["train images"] == f"all 10 are in {coco}/train2017/"
+    assert ok["model.backbone.init_cfg.checkpoint"] == (
+        f"265 of the 265 weights of ResNet are in {weights}; 2 of the file are not used: "
+        "fc.weight, fc.bias"
+    )
+    assert ok["batch"].startswith("4 GPU(s) (--gpus) x 1 image(s) = 4 images per step")
+    assert ok["learning rate"].startswith("0.005 in force (0.02 is for 16 images per step)")
+    assert ok["CBNHook"] == "the window opens after 3 epochs of 12"
+    assert ok["links"].startswith("all 16 CBN layers have what they need")
+    assert ok["evaluation"].startswith("4 images in ")
+    assert ok["evaluation"].endswith("computed: coco/bbox_mAP, coco/segm_mAP")
+
+
+def test_each_failure_is_a_line(tool, coco, tmp_path):
+    """One does not hide the others."""
+    folder = shutil.copytree(coco, tmp_path / "coco")
+    first = min((folder / "train2017").iterdir())
+    first.unlink()
+    annotations = folder / "annotations/instances_val2017.json"
+    annotations.write_text(annotations.read_text()[:-1])
+    options = [
+        *data_options(folder),
+        "model.backbone.init_cfg.checkpoint=none.pth",
+        "load_from=http://127.0.0.1:9/model.pth",  # where nobody answers
+        "train_cfg.max_epochs=3",
+        "auto_scale_lr.enable=False",
+    ]
+    done = tool(
+        *("preflight.py", MASK_RCNN, "--no-run", "--gpus", "2", "--cfg-options", *options),
+        check=False,
+    )
+    assert done.returncode == 1
+    failed = lines_of(done, "FAIL")
+    assert f"1 of 10 images are not in {folder}/train2017/: {first.name}; put" in (
+        failed.pop("train images")
+    )
+    assert "is no JSON, or was cut short" in failed.pop(f"val annotations, {annotations}")
+    setting = "model.backbone.init_cfg.checkpoint"
+    assert failed.pop(setting) == (
+        f"the checkpoint none.pth does not exist; give a file with --cfg-options {setting}=PATH"
+    )
+    assert re.match(
+        r"cannot load http://127.0.0.1:9/model.pth: \w+: .*; give a file .* load_from=PATH",
+        failed.pop("load_from"),
+    )
+    assert failed.pop("CBNHook").startswith("burn_in=3 is not shorter than the run of 3 epochs")
+    assert not failed and done.stdout.endswith("5 check(s) failed\n")
+    assert lines_of(done, "OK")["train image sizes"].startswith("9 tried")
+    assert lines_of(done, "NOTE")["learning rate"] == (
+        "0.02 in force, but 0.02 is for 16 images per step and these are 2: "
+        "auto_scale_lr.enable=True, or tools/train.py --auto-scale-lr, makes it 0.0025"
+    )
+
+
+def test_wrong_data_and_other_norm(tool, coco, weights, tmp_path):
+    """Also with a norm that the pretrained backbone was not trained with."""
+    annotations = tmp_path / "renamed.json"
+    content = json.loads((coco / "annotations/instances_val2017.json").read_text())
+    content["categories"][0]["name"] = "human"
+    annotations.write_text(json.dumps(content))
+    other = tmp_path / "other.pth"
+    torch.save(dict(state_dict={"fc.weight": torch.ones(1)}), other)
+    options = [
+        *data_options(coco),
+        f"load_from={other}",
+        "train_dataloader.dataset.data_prefix.img=val2017",
+        f"val_dataloader.dataset.ann_file={annotations}",
+        f"model.backbone.init_cfg.checkpoint={weights}",
+        "test_dataloader.dataset.data_root=nowhere",
+    ]
+    done = tool("preflight.py", GN_ALL, "--no-run", "--cfg-options", *options, check=False)
+    assert done.returncode == 1
+    failed = lines_of(done, "FAIL")
+    assert failed.pop("train images").startswith(f"10 of 10 images are not in {coco}/val2017: ")
+    assert "1 of 80 classes are no categories of the annotation file: person; its 80" in (
+        failed.pop(f"val annotations, {annotations}")
+    )
+    assert failed.pop("test data").startswith(
+        "the test data has no nowhere/annotations/instances_val2017.json. Set data_root"
+    )
+    assert failed.pop("load_from").startswith(
+        f"{other} is the checkpoint of another model: it holds fc.weight, and none of the "
+    )
+    assert not failed
+    ok = lines_of(done, "OK")
+    assert ok["batch"].startswith("4 GPU(s) (the config's name) x 4 image(s) = 16 images per step")
+    assert ok["CBN"] == "there is none in the model"
+    text = lines_of(done, "NOTE")["model.backbone.init_cfg.checkpoint"]
+    # The 53 convolutions, and scale and shift of the 4 shortcuts' norms, whose names are no norm's.
+    assert text.startswith("61 of the 159 weights of ResNet are in")
+    assert (
+        "98 are not, and keep their initial values: gn1.weight, gn1.bias, layer1.0.gn1.weight"
+        in text
+    )
+    assert re.search(r"\d+ of the file are not used: bn1.weight, bn1.bias, bn1.running_mean", text)
+
+
+def test_what_fails_in_training(tool, small_config, tmp_path):
+    """A CBN after a convolution that it cannot follow; the evaluation is tried all the same."""
+    extra = """
+custom_hooks = []
+sync_bn = "torch"
+init_cfg = dict(_delete_=True, type="Pretrained", checkpoint="none.pth")
+backbone = dict(init_cfg=init_cfg, norm_eval=True)
+model = dict(backbone=backbone, neck=dict(conv_cfg=dict(type="ConvWS")))
+"""
+    config = small_config(tmp_path, DIGITS, extra).rename(tmp_path / "mine.py")
+    done = tool("preflight.py", config, check=False)
+    assert done.returncode == 1
+    failed = lines_of(done, "FAIL")
+    assert set(failed) == {"CBNHook", "model.backbone.init_cfg.checkpoint", "training", "links"}
+    assert failed["CBNHook"].startswith("sync_bn turns all 32 CBN layers into SyncBN: take it out")
+    assert re.match(
+        r"RuntimeError: CBN layer 'neck.lateral_convs.\d.bn' \(CBN\): is fed by .*ConvWS.* use "
+        "another norm here, or set compensate=False",
+        failed["training"],
+    )
+    assert "CBN layers met no convolution, neck." in failed["links"]
+    assert re.search(r"│ backbone.bn1 +│ backbone.conv1 +│", done.stdout)
+    assert re.search(r"│ roi_head.bbox_head.shared_convs.0.bn +│ none +│", done.stdout)
+    assert lines_of(done, "OK")["batch"].startswith("1 GPU(s) (WORLD_SIZE, or 1) x 1 image(s) = 1")
+    notes = lines_of(done, "NOTE")
+    assert "tools/train.py adds the default one" in notes["CBNHook"]
+    assert notes["links"].startswith("20 of 32 CBN layers only repeat their running statistics, ")
+    assert ", without model.backbone.init_cfg.checkpoint" in done.stdout
+    assert lines_of(done, "OK")["evaluation"].startswith("4 images in ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["none.py"], "the config file none.py does not exist"),
+        ([MASK_RCNN, "--images", "0"], "takes a whole number of at least 1, got 0"),
+        ([MASK_RCNN, "--cfg-options", "modle.type=FCOS"], "did you mean model?"),
+        pytest.param(
+            [MASK_RCNN, "--device", "cuda"],
+            "--device cuda: no GPU is available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_usage(tool, arguments, message):
+    done = tool("preflight.py", *arguments, check=False)
+    assert done.returncode == 2
+    assert message in done.stdout

@@ -1,0 +1,535 @@
+# Licensed under the Apache License, Version 2.0.
+"""Check a config, its data and its weights before a cluster is booked for it.
+
+Each check is one line: OK, NOTE (is it meant so?), or FAIL with its mend. The exit status is 1 if a
+check failed. Nothing is left behind but the weights that mmengine downloads and keeps.
+"""
+
+import argparse
+import copy
+import io
+import math
+import os
+import os.path as osp
+import re
+import resource
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+import torch
+from mmdet.datasets import CocoDataset
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from cbn_mmdet import CBNHook, links
+from cbn_mmdet.datasets.coco import (
+    check_annotations,
+    check_images,
+    check_sizes,
+    read_annotations,
+    some,
+)
+from cbn_mmdet.launch import (
+    CfgOptions,
+    UsageError,
+    check_checkpoint,
+    check_data,
+    explained_errors,
+    merge_options,
+    read_config,
+    run_tool,
+)
+from cbn_mmdet.norm.iteration import cbn_layers
+
+STEPS = 2
+DOWNLOAD_TIMEOUT = 60  # seconds without an answer
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("config", help="the config file")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=CfgOptions,
+        default={},
+        metavar="KEY=VALUE",
+        help="settings that override the config, as in tools/train.py",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="GPUs of the run (from the config's name, as in 4xb2; else WORLD_SIZE; else 1)",
+    )
+    parser.add_argument("--images", type=positive, default=4, metavar="N", help="to evaluate (4)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--no-run", action="store_true", help="leave out training and evaluation")
+    parser.add_argument("--verbose", action="store_true", help="show mmengine's log and tracebacks")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def main() -> None:
+    """Check."""
+    args = parse_args()
+    choose_device(args.device)
+    cfg = read_config(args.config)
+    merge_options(cfg, args.cfg_options)
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+
+    report = Report(args.verbose)
+    train_images = check_datasets(report, cfg)
+    epoch_length = check_batch(report, cfg, args, train_images)
+    with report.check("model") as ok:
+        model = MODELS.build(copy.deepcopy(cfg.model))
+        ok(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        no_weights = check_weights(report, cfg, model)
+        check_burn_in(report, cfg, model, epoch_length)
+        del model
+        if args.no_run:
+            report.line("NOTE", "training", "left out, and with it the links of CBN: --no-run")
+        else:
+            run_briefly(report, cfg, args.images, no_weights)
+    report.end()
+
+
+def choose_device(device: str) -> None:
+    """Start this tool anew without GPUs for ``cpu``: mmengine has chosen when it is imported."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is available; leave --device out to use the CPU")
+    if device == "cpu" and torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+class Report:
+    """Prints a line for each check and counts those that failed.
+
+    Args:
+        verbose: Whether to let through what the frameworks print meanwhile, and tracebacks.
+    """
+
+    def __init__(self, verbose: bool) -> None:
+        width = None if sys.stdout.isatty() else 160
+        self.console = Console(file=sys.stdout, highlight=False, width=width)
+        self.verbose = verbose
+        self.failed = 0
+
+    @contextmanager
+    def check(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Run a check, yielding what prints its OK line: any error in it is its failure."""
+        try:
+            with ExitStack() as quiet:
+                if not self.verbose:
+                    quiet.enter_context(redirect_stdout(io.StringIO()))
+                    quiet.enter_context(redirect_stderr(io.StringIO()))
+                yield lambda text: self.line("OK", name, text)
+        except Exception as error:  # a wrong setting can fail anywhere, far from where it is set
+            self.failed += 1
+            known = isinstance(error, UsageError)
+            self.line("FAIL", name, str(error) if known else f"{explain(error)} (see --verbose)")
+            if self.verbose:
+                traceback.print_exc()
+
+    def line(self, status: str, name: str, text: str) -> None:
+        """Print one line; the status is OK, NOTE, FAIL, or ... for what takes a while."""
+        colour = {"OK": "green", "NOTE": "yellow", "FAIL": "bold red"}.get(status, "dim")
+        text = " ".join(text.split())
+        line = Text.assemble((f"{status:4}  ", colour), (name, "bold"), ": ", text)
+        self.console.print(line, soft_wrap=True)
+
+    def end(self) -> None:
+        """Print the result and leave with its exit status."""
+        if self.failed:
+            self.console.print(f"{self.failed} check(s) failed", style="bold red")
+            sys.exit(1)
+        self.console.print("no check failed", style="bold green")
+
+
+# Data.
+
+
+def check_datasets(report: Report, cfg: Config) -> int | None:
+    """Check the data of all splits; returns the number of training images if it is known."""
+    counts = {}
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        if not loader:
+            report.line("NOTE", f"{split} data", "the config has none")
+        elif split == "test" and loader == cfg.get("val_dataloader"):
+            report.line("OK", "test data", "the same as val")
+        else:
+            with report.check(f"{split} data"):
+                check_data(cfg, split)
+                datasets = innermost_datasets(loader.dataset)
+                images = [check_dataset(report, split, each) for each in datasets]
+                counts[split] = None if None in images else sum(images)
+    return counts.get("train")
+
+
+def innermost_datasets(settings: dict) -> Iterator[dict]:
+    """The settings of the datasets within RepeatDataset, ConcatDataset and other wrappers."""
+    if "dataset" in settings:
+        yield from innermost_datasets(settings["dataset"])
+    elif "datasets" in settings:
+        for each in settings["datasets"]:
+            yield from innermost_datasets(each)
+    else:
+        yield settings
+
+
+def check_dataset(report: Report, split: str, settings: dict) -> int | None:
+    """Check annotations and images of a dataset; returns the number of its images if known."""
+    dataset = DATASETS.build(dict(copy.deepcopy(settings), lazy_init=True, pipeline=[]))
+    reads = getattr(type(dataset), "load_data_list", None)
+    if reads is not CocoDataset.load_data_list or dataset.backend_args:
+        kind = type(dataset).__name__
+        report.line("NOTE", f"{split} data", f"not checked: {kind} reads no COCO file from a disk")
+        return None
+    content = None
+    with report.check(f"{split} annotations, {dataset.ann_file}") as ok:
+        content = read_annotations(dataset.ann_file)
+        ok(check_annotations(content, dataset.metainfo["classes"]))
+    if content is None:
+        return None
+    for name, check in ("images", check_images), ("image sizes", check_sizes):
+        with report.check(f"{split} {name}") as ok:
+            ok(check(content, dataset.data_prefix["img"]))
+    return len(content["images"])
+
+
+# Batch and learning rate.
+
+
+def check_batch(
+    report: Report, cfg: Config, args: argparse.Namespace, train_images: int | None
+) -> int | None:
+    """Tell the total batch and the learning rate; returns the steps of an epoch if known."""
+    epoch_length = None
+    with report.check("batch") as ok:
+        per_gpu = cfg.train_dataloader.batch_size
+        named = re.search(r"(?:^|_)(\d+)xb(\d+)[-_.]", osp.basename(args.config))
+        if args.gpus:
+            gpus, source = args.gpus, "--gpus"
+        elif named:
+            gpus, source = int(named[1]), "the config's name"
+        else:
+            gpus, source = int(os.environ.get("WORLD_SIZE", 1)), "WORLD_SIZE, or 1"
+        total = gpus * per_gpu
+        text = f"{gpus} GPU(s) ({source}) x {per_gpu} image(s) = {total} images per step"
+        if train_images is not None:
+            epoch_length = math.ceil(train_images / total)
+            text += f", at most {epoch_length} steps per epoch"
+        ok(text)
+        if named and int(named[2]) != per_gpu:
+            report.line("NOTE", "batch", f"the config's name says {named[2]} image(s) per GPU")
+        tell_learning_rate(report, cfg, total)
+    return epoch_length
+
+
+def tell_learning_rate(report: Report, cfg: Config, total: int) -> None:
+    """Set the learning rate in force beside the one for the total batch."""
+    name, scaling = "learning rate", cfg.get("auto_scale_lr") or {}
+    lr, base = cfg.optim_wrapper.get("optimizer", {}).get("lr"), scaling.get("base_batch_size")
+    if lr is None or base is None:
+        absent = "optim_wrapper.optimizer.lr" if lr is None else "auto_scale_lr.base_batch_size"
+        report.line("NOTE", name, f"{lr} whatever the batch: the config has no {absent}")
+        return
+    scaled, meant = lr * total / base, f"{lr:g} is for {base} images per step"
+    if scaling.get("enable") or total == base:
+        report.line("OK", name, f"{scaled:g} in force ({meant})")
+    else:
+        report.line(
+            "NOTE",
+            name,
+            f"{lr:g} in force, but {meant} and these are {total}: auto_scale_lr.enable=True, or "
+            f"tools/train.py --auto-scale-lr, makes it {scaled:g}",
+        )
+
+
+# Weights and burn-in.
+
+
+def check_weights(report: Report, cfg: Config, model: nn.Module) -> list[str]:
+    """Check the weights that the model starts from; returns the settings that failed."""
+    sources = list(pretrained_parts(model))
+    if cfg.get("load_from"):
+        sources.append(("load_from", model, cfg.load_from, None))
+    if not sources:
+        report.line("NOTE", "weights", "none are pretrained: init_cfg and load_from name no file")
+    failed = []
+    for setting, part, path, prefix in sources:
+        failed.append(setting)
+        with report.check(setting):
+            text, complete = compare_weights(part, read_weights(path, prefix, setting), path)
+            report.line("OK" if complete else "NOTE", setting, text)
+            failed.remove(setting)
+    return failed
+
+
+def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None]]:
+    """The parts of a model with a checkpoint of their own: its setting, the part, path, prefix."""
+    for name, module in model.named_modules():
+        given = getattr(module, "init_cfg", None) or {}
+        several = enumerate(given) if isinstance(given, list) else [("", given)]
+        for index, init in several:
+            if init.get("type") == "Pretrained":
+                keys = ["model", name, "init_cfg", str(index), "checkpoint"]
+                setting = ".".join(key for key in keys if key)
+                yield setting, module, init["checkpoint"], init.get("prefix")
+
+
+def read_weights(path: str, prefix: str | None, setting: str) -> dict[str, torch.Tensor]:
+    """Read the weights of a checkpoint, which may have to be downloaded."""
+    mend = f"give a file with --cfg-options {setting}=PATH"
+    try:
+        check_checkpoint(path)
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    except UsageError as error:
+        raise UsageError(f"{error}; {mend}") from error
+    except Exception as error:  # a download can fail in any way
+        raise UsageError(f"cannot load {path}: {explain(error)}; {mend}") from error
+    weights = checkpoint.get("state_dict", checkpoint)
+    start = rf"^(module\.)?{re.escape(prefix.rstrip('.') + '.') if prefix else ''}"
+    return {re.sub(start, "", key): weights[key] for key in weights if re.match(start, key)}
+
+
+def compare_weights(part: nn.Module, weights: dict, path: str) -> tuple[str, bool]:
+    """Compare names and shapes; returns what was found, and whether the part finds all of its."""
+    state, kind = part.state_dict(), type(part).__name__
+    own = [key for key in state if not key.endswith("num_batches_tracked")]  # old files lack it
+    missing = [key for key in own if key not in weights]
+    unused = [key for key in weights if key not in state]
+    others = [key for key in own if key in weights and weights[key].shape != state[key].shape]
+    found = len(own) - len(missing) - len(others)
+    if not found:
+        raise UsageError(
+            f"{path} is the checkpoint of another model: it holds {some(weights)}, and none of the "
+            f"{len(own)} weights of {kind}, {some(own)}"
+        )
+    text = f"{found} of the {len(own)} weights of {kind} are in {path}"
+    for keys, what in (
+        (missing, "are not, and keep their initial values"),
+        (others, "have another shape there, and keep their initial values"),
+        (unused, "of the file are not used"),
+    ):
+        text += f"; {len(keys)} {what}: {some(keys)}" if keys else ""
+    return text, not missing and not others
+
+
+def check_burn_in(report: Report, cfg: Config, model: nn.Module, epoch_length: int | None) -> None:
+    """Check that the hook is there and opens the window before the run ends."""
+    layers = cbn_layers(model)
+    hooks = [hook for hook in cfg.get("custom_hooks") or [] if is_cbn_hook(hook)]
+    if not layers:
+        report.line("OK", "CBN", "there is none in the model")
+        return
+    if not hooks:
+        report.line(
+            "NOTE",
+            "CBNHook",
+            "the config has none: tools/train.py adds the default one, but MMDetection's own tool "
+            "does not; set custom_hooks=[dict(type='CBNHook')]",
+        )
+    with report.check("CBNHook") as ok, explained_errors("CBNHook: "):
+        if cfg.get("sync_bn"):
+            raise UsageError(
+                f"sync_bn turns all {len(layers)} CBN layers into SyncBN: take it out of the "
+                "config; for statistics over all GPUs set norm_cfg=dict(type='SyncCBN')"
+            )
+        settings = {key: value for hook in hooks for key, value in hook.items() if key != "type"}
+        hook = CBNHook(**settings)
+        epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
+        if iterations is None and epoch_length is not None:
+            iterations = epochs * epoch_length
+        unit, length = ("epochs", epochs) if hook.by_epoch else ("iterations", iterations)
+        if length is not None and hook.burn_in >= length:
+            raise UsageError(
+                f"burn_in={hook.burn_in} is not shorter than the run of {length} {unit}, so the "
+                "window would never open: set a shorter one in custom_hooks"
+                + (", or count iterations with by_epoch=False" if hook.by_epoch else "")
+            )
+        ok(f"the window opens after {hook.burn_in} {unit}" + (f" of {length}" if length else ""))
+
+
+def is_cbn_hook(settings: dict) -> bool:
+    """Whether an entry of custom_hooks is the CBNHook."""
+    return settings["type"] in ("CBNHook", CBNHook)
+
+
+# Two training steps and an evaluation.
+
+
+def run_briefly(report: Report, cfg: Config, images: int, no_weights: list[str]) -> None:
+    """Train and evaluate on a few images, with the config's own pipelines and evaluators."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = None
+        with report.check("training") as ok:
+            short = shortened(cfg, images, folder)
+            if "load_from" in no_weights:
+                short.load_from = None
+            runner = Runner.from_cfg(short)
+            leave_out_weights(runner.model, no_weights)
+            watch = StepWatch()
+            runner.register_hook(watch, priority="LOWEST")
+            device = next(runner.model.parameters()).device
+            without = f", without {some(no_weights)}" if no_weights else ""
+            slow = ": a large model takes minutes there" if device.type == "cpu" else ""
+            batch = f"{STEPS} steps of {cfg.train_dataloader.batch_size} image(s)"
+            report.line("...", "training", f"{batch} on {device}{without}{slow}")
+            runner.train()
+            ok(watch.describe(device))
+        if runner is None:
+            return
+        check_links(report, runner.model)
+        if cfg.get("val_cfg"):
+            with report.check("evaluation") as ok:
+                ok(evaluate(runner))
+
+
+def shortened(cfg: Config, images: int, folder: str) -> Config:
+    """The config of a run of a few steps, with an open window, that leaves nothing behind."""
+    cfg = copy.deepcopy(cfg)
+    cfg.work_dir, cfg.launcher, cfg.resume = folder, "none", False
+    for split, count in ("train", STEPS * cfg.train_dataloader.batch_size), ("val", images):
+        loader = cfg.get(f"{split}_dataloader")
+        if loader:
+            # In this process, where an error is the pipeline's own and not a worker's.
+            loader.update(num_workers=0, persistent_workers=False)
+            loader.pop("prefetch_factor", None)
+            for dataset in innermost_datasets(loader.dataset):
+                dataset.indices = count
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=STEPS, val_begin=STEPS + 1)
+    cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
+    hooks = [hook for hook in cfg.get("custom_hooks") or [] if not is_cbn_hook(hook)]
+    cfg.custom_hooks = [*hooks, dict(type="CBNHook", burn_in=0)]
+    cfg.default_hooks = dict(cfg.get("default_hooks") or {}, checkpoint=None)
+    if cfg.get("visualizer"):
+        cfg.visualizer.vis_backends = [dict(type="LocalVisBackend")]  # no online service
+    return cfg
+
+
+def leave_out_weights(model: nn.Module, settings: list[str]) -> None:
+    """Keep the parts of a model from loading what cannot be loaded."""
+    failing = [part for setting, part, *_ in pretrained_parts(model) if setting in settings]
+    for part in failing:
+        part.init_cfg = None
+
+
+class StepWatch(Hook):
+    """Notes loss and time of each training step."""
+
+    def __init__(self) -> None:
+        self.losses, self.seconds = [], []
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Reads the clock when all that was queued on a GPU is done."""
+        self.losses.append(float(outputs["loss"]))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def describe(self, device: torch.device) -> str:
+        """What was measured, unless the loss is not finite."""
+        losses = ", ".join(f"{loss:.4g}" for loss in self.losses)
+        if not all(map(math.isfinite, self.losses)):
+            raise UsageError(
+                f"the loss is not finite ({losses}): lower optim_wrapper.optimizer.lr, or look for "
+                "broken boxes in the annotations"
+            )
+        if device.type == "cuda":
+            memory = f"{decimal(torch.cuda.max_memory_allocated(device))} on the GPU"
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory = f"{decimal(peak)} of this process"
+        return f"loss {losses}; {self.seconds[-1]:.2f} s for the last step; at most {memory}"
+
+
+def check_links(report: Report, model: nn.Module) -> None:
+    """Check that every CBN knows its convolution, and print them all."""
+    layers, fed_by = cbn_layers(model), links(model)
+    if not layers:
+        return
+    needy = [name for name in layers if layers[name].compensate and layers[name].window_size > 1]
+    alone = [name for name in needy if name not in fed_by]
+    memory = decimal(sum(layer.window_bytes for layer in layers.values()))
+    with report.check("links") as ok:
+        if alone:
+            raise UsageError(
+                f"{len(alone)} of {len(layers)} CBN layers met no convolution, {some(alone)}: mend "
+                "the training if it failed; if not, they do not run: give them another norm"
+            )
+        ok(f"all {len(layers)} CBN layers have what they need; their windows take {memory}")
+    idle = [name for name, layer in layers.items() if not layer.training]
+    if idle:
+        report.line(
+            "NOTE",
+            "links",
+            f"{len(idle)} of {len(layers)} CBN layers only repeat their running statistics, "
+            f"{some(idle)}: to train them, set the backbone's norm_eval=False, frozen_stages=-1",
+        )
+    table = Table("layer", "convolution")
+    for column in ("channels", "window", "memory"):
+        table.add_column(column, justify="right")
+    for name, layer in layers.items():
+        source = fed_by.get(name, "none" if name in alone else "not needed")
+        size = decimal(layer.window_bytes) if layer.window_bytes else "–"
+        table.add_row(name, source, str(layer.num_features), str(layer.window_size), size)
+    report.console.print(table)
+
+
+def evaluate(runner: Runner) -> str:
+    """Evaluate on the few images; returns what was computed."""
+    # After two steps no detection is sure enough to be kept, and there would be none to evaluate.
+    for module in runner.model.modules():
+        if "score_thr" in (getattr(module, "test_cfg", None) or {}):
+            module.test_cfg.score_thr = 0.0
+    dataset = runner.val_loop.dataloader.dataset
+    for metric in runner.val_loop.evaluator.metrics:
+        if isinstance(metric, CocoMetric):  # which counts all images of its file otherwise
+            metric.img_ids = [dataset.get_data_info(i)["img_id"] for i in range(len(dataset))]
+    start = time.perf_counter()
+    metrics = runner.val()
+    seconds = time.perf_counter() - start
+    summary = [name for name in metrics if name.endswith("mAP")] or metrics
+    computed = some(summary) if metrics else "nothing, for nothing was detected"
+    return f"{len(dataset)} images in {seconds:.1f} s; computed: {computed}"
+
+
+def explain(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {str(message).strip().partition(chr(10))[0]}"
+
+
+if __name__ == "__main__":
+    run_tool(main)
