@@ -1,16 +1,113 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a training run left behind in its work dir: scalars, evaluations, checkpoints."""
+"""What a training run left behind in its work dir: scalars, evaluations, config, checkpoints."""
 
 import json
 import os.path as osp
+import re
+from dataclasses import dataclass
 from glob import glob
 
+from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from .launch import UsageError, check_checkpoint
 
 # mmdet evaluates no result that holds not a single detection, and logs none of its keys.
-NOTHING_DETECTED = {"coco/bbox_mAP": 0.0}
+NOTHING_DETECTED = {"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0, "coco/bbox_mAP_75": 0.0}
+
+# Settings that runs may differ in of which one repeats the other.
+INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, as far as it got.
+
+    Attributes:
+        work_dir (str): The work dir, as it was given.
+        started (bool): Whether anything was ever started there.
+        config (str | None): The name of the config; None where none lies in the work dir.
+        settings (dict): What the config says, but for what repetitions of a run differ in.
+        training (list[dict]): The logged training steps.
+        evaluations (list[dict]): The evaluations; ``step`` is the epoch, or iteration, of each.
+    """
+
+    work_dir: str
+    started: bool
+    config: str | None
+    settings: dict
+    training: list[dict]
+    evaluations: list[dict]
+
+    @property
+    def unit(self) -> str:
+        """What its length is counted in: ``'epoch'`` or ``'iteration'``."""
+        if self.training:
+            return time_unit(self.training)
+        return "iteration" if "max_iters" in self._train_cfg else "epoch"
+
+    @property
+    def total(self) -> int | None:
+        """The length it was meant to have; None if there is no config to tell."""
+        return self._train_cfg.get({"epoch": "max_epochs", "iteration": "max_iters"}[self.unit])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was evaluated at its end, or at all where the end is not known."""
+        return bool(self.evaluations) and self.evaluations[-1]["step"] >= (self.total or 0)
+
+    @property
+    def _train_cfg(self) -> dict:
+        return self.settings.get("train_cfg") or {}
+
+
+def read_run(work_dir: str) -> Run:
+    """Read whatever was left behind in ``work_dir``, be it nothing.
+
+    Args:
+        work_dir (str): A work dir of ``tools/train.py``, or of ``tools/test.py``.
+
+    Returns:
+        Run: What there is.
+
+    Raises:
+        UsageError: If there is no such folder, or a file in it is damaged.
+    """
+    check_work_dir(work_dir)
+    times = sorted(osp.dirname(path) for path in glob("*/vis_data", root_dir=work_dir))
+    folders = [osp.join(work_dir, time) for time in times]
+    trained = [folder for folder in folders if read_folder(folder)[0]]
+    config, settings = find_config(work_dir, (trained or folders or [None])[-1])
+    return Run(work_dir, bool(folders), config, settings, *merge(folders))
+
+
+def find_config(work_dir: str, folder: str | None) -> tuple[str | None, dict]:
+    """Tell the name and the settings of the config of the run in ``folder``.
+
+    mmengine writes the settings to the folder of the run and, under the name of the config, to
+    the work dir, where those of other configs may lie as well.
+    """
+    ran = folder and osp.join(folder, "vis_data", "config.py")
+    settings = repeatable(read_settings(ran)) if ran and osp.isfile(ran) else None
+    names = sorted(glob("*.py", root_dir=work_dir))
+    for name in names:
+        dumped = repeatable(read_settings(osp.join(work_dir, name)))
+        if len(names) == 1 or dumped == settings:
+            return osp.splitext(name)[0], settings or dumped
+    return None, settings or {}
+
+
+def read_settings(path: str) -> dict:
+    """Read a config that mmengine dumped, without importing what it wants to be imported."""
+    try:
+        return Config.fromfile(path, import_custom_modules=False).to_dict()
+    except Exception as error:  # what is no config can fail in any way
+        raise UsageError(f"cannot read {path}, which mmengine wrote: {error}") from error
+
+
+def repeatable(settings: dict) -> dict:
+    """Leave out of ``settings`` what repetitions of a run differ in."""
+    return {key: value for key, value in settings.items() if key not in INCIDENTAL}
 
 
 def find_last_run(work_dir: str) -> str:
@@ -20,48 +117,99 @@ def find_last_run(work_dir: str) -> str:
 
 def find_scalars(work_dir: str) -> list[str]:
     """Find the file of scalars of each training in ``work_dir``, in the order of their times."""
-    if not osp.isdir(work_dir):
-        raise UsageError(f"there is no work dir {work_dir}: train first")
+    check_work_dir(work_dir)
     paths = sorted(glob(osp.join(work_dir, "*", "vis_data", "scalars.json")))
     if not paths:
         raise UsageError(f"{work_dir} holds no training run: train first")
     return paths
 
 
-def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
-    """Read what all the runs in ``work_dir`` logged: training steps, and evaluations.
+def check_work_dir(work_dir: str) -> None:
+    """Check that ``work_dir`` exists."""
+    if not osp.isdir(work_dir):
+        raise UsageError(f"there is no work dir {work_dir}: train first")
 
-    A run that resumed, or started anew, replaces what earlier runs logged from there on.
-    """
-    training, evaluations = [], []
-    for path in find_scalars(work_dir):
-        with open(path) as file:
-            records = [json.loads(line) for line in file]
-        steps = [record for record in records if "loss" in record]
-        if not steps:
-            continue
-        # Evaluations are numbered by epoch where the loop has epochs, else by iteration.
-        start = steps[0]
-        training = before(training, start["step"]) + steps
-        evaluations = before(evaluations, start.get("epoch", start["step"]))
-        evaluations += [
-            record if is_coco(record) else {**NOTHING_DETECTED, **record}
-            for record in records
-            if "loss" not in record
-        ]
+
+def read_scalars(work_dir: str) -> tuple[list[dict], list[dict]]:
+    """Read what all the runs in ``work_dir`` logged: training steps, and evaluations."""
+    training, evaluations = merge(
+        [osp.dirname(osp.dirname(path)) for path in find_scalars(work_dir)]
+    )
     if not training:
         raise UsageError(f"{work_dir} holds no logged training step: train longer")
     return training, evaluations
 
 
+def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
+    """Join what the runs in ``folders``, one after the other, logged.
+
+    A run that resumed, or started anew, replaces what earlier runs logged from there on. A test of
+    one of its checkpoints counts where the training was not evaluated.
+    """
+    training, evaluations = [], []
+    for folder in folders:
+        steps, results = read_folder(folder)
+        if steps:
+            # Evaluations are numbered by epoch where the loop has epochs, else by iteration.
+            start = steps[0]
+            training = before(training, start["step"]) + steps
+            evaluations = before(evaluations, start.get("epoch", start["step"])) + results
+        tested = read_test(folder)
+        if tested and tested["step"] not in {record["step"] for record in evaluations}:
+            evaluations.append(tested)
+    return training, sorted(evaluations, key=lambda record: record["step"])
+
+
+def read_folder(folder: str) -> tuple[list[dict], list[dict]]:
+    """Read what the run in ``folder`` logged while it trained: steps, and evaluations."""
+    path = osp.join(folder, "vis_data", "scalars.json")
+    if not osp.isfile(path):
+        return [], []
+    records = []
+    with open(path) as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break  # a run that is killed may leave half a line
+            raise UsageError(f"{path}: line {number} is damaged; delete that line") from error
+    steps = [record for record in records if "loss" in record]
+    return steps, [complete(record) for record in records if "loss" not in record]
+
+
+def read_test(folder: str) -> dict | None:
+    """Read the evaluation that ``tools/test.py`` left in ``folder``, as one of the training.
+
+    That of a checkpoint whose name does not tell its epoch or iteration is none of the training.
+    """
+    path = osp.join(folder, f"{osp.basename(folder)}.json")
+    config = osp.join(folder, "vis_data", "config.py")
+    if not (osp.isfile(path) and osp.isfile(config)):
+        return None
+    loaded = read_settings(config).get("load_from") or ""
+    checkpoint = re.search(r"(?:epoch|iter)_(\d+)\.pth$", loaded)
+    if not checkpoint:
+        return None
+    with open(path) as file:
+        try:
+            result = json.load(file)
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: test again, or delete it") from error
+    return {**complete(result), "step": int(checkpoint[1])}
+
+
+def complete(evaluation: dict) -> dict:
+    """Add what mmdet does not log of an evaluation without a single detection."""
+    # The names of metrics start with their evaluator's, as in "coco/"; the rest is timing.
+    measured = any("/" in key for key in evaluation)
+    return evaluation if measured else {**NOTHING_DETECTED, **evaluation}
+
+
 def before(records: list[dict], step: int) -> list[dict]:
     """Keep the records of earlier steps."""
     return [record for record in records if record["step"] < step]
-
-
-def is_coco(record: dict) -> bool:
-    """Tell whether a logged record holds the result of a COCO evaluation."""
-    return any(key.startswith("coco/") for key in record)
 
 
 def find_checkpoint(work_dir: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbn_mmdet.launch import UsageError
-from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars
+from cbn_mmdet.runs import find_checkpoint, find_last_run, read_run, read_scalars
 
 
 def write_run(work_dir, name, records):
@@ -57,3 +57,77 @@ def test_checkpoint_of_a_moved_work_dir(tmp_path):
     torch.save({}, tmp_path / "epoch_1.pth")
     (tmp_path / "last_checkpoint").write_text("elsewhere/epoch_1.pth")
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "epoch_1.pth")
+
+
+def write_config(path, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+
+
+def test_run_of_an_empty_folder(tmp_path):
+    run = read_run(str(tmp_path))
+    assert (run.started, run.config, run.total, run.finished) == (False, None, None, False)
+    with pytest.raises(UsageError, match="there is no work dir"):
+        read_run(str(tmp_path / "none"))
+
+
+def test_run_has_the_name_and_length_of_its_config(tmp_path):
+    """Of two configs that were trained in one work dir, the last one's."""
+    short, long = dict(type="EpochBasedTrainLoop", max_epochs=2), dict(max_epochs=12)
+    write_run(tmp_path, "1", [*steps(1, 3, 1), evaluation(2, 0.1)])
+    write_config(tmp_path / "1/vis_data/config.py", train_cfg=short, randomness=dict(seed=1))
+    write_config(tmp_path / "short.py", train_cfg=short, randomness=dict(seed=2))
+    run = read_run(str(tmp_path))
+    assert (run.config, run.unit, run.total, run.finished) == ("short", "epoch", 2, True)
+
+    write_run(tmp_path, "2", steps(1, 3, 1))
+    write_config(tmp_path / "2/vis_data/config.py", train_cfg=long)
+    write_config(tmp_path / "long.py", train_cfg=long)
+    write_run(tmp_path, "3", [])  # stopped before anything was logged
+    write_config(tmp_path / "3/vis_data/config.py", train_cfg=short)
+    run = read_run(str(tmp_path))
+    assert (run.config, run.total, run.finished, run.evaluations) == ("long", 12, False, [])
+
+
+def test_run_in_iterations(tmp_path):
+    write_run(tmp_path, "1", [dict(loss=1.0, step=50), evaluation(50, 0.1)])
+    write_config(tmp_path / "mine.py", train_cfg=dict(type="IterBasedTrainLoop", max_iters=100))
+    run = read_run(str(tmp_path))
+    assert (run.config, run.unit, run.total, run.finished) == ("mine", "iteration", 100, False)
+
+
+def test_half_a_line_is_no_line(tmp_path):
+    """A run may be killed while it logs. What is damaged elsewhere was not damaged by it."""
+    write_run(tmp_path, "1", [*steps(1, 3, 1), evaluation(1, 0.1)])
+    path = tmp_path / "1" / "vis_data" / "scalars.json"
+    text = path.read_text()
+    path.write_text(text[:-10])
+    training, evaluations = read_scalars(str(tmp_path))
+    assert len(training) == 3 and evaluations == []
+    path.write_text(text[10:])
+    with pytest.raises(UsageError, match="scalars.json: line 1 is damaged; delete that line"):
+        read_scalars(str(tmp_path))
+
+
+def test_tests_count_where_there_is_no_evaluation(tmp_path):
+    write_run(tmp_path, "1", [*steps(1, 6, 1), evaluation(1, 0.1), *steps(7, 9, 2)])
+    for number, (loaded, value) in enumerate(
+        [("epoch_2.pth", 0.2), ("x/best_coco_bbox_mAP_epoch_1.pth", 0.3), ("released.pth", 0.4)], 2
+    ):
+        write_config(tmp_path / f"{number}/vis_data/config.py", load_from=loaded)
+        (tmp_path / f"{number}/{number}.json").write_text(json.dumps({"coco/bbox_mAP": value}))
+    _, evaluations = read_scalars(str(tmp_path))
+    assert evaluations == [evaluation(1, 0.1)]  # those of trainings alone
+    assert read_run(str(tmp_path)).evaluations == [evaluation(1, 0.1), evaluation(2, 0.2)]
+    write_run(
+        tmp_path, "9", steps(1, 3, 1)
+    )  # a new start, to which the old checkpoints are nothing
+    assert read_run(str(tmp_path)).evaluations == []
+
+
+def test_nothing_detected_is_an_ap_of_zero(tmp_path):
+    """Unless the evaluation was another one than COCO's."""
+    write_run(tmp_path, "1", [*steps(1, 3, 1), dict(time=1.0, step=1), {"voc/mAP": 0.5, "step": 2}])
+    _, (first, second) = read_scalars(str(tmp_path))
+    assert first["coco/bbox_mAP"] == first["coco/bbox_mAP_75"] == 0
+    assert second == {"voc/mAP": 0.5, "step": 2}

@@ -1,74 +1,354 @@
 # Licensed under the Apache License, Version 2.0.
-"""Set the last COCO evaluations of several runs side by side, as a Markdown table.
+"""Set what runs measured beside what was published, as Markdown tables.
 
-Runs whose work dirs differ only in a trailing ``_seedN`` are one row: their mean, and each seed.
+One table per detector and backbone, one row per config, published figures from the metafiles. Runs
+of one config are one row: the mean of those that finished, and each. docs/tables.md explains it.
 """
 
 import argparse
+import json
 import os.path as osp
 import re
-from collections import defaultdict
-from statistics import mean
+from glob import glob
+from statistics import mean, median
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none has to be there
+
+import matplotlib.pyplot as plt
+import yaml
+from matplotlib.lines import Line2D
 
 from cbn_mmdet.launch import UsageError, run_tool
-from cbn_mmdet.runs import read_scalars, time_unit
+from cbn_mmdet.runs import Run, read_run
 
-METRICS = ("coco/bbox_mAP", "coco/bbox_mAP_50", "coco/bbox_mAP_75", "coco/segm_mAP")
+CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), "configs")
+METRICS = {
+    "box AP": "coco/bbox_mAP",
+    "box AP50": "coco/bbox_mAP_50",
+    "box AP75": "coco/bbox_mAP_75",
+    "mask AP": "coco/segm_mAP",
+    "mask AP50": "coco/segm_mAP_50",
+    "mask AP75": "coco/segm_mAP_75",
+}
+DETECTORS = {"faster-rcnn": "Faster R-CNN", "mask-rcnn": "Mask R-CNN"}
+# The batch of the paper's table, whose rows are shown with and without a run.
+PAPER = "_4xb4-"
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work_dirs", nargs="+", metavar="WORK_DIR", help="of tools/train.py")
+    parser.add_argument("--all", action="store_true", help="show every config of the metafiles")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot the AP of each run over time")
+    parser.add_argument(
+        "--configs",
+        default=CONFIGS,
+        metavar="DIR",
+        help="where */metafile.yml with the published figures are (the configs beside this tool)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Print the table."""
-    rows = defaultdict(dict)
-    for work_dir in parse_args().work_dirs:
-        name, seed = split_name(work_dir)
-        if seed in rows[name]:
-            raise UsageError(f"{work_dir}: another work dir is run {name}, seed {seed}, as well")
-        rows[name][seed] = last_result(work_dir)
-    metrics = [
-        metric
-        for metric in METRICS
-        if any(metric in result for seeds in rows.values() for result in seeds.values())
-    ]
-    if not metrics:
-        raise UsageError("none of the runs has a COCO evaluation yet")
-    print("| run | " + " | ".join(metrics) + " | trained for |")
-    print("|---|" + "---|" * (len(metrics) + 1))
-    for name, seeds in rows.items():
-        results = [seeds[seed] for seed in sorted(seeds)]
-        cells = [cell([result.get(metric) for result in results]) for metric in metrics]
-        lengths = sorted({result["length"] for result in results if result})
-        print(f"| {name} | " + " | ".join(cells) + f" | {', '.join(lengths)} |")
+    """Print the tables."""
+    args = parse_args()
+    runs = read_runs(args.work_dirs)
+    tables = make_tables(make_rows(runs), read_models(args.configs), args.all)
+    if args.json:
+        print(json.dumps({"tables": tables}, indent=2))
+    else:
+        print("\n\n".join(markdown(table) for table in tables))
+    if args.plot:
+        plot(runs, args.plot)
+
+
+def read_runs(work_dirs: list[str]) -> list[Run]:
+    """Read each run."""
+    paths = [osp.realpath(work_dir) for work_dir in work_dirs]
+    for path, work_dir in zip(paths, work_dirs, strict=True):
+        if paths.count(path) > 1:
+            raise UsageError(f"{work_dir} is given twice: name each work dir once")
+    return [read_run(work_dir) for work_dir in work_dirs]
 
 
 def split_name(work_dir: str) -> tuple[str, int]:
     """Tell a run's name and its seed from its work dir."""
-    name = osp.basename(osp.normpath(work_dir))
+    name = osp.basename(osp.abspath(work_dir))
     match = re.fullmatch(r"(.+)_seed(\d+)", name)
     return (match[1], int(match[2])) if match else (name, 0)
 
 
-def last_result(work_dir: str) -> dict:
-    """Read the last evaluation of a run, empty if there was none."""
-    training, evaluations = read_scalars(work_dir)
-    if not evaluations:
-        return {}
-    last = evaluations[-1]
-    return {**last, "length": f"{last['step']} {time_unit(training)}s"}
+def read_models(configs: str) -> dict[str, dict]:
+    """Read what was published of each config that a metafile lists, by the config's name."""
+    models = {}
+    for path in sorted(glob(osp.join(configs, "*", "metafile.yml"))):
+        try:
+            with open(path) as file:
+                listed = {
+                    config_name(model["Config"]): dict(model.get("Published") or {})
+                    for model in yaml.safe_load(file)["Models"]
+                }
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} is no metafile: it needs Models, each with Config") from error
+        for name, published in listed.items():
+            unknown = sorted(published.keys() - {*METRICS, "Source"})
+            if unknown:
+                raise UsageError(
+                    f"{path}: {name} has Published: {unknown[0]}; known are {', '.join(METRICS)}"
+                )
+            models[name] = published
+    return models
 
 
-def cell(values: list) -> str:
-    """Format the values of all seeds: their mean, then each; a dash where none was measured."""
-    each = ", ".join("–" if value is None else f"{value:.3f}" for value in values)
-    if None in values or len(values) == 1:  # no mean over the seeds that happened to end
-        return each
-    return f"**{mean(values):.3f}** ({each})"
+def config_name(path: str) -> str:
+    """Tell the name of a config from its file."""
+    return osp.splitext(osp.basename(path))[0]
+
+
+# From here on all is plain data, as --json prints it: a run, a row, a table are dictionaries.
+
+
+def make_rows(runs: list[Run]) -> list[dict]:
+    """Make a row of the runs of each config; runs with other settings are another row."""
+    groups = []
+    for run in runs:
+        key = (run.config or split_name(run.work_dir)[0], run.settings)
+        members = next((members for known, members in groups if known == key), None)
+        if members is None:
+            members = []
+            groups.append((key, members))
+        members.append(run)
+    names = [name for (name, _), _ in groups]
+    rows = []
+    for (name, _), members in groups:
+        members.sort(key=lambda run: split_name(run.work_dir)[1])
+        rows.append(make_row(name, [describe(run) for run in members]))
+        if names.count(name) > 1:
+            where = ", ".join(osp.basename(osp.abspath(run.work_dir)) for run in members)
+            rows[-1]["label"] = f"{name} ({where})"
+    return rows
+
+
+def describe(run: Run) -> dict:
+    """Say what was measured in a run, and how far it got."""
+    last = run.evaluations[-1] if run.evaluations else {}
+    logged = run.training[-1] if run.training else {}
+    memory = [record["memory"] for record in run.training if "memory" in record]
+    times = [record["time"] for record in run.training if "time" in record]
+    return {
+        "work_dir": run.work_dir,
+        "state": state(run),
+        "finished": run.finished,
+        "unit": run.unit,
+        "total": run.total,
+        "evaluated": last.get("step"),
+        "epoch": logged.get("epoch"),
+        "iteration": logged.get("step"),
+        "measured": {metric: points(last.get(key)) for metric, key in METRICS.items()},
+        "seconds_per_iteration": median(times) if times else None,
+        # mmengine starts anew after each logged step: the peak of the run is that of all of them
+        "peak_memory_mib": max(memory, default=None),
+    }
+
+
+def state(run: Run) -> str:
+    """Say how far a run got."""
+    if not (run.training or run.evaluations):
+        return "nothing logged" if run.started else "no training run"
+    evaluated = run.evaluations[-1]["step"] if run.evaluations else None
+    if run.finished:
+        return f"{evaluated} {run.unit}s"
+    where, of = evaluated, f" of {run.total}" if run.total else ""
+    if run.training:
+        where = run.training[-1].get("epoch", run.training[-1]["step"])
+    parts = [f"{run.unit} {where}{of}"]
+    if run.training and run.unit == "epoch":
+        parts.append(f"last logged iteration {run.training[-1]['step']}")
+    parts.append(f"AP of {run.unit} {evaluated}" if evaluated is not None else "never evaluated")
+    return ", ".join(parts)
+
+
+def points(value: float | None) -> float | None:
+    """Turn an AP into COCO's points; -1 says that there are no such objects to measure it on."""
+    return None if value is None or value < 0 else round(100 * value, 10)
+
+
+def make_row(config: str, runs: list[dict]) -> dict:
+    """Make the row of a config from its runs, which may be none."""
+    measured = {}
+    for metric in METRICS:
+        values = [run["measured"][metric] for run in runs if run["finished"]]
+        # A mean over those that happen to have a value would favour them.
+        measured[metric] = mean(values) if values and None not in values else None
+    return {"config": config, "label": config, "runs": runs, "measured": measured}
+
+
+def make_tables(rows: list[dict], models: dict[str, dict], everything: bool) -> list[dict]:
+    """Make a table of the rows that are in no metafile, and one of each detector and backbone."""
+    tables = []
+    own = [beside(row, {}) for row in rows if row["config"] not in models]
+    if own:
+        tables.append({"title": "Measured", "compared": False, "rows": own})
+    measured = {row["config"] for row in rows}
+    for heading in dict.fromkeys(map(title, models)):  # each once, in the metafiles' order
+        names = [name for name in models if title(name) == heading]
+        if not (everything or measured.intersection(names)):
+            continue
+        table = {"title": heading, "compared": True, "rows": []}
+        for name in names:
+            mine = [row for row in rows if row["config"] == name]
+            if not mine and (everything or models[name] or PAPER in name):
+                mine = [make_row(name, [])]
+            table["rows"] += [beside(row, models[name]) for row in mine]
+        tables.append(table)
+    return tables
+
+
+def title(config: str) -> str:
+    """Name the detector and backbone of a config, as in ``mask-rcnn_r50_fpn_cbn_4xb4-1x_coco``."""
+    detector, *backbone = config.split("_")[:3]
+    backbone = re.sub(r"^R(?=\d)", "R-", "-".join(backbone).upper())
+    return f"{DETECTORS.get(detector, detector)} {backbone}".strip()
+
+
+def beside(row: dict, published: dict) -> dict:
+    """Add to a row what was published, and the difference from it."""
+    difference = {
+        metric: None
+        if value is None or published.get(metric) is None
+        else round(value - published[metric], 10)
+        for metric, value in row["measured"].items()
+    }
+    return {
+        **row,
+        "published": {metric: published.get(metric) for metric in METRICS},
+        "source": published.get("Source"),
+        "difference": difference,
+    }
+
+
+# And this is its Markdown.
+
+
+def markdown(table: dict) -> str:
+    """Write a table as Markdown that can be read as it is, too."""
+    rows, compared = table["rows"], table["compared"]
+    columns = {"config": [row["label"] for row in rows]}
+    for metric in METRICS:
+        columns[metric] = [cell(row, metric, compared) for row in rows]
+    columns["trained for"] = [states(row["runs"]) for row in rows]
+    columns["s/iteration"] = [
+        listed([run["seconds_per_iteration"] for run in row["runs"]], ".3f") for row in rows
+    ]
+    columns["memory (MiB)"] = [
+        listed([run["peak_memory_mib"] for run in row["runs"]], "d") for row in rows
+    ]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    return "\n".join([f"## {table['title']}", "", *aligned(columns), *notes(table)])
+
+
+def cell(row: dict, metric: str, compared: bool) -> str:
+    """Format one metric: the mean of the finished runs, each run, and what was published."""
+    values = [run["measured"][metric] for run in row["runs"]]
+    average, published = row["measured"][metric], row["published"][metric]
+    if {*values, published} <= {None}:
+        return "–"
+    each = []
+    for run, value in zip(row["runs"], values, strict=True):
+        emphasis = "*" if value is not None and not run["finished"] else ""
+        each.append(f"{emphasis}{ap(value, compared)}{emphasis}")
+    text = ", ".join(each) or "–"
+    if average is not None and sum(run["finished"] for run in row["runs"]) > 1:
+        text = f"**{ap(average, compared)}** ({text})"
+    if compared:
+        text += f" / {ap(published, compared)}"
+    if row["difference"][metric] is not None:
+        text += f" ({round(row['difference'][metric], 1) + 0.0:+.1f})"  # + 0.0: of -0.0 makes 0.0
+    return text
+
+
+def ap(value: float | None, compared: bool) -> str:
+    """Format an AP: in COCO's points where they are compared, else as MMDetection logs it."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if compared else f"{value / 100:.3f}"
+
+
+def states(runs: list[dict]) -> str:
+    """List how far each run got, once if all got as far."""
+    each = [run["state"] for run in runs]
+    return "; ".join(each if len(set(each)) > 1 else each[:1]) or "–"
+
+
+def listed(values: list, form: str) -> str:
+    """List one value of each run; a dash where none has any."""
+    if set(values) <= {None}:
+        return "–"
+    return ", ".join("–" if value is None else format(value, form) for value in values)
+
+
+def aligned(columns: dict[str, list[str]]) -> list[str]:
+    """Write a Markdown table, its columns padded to one width."""
+    padded = []
+    for name, cells in columns.items():
+        width = max(map(len, [name, *cells]))
+        padded.append([name.ljust(width), "-" * width, *(text.ljust(width) for text in cells)])
+    return [f"| {' | '.join(line)} |" for line in zip(*padded, strict=True)]
+
+
+def notes(table: dict) -> list[str]:
+    """Explain what is in the cells of a table."""
+    lines = []
+    if table["compared"]:
+        lines.append("Measured / published (measured − published), in COCO's points.")
+        sources = dict.fromkeys(row["source"] for row in table["rows"] if row["source"])
+        lines += [f"Published: {source}" for source in sources]
+    runs = [run for row in table["rows"] for run in row["runs"]]
+    if any(not run["finished"] and run["evaluated"] is not None for run in runs):
+        lines.append("In italics: runs that did not finish. They enter no mean and no difference.")
+    return ["", *lines] if lines else []
+
+
+def plot(runs: list[Run], path: str) -> None:
+    """Plot box AP (solid) and mask AP (dashed) of each run over its epochs."""
+    styles = {"box AP": "-", "mask AP": "--"}
+    logged = {run.work_dir: {key for each in run.evaluations for key in each} for run in runs}
+    drawn = [run for run in runs if METRICS["box AP"] in logged[run.work_dir]]
+    if not drawn:
+        raise UsageError("--plot: none of the runs has a COCO evaluation yet")
+    units = {run.unit: run.work_dir for run in drawn}
+    if len(units) > 1:
+        raise UsageError(
+            f"--plot: {units['epoch']} counts epochs and {units['iteration']} iterations; "
+            "plot them apart"
+        )
+    names = [osp.basename(osp.abspath(run.work_dir)) for run in drawn]
+    if len(set(names)) < len(names):
+        names = [osp.normpath(run.work_dir) for run in drawn]
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    legend = []
+    for number, (name, run) in enumerate(zip(names, drawn, strict=True)):
+        legend.append(Line2D([], [], color=f"C{number}", label=name))
+        steps = [record["step"] for record in run.evaluations]
+        for metric, style in styles.items():
+            values = [record.get(METRICS[metric]) for record in run.evaluations]
+            axes.plot(steps, values, f".{style}", color=f"C{number}")
+    masks = any(METRICS["mask AP"] in keys for keys in logged.values())
+    if masks:
+        legend += [Line2D([], [], color="grey", ls=styles[each], label=each) for each in styles]
+    axes.legend(handles=legend, fontsize="small")
+    axes.set(xlabel=next(iter(units)), ylabel="AP" if masks else "box AP", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: {error}") from error
 
 
 if __name__ == "__main__":
