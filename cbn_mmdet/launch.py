@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
+from torch.distributed.elastic.multiprocessing.errors import record
 
 # Settings that mmengine reads from a config and that no config has to name.
 OPTIONAL_SETTINGS = {
@@ -31,7 +32,7 @@ OPTIONAL_SETTINGS = {
 
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
-BUILD_ERRORS = ("unexpected keyword argument", "registry", "CBN: ", "CBNHook: ")
+BUILD_ERRORS = ("unexpected keyword argument", "registry", "BRN: ", "CBN: ", "CBNHook: ")
 START_ERRORS = ("CBNHook: ",)
 
 
@@ -42,7 +43,7 @@ class UsageError(Exception):
 def run_tool(main: Callable[[], None]) -> None:
     """Call ``main``; a :class:`UsageError` becomes one line on stderr and exit status 2."""
     try:
-        main()
+        record(main)()  # torchrun ends its report with the error that was recorded
     except UsageError as error:
         print(f"{osp.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -173,9 +174,12 @@ def start_processes(cfg: Config) -> None:
     The runner joins the processes by itself when each has a GPU. Without one, mmengine would
     still select a GPU per process; but a process group that exists already it leaves alone.
     """
+    if cfg.launcher == "none":
+        return
     if cfg.launcher == "pytorch" and "RANK" not in os.environ:
-        raise UsageError("--launcher pytorch: start the tool with torchrun")
-    if cfg.launcher == "none" or torch.cuda.is_available():
+        raise UsageError("--launcher pytorch: start the tool with torchrun, as dist_train.sh does")
+    if torch.cuda.is_available():
+        _check_processes(cfg.launcher)
         return
     if cfg.launcher != "pytorch":
         raise UsageError(f"--launcher {cfg.launcher} needs GPUs; on CPUs use torchrun and pytorch")
@@ -187,6 +191,18 @@ def start_processes(cfg: Config) -> None:
         "find_unused_parameters": cfg.get("find_unused_parameters", False),
     }
     cfg.model_wrapper_cfg = {**defaults, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
+
+
+def _check_processes(launcher: str) -> None:
+    """Check what mmengine takes for granted when each process is to have a GPU."""
+    if launcher == "slurm" and "SLURM_PROCID" not in os.environ:
+        raise UsageError("--launcher slurm: start the tool with srun, as slurm_train.sh does")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UsageError(
+            f"{processes} processes were started on a machine with {gpus} GPU(s) to be seen; "
+            "start as many as there are GPUs"
+        )
 
 
 @contextmanager

@@ -79,13 +79,3 @@ def run(*command, cwd=ROOT, check=True, **kwargs):
 def tool():
     """Runs one of ``tools/`` as a user does."""
     return lambda name, *args, **kwargs: run(sys.executable, f"tools/{name}", *args, **kwargs)
-
-
-@pytest.fixture(scope="session")
-def torchrun():
-    """Runs one of ``tools/`` in two processes on the CPU."""
-    return lambda name, *args, **kwargs: run(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(f"tools/{name}", *args, "--launcher", "pytorch"),
-        **kwargs,
-    )

@@ -92,14 +92,14 @@ def test_checkpoints(tmp_path):
         launch.check_checkpoint("none.pth")
 
 
-def test_run_tool(capsys):
+def test_run_tool(capfd):
     def fail():
         raise UsageError("this is wrong")
 
     with pytest.raises(SystemExit) as error:
         launch.run_tool(fail)
     assert error.value.code == 2
-    assert capsys.readouterr().err.endswith("error: this is wrong\n")
+    assert capfd.readouterr().err.endswith("error: this is wrong\n")
 
 
 def test_processes_without_a_gpu(monkeypatch):
@@ -110,3 +110,19 @@ def test_processes_without_a_gpu(monkeypatch):
         launch.start_processes(Config(dict(launcher="pytorch")))
     with pytest.raises(UsageError, match="--launcher slurm needs GPUs"):
         launch.start_processes(Config(dict(launcher="slurm")))
+
+
+def test_processes_with_gpus(monkeypatch):
+    """A GPU for each process, and processes of the launcher's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    with pytest.raises(UsageError, match="--launcher slurm: start the tool with srun"):
+        launch.start_processes(Config(dict(launcher="slurm")))
+    monkeypatch.setenv("RANK", "0")
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        launch.start_processes(Config(dict(launcher="pytorch")))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"3 processes were started on a machine with 2 GPU"):
+        launch.start_processes(Config(dict(launcher="pytorch")))

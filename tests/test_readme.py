@@ -57,8 +57,8 @@ def test_options_are_the_layers():
 
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^`|]+?)`? \|", README, re.MULTILINE))
     for owner, names in (
-        (CBN, ["window_size", "backward", "momentum", "compensate", "derivative_stride"]),
-        (CBNHook, ["burn_in", "by_epoch"]),
+        (CBN, ["window_size", "backward", "momentum", "compensate", "derivative_stride", "sync"]),
+        (CBNHook, ["burn_in", "by_epoch", "save_window"]),
     ):
         parameters = inspect.signature(owner).parameters
         for name in names:
@@ -67,9 +67,9 @@ def test_options_are_the_layers():
 
 def test_commands_exist():
     targets = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", targets, re.MULTILINE)
-    for tool in re.findall(r"tools/\w+\.py", README):
+    for tool in re.findall(r"tools/\w+\.(?:py|sh)", README):
         assert (ROOT / tool).exists()
     assert "make test" in (ROOT / ".ci/run").read_text()
 

@@ -1,4 +1,4 @@
-"""The tools as a user runs them: train, stop, resume, test, report; one process and two."""
+"""The tools as a user runs them: train, stop, resume, test, report."""
 
 import json
 import os
@@ -124,23 +124,6 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
     assert "custom_hooks = [dict(type='CBNHook', burn_in=3)]" in done.stdout
     windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
     assert windows == [1] * 18 + [8] * 6
-
-
-def test_two_processes_over_gloo(small_config, tmp_path, torchrun):
-    """Both ranks train and evaluate together, through the wrapper that mmengine puts on."""
-    config = small_config(tmp_path, CBN2, "train_cfg = dict(max_epochs=2)")
-    work_dir = tmp_path / "work"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = torchrun("train.py", config, "--work-dir", work_dir, env=environment)
-    assert "GPU number: 2" in done.stdout  # mmengine's words for two processes
-    windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
-    assert windows == [1] * 3 + [8] * 3  # 12 images, 2 ranks of 2 images
-    out = tmp_path / "results.pkl"
-    torchrun(
-        *("test.py", config, work_dir / "epoch_2.pth", "--work-dir", work_dir, "--out", out),
-        env=environment,
-    )
-    assert len(pickle.loads(out.read_bytes())) == 4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import os.path as osp
 
 import torch
-from mmengine.dist import all_reduce_params, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce_params, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
@@ -43,9 +43,9 @@ class CBNHook(Hook):
         burn_in: Length of the burn-in, at least 0, less than the run.
         by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False).
         save_window: Whether each process writes its windows to ``cbn_window_rank{rank}.pth`` in
-            the work dir with every checkpoint, in the place of the last ones, so that a resume
-            goes on as if there had been no interruption. They have ``window_size - 1`` times the
-            size of the weights that CBN follows.
+            the work dir with every checkpoint, in the place of the last ones, for a resume to
+            start with. They have ``window_size - 1`` times the size of the weights that CBN
+            follows.
 
     Raises:
         ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
@@ -149,25 +149,35 @@ class CBNHook(Hook):
         os.replace(path + ".part", path)
 
     def _load_window(self, runner) -> None:
-        """Fills the windows of a resumed run, or tells why they start empty."""
+        """Fills the windows of a resumed run, or tells why they start empty.
+
+        They do on all processes or on none: an interruption can fall between two of their files,
+        and with ``sync`` the windows hold the same statistics everywhere.
+        """
+        reasons = [why for why in all_gather_object(self._fill_window(runner)) if why]
+        if not reasons:
+            return
+        set_window(_unwrapped(runner.model), 1)  # a change forgets what some have loaded
+        self._hold(runner)
+        runner.logger.warning(
+            f"CBNHook: the windows start empty, as {reasons[0]}. They fill within "
+            f"{self._full_window - 1} iterations."
+        )
+
+    def _fill_window(self, runner) -> str | None:
+        """Fills the windows of this process, or returns why that cannot be."""
         path = _window_path(runner)
         if not osp.isfile(path):
-            return self._start_empty(runner, f"there is no {path}")
+            return f"there is no {path}"
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, now in (("iter", runner.iter), ("world_size", get_world_size())):
             if saved[name] != now:
-                why = f"{path} is of {name} {saved[name]}, the run of {name} {now}"
-                return self._start_empty(runner, why)
+                return f"{path} is of {name} {saved[name]}, the run of {name} {now}"
         try:
             load_window_state(_unwrapped(runner.model), saved["windows"])
         except ValueError as error:
-            self._start_empty(runner, str(error))
-
-    def _start_empty(self, runner, why: str) -> None:
-        runner.logger.warning(
-            f"CBNHook: the windows start empty, as {why}. They fill within "
-            f"{self._full_window - 1} iterations."
-        )
+            return str(error)
+        return None
 
     def _warn_of_idle_layers(self, runner) -> None:
         """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
