@@ -1,0 +1,3 @@
+# The paper's: a window of 4 iterations after 3 epochs, gradient through the current one alone.
+norm_cfg = dict(type="CBN", window_size=4, backward="current", requires_grad=True)
+custom_hooks = [dict(type="CBNHook", burn_in=3)]

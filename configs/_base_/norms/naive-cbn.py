@@ -1,0 +1,3 @@
+_base_ = "./cbn.py"
+
+norm_cfg = dict(compensate=False)

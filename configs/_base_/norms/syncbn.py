@@ -1,0 +1,1 @@
+norm_cfg = dict(type="SyncBN", requires_grad=True)

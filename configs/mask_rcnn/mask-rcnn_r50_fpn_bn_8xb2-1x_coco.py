@@ -1,0 +1,3 @@
+_base_ = "./mask-rcnn_r50_fpn_bn_4xb4-1x_coco.py"
+
+train_dataloader = dict(batch_size=2)

@@ -1,0 +1,7 @@
+_base_ = ["./mask-rcnn_r50_fpn_8xb2-1x_coco.py", "../_base_/norms/cbn_1-2-images.py"]
+
+norm_cfg = _base_.norm_cfg
+model = dict(
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
+)
