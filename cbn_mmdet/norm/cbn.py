@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import linking, sync
 from .moments import (
-    Derivative,
     batch_derivative,
     batch_moments,
+    full_precision,
     is_plain,
     statistics_dtype,
 )
@@ -37,7 +37,7 @@ class _Record(NamedTuple):
     entry: Entry
     running_mean: Tensor
     running_var: Tensor
-    clamped: Tensor | None  # bool, (C, T)
+    positive: Tensor | None  # bool, (C, T)
 
 
 class CBN(_BatchNorm):
@@ -81,7 +81,10 @@ class CBN(_BatchNorm):
         sync: Whether the current statistics, and hence those that enter the window, are those of
             the batches of all processes together, as in ``nn.SyncBatchNorm``, which this is with a
             window of 1. Each process moves the past to today's weights with the derivative of its
-            own batch. Without distributed training it changes nothing.
+            own batch, so with ``backward='window'`` their running statistics differ slightly
+            unless they are averaged, as ``CBNHook`` does. All processes of the default group must
+            call the layer equally often, forward and backward; a batch may be empty. Without
+            distributed training it changes nothing.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
 
@@ -154,24 +157,22 @@ class CBN(_BatchNorm):
             self._windows.clear()
             self._records.clear()
 
-    def step(self) -> tuple[Tensor, int] | None:
+    def step(self) -> list[Tensor]:
         """Ends an iteration: what its forward recorded becomes part of the window.
 
         Returns:
-            How many of the past channel variances the maximum cut to zero, as a tensor, and how
-            many there were; None if nothing was compensated.
+            For each call that compensated past statistics, which of the past channel variances the
+            maximum did not cut to zero, bool ``(C, T)``.
         """
-        clamped, total = None, 0
+        positive = []
         for call, record in sorted(self._records.items()):
             self._window_of(call).push(record.entry)
             self._update_running_stats(record)
-            if record.clamped is not None:
-                cut = record.clamped.sum()
-                clamped = cut if clamped is None else clamped + cut
-                total += record.clamped.numel()
+            if record.positive is not None:
+                positive.append(record.positive)
         self._records.clear()
         self._forward_id, self._call = None, 0
-        return None if clamped is None else (clamped, total)
+        return positive
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
@@ -186,8 +187,7 @@ class CBN(_BatchNorm):
         if not self.training:
             self._note_feeder(input)
             return super().forward(input)
-        # Under autocast the small matrix products on the statistics would run in half precision.
-        with torch.autocast(input.device.type, enabled=False):
+        with full_precision(input.device.type):
             if linking.is_recomputation():
                 return self._recompute(input)
             conv, conv_input = self._resolve(input)
@@ -278,8 +278,7 @@ class CBN(_BatchNorm):
             running = estimate.mean, estimate.var
         else:
             running = moments.mean, moments.unbiased_var
-        clamped = None if estimate.positive is None else ~estimate.positive
-        return _Record(self._entry(y, moments, conv, conv_input), *running, clamped)
+        return _Record(self._entry(y, moments, conv, conv_input), *running, estimate.positive)
 
     def _entry(
         self,
@@ -298,8 +297,7 @@ class CBN(_BatchNorm):
         if conv_input is None:
             return Entry(mean_of_product, var)
         derivative = batch_derivative(conv, conv_input, y, moments.own_mean, self.derivative_stride)
-        now = dot(Derivative(derivative.mean[:, None], derivative.var[:, None]), conv.weight)
-        return Entry(mean_of_product, var, derivative, *(value.squeeze(1) for value in now))
+        return Entry(mean_of_product, var, derivative, *dot(derivative, conv.weight))
 
     def _update_running_stats(self, record: _Record) -> None:
         if not self.track_running_stats:

@@ -86,12 +86,12 @@ def step(model: nn.Module) -> Tensor | None:
         iteration, a tensor without dimensions; None if nothing was compensated.
     """
     linking.end_iteration()
-    counts = [count for layer in cbn_layers(model).values() if (count := layer.step()) is not None]
-    if not counts:
+    positive = [each for layer in cbn_layers(model).values() for each in layer.step()]
+    if not positive:
         return None
-    device = counts[0][0].device
-    clamped = torch.stack([count.to(device) for count, _ in counts]).sum()
-    return clamped / sum(total for _, total in counts)
+    device = positive[0].device
+    kept = torch.cat([each.flatten().to(device) for each in positive])
+    return 1 - kept.mean(dtype=torch.float32)
 
 
 def window_state(model: nn.Module) -> dict:
@@ -126,7 +126,8 @@ def load_window_state(model: nn.Module, state: dict) -> None:
         state: What :func:`window_state` returned.
 
     Raises:
-        ValueError: The model has other CBN layers, or a layer has another window in force.
+        ValueError: The model has other CBN layers or convolutions, or a layer has another window
+            in force.
     """
     layers = cbn_layers(model)
     if layers.keys() != state.keys():
@@ -137,6 +138,12 @@ def load_window_state(model: nn.Module, state: dict) -> None:
         )
     modules = dict(model.named_modules())
     for name, layer in layers.items():
+        if not all(_fits(window, layer, modules) for window in state[name]):
+            raise ValueError(
+                f"load_window_state: the window of CBN layer '{name}' is of another number of "
+                "channels, another convolution or another setting of compensate. Build the model "
+                "as the one that was saved."
+            )
         for window in state[name]:
             if window["capacity"] != layer.window - 1:
                 raise ValueError(
@@ -150,6 +157,16 @@ def load_window_state(model: nn.Module, state: dict) -> None:
             Window.from_state(window, modules.get(window["feeder"]), device)
             for window in state[name]
         ]
+
+
+def _fits(window: dict, layer: CBN, modules: dict[str, nn.Module]) -> bool:
+    """Whether a layer can use a window, as far as their shapes tell."""
+    vectors, h, conv = window["vectors"], window["h"], modules.get(window["feeder"])
+    if vectors is not None and vectors.shape[2] != layer.num_features:
+        return False
+    if h is None:
+        return True
+    return layer.compensate and conv is not None and h.shape[2] == conv.weight[0].numel()
 
 
 def cbn_layers(model: nn.Module) -> dict[str, CBN]:

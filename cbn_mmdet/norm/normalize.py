@@ -33,11 +33,11 @@ per batch training fails.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .moments import full_precision, standardize
 from .sync import Moments, joint_sum
 from .window import Estimate
 
@@ -84,22 +84,31 @@ class _Normalize(Function):
         if conv_weight is not None:
             window += [estimate.delta, estimate.positive, *estimate.derivative]
         ctx.save_for_backward(y, gamma, estimate.mean, estimate.var, *window)
-        return F.batch_norm(y, estimate.mean, estimate.var, gamma, beta, False, 0.0, eps)
+        return standardize(y, gamma, beta, estimate.mean, estimate.var, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         y, gamma, mean, var, gap, *compensation = ctx.saved_tensors
-        with torch.autocast(y.device.type, enabled=False):
-            r = (var + ctx.eps).rsqrt()
+        with full_precision(y.device.type):
+            dtype = y.dtype
+            if dtype != mean.dtype:
+                # Terms that nearly cancel: rounding each to half precision would leave a residue.
+                grad, y = grad.to(mean.dtype), y.to(mean.dtype)
+            grad_gamma, grad_beta = _sums(grad, y, mean, var, ctx.eps)
+            r = (var + ctx.eps).rsqrt_()
             scale = r if gamma is None else r * gamma
-            grad_y, grad_gamma, grad_beta = _backward_current(
-                ctx, grad, y, gamma, mean, var, r, scale
-            )
-            grad_weight = grad_bias = None
+            share = scale / -ctx.size
+            through_mean = share * grad_beta  # U / k
+            through_var = share * grad_gamma  # 2 S / (k r)
+            grad_y = grad_weight = grad_bias = None
+            if ctx.needs_input_grad[0]:
+                grad_y = _backward_current(
+                    ctx, grad, y, mean, var, r, scale, through_mean, through_var
+                ).to(dtype)
             if gap is not None:
                 grad_weight, grad_bias = _backward_past(
-                    ctx, grad_gamma, grad_beta, gap, compensation, r, scale
+                    ctx, through_mean, through_var * r, gap, compensation
                 )
         return (
             grad_y,
@@ -113,46 +122,45 @@ class _Normalize(Function):
         )
 
 
-def _backward_current(ctx, grad, y, gamma, mean, var, r, scale):
-    """Gradients in y, gamma and beta."""
-    need_y, dtype = ctx.needs_input_grad[0], y.dtype
-    if dtype != mean.dtype:
-        # Three terms that nearly cancel: rounding each to half precision would leave a residue.
-        grad, y = grad.to(mean.dtype), y.to(mean.dtype)
+def _sums(grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own."""
     if y.numel() == 0:  # the kernel divides by the number of positions
-        grad_y, grad_gamma, grad_beta = grad, torch.zeros_like(mean), torch.zeros_like(mean)
-    else:
-        # As in evaluation mode: r g, sum(grad x_hat) and sum(grad), each sum (C,).
-        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-            grad, y, gamma, mean, var, None, None, False, ctx.eps, [need_y, True, True]
-        )
-    if not need_y:
-        return None, grad_gamma, grad_beta
-    # What reaches y through the current batch's share of the statistics.
-    through_mean, through_var = -scale * grad_beta, -scale * r * grad_gamma  # U and 2 S
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, y, None, mean, var, None, None, False, eps, [False, True, True]
+    )[1:]
+
+
+def _backward_current(ctx, grad, y, mean, var, r, scale, through_mean, through_var):
+    """Gradient in y: its own, and what reaches it through the current batch's statistics."""
     count = y.numel() // y.shape[1]
     if ctx.spread is not None:
-        gap = ctx.spread.mean - mean
-        through_mean, through_var = joint_sum(through_mean + through_var * gap, through_var)
-        mean, count = ctx.spread.mean, ctx.spread.count
-    slope = through_var / (ctx.size * count)
-    offset = through_mean / (ctx.size * count) - slope * mean
-    grad_y.addcmul_(y, slope[:, None, None]).add_(offset[:, None, None])
-    return grad_y.to(dtype), grad_gamma, grad_beta
+        slope = through_var * r
+        through_mean, slope = joint_sum(
+            torch.addcmul(through_mean, slope, ctx.spread.mean - mean), slope
+        )
+        mean, count, through_var = ctx.spread.mean, ctx.spread.count, slope / r
+    through_statistics = standardize(
+        y, through_var / count, through_mean / count, mean, var, ctx.eps
+    )
+    return through_statistics.addcmul_(grad, scale[:, None, None])
 
 
-def _backward_past(ctx, grad_gamma, grad_beta, gap, compensation, r, scale):
-    """Gradients in the convolution's weight and bias through the compensated past."""
+def _backward_past(ctx, through_mean, through_var, gap, compensation):
+    """Gradients in the convolution's weight and bias through the compensated past.
+
+    ``through_mean`` is ``U / k`` and ``through_var`` is ``2 S / k``.
+    """
+    through_mean, through_var = through_mean[:, None], through_var[:, None]
     need_weight, need_bias = ctx.needs_input_grad[3:5]
-    through_var = -0.5 * r * scale * grad_gamma / ctx.size  # S / k
-    of_mean = (-scale * grad_beta / ctx.size)[:, None] + 2 * through_var[:, None] * gap  # C, T
-    grad_bias = of_mean.sum(1) if need_bias else None
-    if not need_weight:
-        return None, grad_bias
-    delta, positive, m, h = compensation
-    of_var = through_var[:, None] * positive  # C, T
-    of_mean = of_mean - 2 * of_var * delta
-    by_group = of_mean.view(m.shape[0], -1, of_mean.shape[1])  # groups, C / groups, T
-    grad_weight = torch.bmm(by_group, m).view(ctx.conv_shape)
-    grad_weight += torch.bmm(of_var[:, None], h).view(ctx.conv_shape)
+    grad_weight = grad_bias = None
+    if need_bias:
+        grad_bias = torch.addcmul(through_mean, through_var, gap).sum(1)
+    if need_weight:
+        delta, positive, m, h = compensation
+        of_mean = torch.addcmul(through_mean, through_var, gap - positive * delta)  # C, T
+        of_var = through_var * positive * 0.5  # C, T
+        (groups, count, patch), channels = m.shape, h.shape[0]
+        grad_weight = torch.bmm(of_mean.view(groups, -1, count), m).view(channels, 1, patch)
+        grad_weight = grad_weight.baddbmm_(of_var[:, None], h).view(ctx.conv_shape)
     return grad_weight, grad_bias

@@ -12,8 +12,12 @@ and over the window of ``k`` iterations, the current one included,
     mean        mu_bar = mean(mu_hat)           variance    mean(v_hat) + var(mu_hat, biased)
 
 This equals the paper's average of ``max(nu_hat, mu_hat^2)`` minus ``mu_bar^2``, without its
-cancellation between large numbers. Old weights are not kept: ``m . w`` and ``h . w`` of the past
-are one number per channel.
+cancellation between large numbers. Old weights are not kept: with what is left of a past statistic
+after its product with the weight of that time, one number per channel,
+
+    mu_hat = (mu - m . w_{t-tau}) + m . w_t         v_hat + delta^2 = (v - h . w_{t-tau}) + h . w_t
+
+are one batched product each for the whole window.
 """
 
 from __future__ import annotations
@@ -88,7 +92,9 @@ class Window:
         self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
         self._count = 0
         self._next = 0
-        self._vectors: Tensor | None = None  # (2 or 4, C, capacity): mean, var, m.w, h.w
+        # (capacity, 2, C): mean, var. With a derivative (capacity, 3, C): mean, and what is left
+        # of mean and var after the products with the weight of that time.
+        self._vectors: Tensor | None = None
         self._m: Tensor | None = None  # (groups, capacity, P)
         self._h: Tensor | None = None  # (C, capacity, P)
 
@@ -147,10 +153,10 @@ class Window:
         slot = self._next
         vectors = [entry.mean, entry.var]
         if entry.derivative is not None:
-            vectors += [entry.mean_at, entry.var_at]
+            vectors = [entry.mean, entry.mean - entry.mean_at, entry.var - entry.var_at]
             self._m[:, slot] = entry.derivative.mean
             self._h[:, slot] = entry.derivative.var
-        self._vectors[:, :, slot] = torch.stack(vectors)
+        self._vectors[slot] = torch.stack(vectors)
         self._next = (slot + 1) % self.capacity
         self._count = min(self._count + 1, self.capacity)
 
@@ -173,27 +179,31 @@ class Window:
         count = self._count
         if count == 0:
             return Estimate(mean, var, 1, mean.new_empty(mean.numel(), 0), None, None, None)
-        vectors = self._vectors[:, :, :count].to(mean.dtype)
-        past_mean, past_var = vectors[0], vectors[1]  # C, T each
-        if bias is not None:
-            past_mean = past_mean + bias.to(mean.dtype)[:, None]
+        vectors = self._vectors[:count].to(mean.dtype).unbind(1)  # T, C each
+        past_mean, *rest = (vector.t() for vector in vectors)  # C, T each
         delta = positive = derivative = None
-        if self._h is not None:
+        if self._h is None:
+            (past_var,) = rest
+        else:
             derivative = Derivative(
                 self._m[:, :count].to(mean.dtype), self._h[:, :count].to(mean.dtype)
             )
-            mean_now, var_now = dot(derivative, weight)
-            delta = mean_now - vectors[2]
-            past_mean = past_mean + delta
-            past_var = past_var + (var_now - vectors[3]) - delta.square()
+            recorded = past_mean
+            past_mean, past_var = add_dot(*rest, derivative, weight)
+            delta = past_mean - recorded
+            past_var = past_var.addcmul_(delta, delta, value=-1)
             positive = past_var > 0
-            past_var = past_var.clamp_min(0)
+            past_var = past_var.clamp_min_(0)
+        if bias is not None:
+            mean = mean - bias.to(mean.dtype)
         size = count + 1
-        mean_bar = (past_mean.sum(1) + mean) / size
-        gap = past_mean - mean_bar[:, None]
-        within = past_var.sum(1) + var
-        between = gap.square().sum(1) + (mean - mean_bar).square()
-        return Estimate(mean_bar, (within + between) / size, size, gap, delta, positive, derivative)
+        means = torch.cat((past_mean, mean[:, None]), 1)  # C, k, the current one last
+        mean_bar = means.mean(1)
+        gap = means.sub_(mean_bar[:, None])
+        var_bar = torch.cat((past_var, var[:, None]), 1).addcmul_(gap, gap).mean(1)
+        if bias is not None:
+            mean_bar = mean_bar + bias.to(mean.dtype)
+        return Estimate(mean_bar, var_bar, size, gap[:, :count], delta, positive, derivative)
 
     # Entries recorded in inference mode must serve a later forward with gradients.
     @torch.inference_mode(False)
@@ -203,8 +213,8 @@ class Window:
         self.feeder = feeder
         channels = entry.mean.numel()
         new = dict(dtype=torch.float32, device=entry.mean.device)
-        rows = 2 if entry.derivative is None else 4
-        self._vectors = torch.zeros(rows, channels, self.capacity, **new)
+        rows = 2 if entry.derivative is None else 3
+        self._vectors = torch.zeros(self.capacity, rows, channels, **new)
         if entry.derivative is not None:
             m, h = entry.derivative
             self._m = torch.zeros(m.shape[0], self.capacity, m.shape[1], **new)
@@ -212,31 +222,58 @@ class Window:
 
 
 def dot(derivative: Derivative, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``m . w`` and ``h . w`` of each channel for ``T`` iterations at once.
+    """``m . w`` and ``h . w`` of each channel.
 
     Args:
+        derivative: Of one iteration, ``m`` of shape ``(groups, P)`` and ``h`` of ``(C, P)``.
+        weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
+
+    Returns:
+        Two tensors of shape ``(C,)``.
+    """
+    m, h = derivative
+    w = weight.to(h.dtype).reshape(h.shape)
+    by_group = w.view(m.shape[0], -1, m.shape[1])  # groups, C / groups, P
+    if h.device.type == "cpu":
+        mean = torch.bmm(by_group, m[:, :, None]).view(-1)
+    else:  # without TF32, as in _add_product_without_tf32
+        mean = torch.linalg.vecdot(by_group, m[:, None]).view(-1)
+    return mean, torch.linalg.vecdot(w, h)
+
+
+def add_dot(
+    mean: Tensor, var: Tensor, derivative: Derivative, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``mean + m . w`` and ``var + h . w`` of each channel for ``T`` iterations at once.
+
+    Args:
+        mean: Shape ``(C, T)``.
+        var: Shape ``(C, T)``.
         derivative: ``m`` of shape ``(groups, T, P)`` and ``h`` of shape ``(C, T, P)``.
         weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
 
     Returns:
-        Two tensors of shape ``(C, T)``.
+        Two new tensors of shape ``(C, T)``.
     """
     m, h = derivative
-    w = weight.detach().to(h.dtype).reshape(h.shape[0], -1)  # C, P
-    by_group = w.view(m.shape[0], -1, w.shape[1])  # groups, C / groups, P
-    product = _product if h.device.type == "cpu" else _product_without_tf32
-    return product(by_group, m).flatten(0, 1), product(w[:, None], h).squeeze(1)
+    groups, (channels, count, patch) = m.shape[0], h.shape
+    w = weight.to(h.dtype).reshape(channels, patch)
+    add_product = _add_product if h.device.type == "cpu" else _add_product_without_tf32
+    by_group = add_product(
+        mean.view(groups, -1, count), w.view(groups, -1, patch), m
+    )  # groups, C / groups, T
+    return by_group.view(channels, count), add_product(var[:, None], w[:, None], h).squeeze(1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller one, for speed."""
-    return torch.bmm(a, b.transpose(1, 2))
+def _add_product(rest: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``rest + a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller, for speed."""
+    return torch.baddbmm(rest, a, b.transpose(1, 2))
 
 
-def _product_without_tf32(a: Tensor, b: Tensor) -> Tensor:
+def _add_product_without_tf32(rest: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same by elements.
 
     A GPU that may use TF32 for matrix products would round each weight by as much as it moves in
     an iteration, and ``m . w_t - m . w_{t-tau}`` would be lost.
     """
-    return (a[:, :, None] * b[:, None]).sum(3)
+    return rest + (a[:, :, None] * b[:, None]).sum(3)

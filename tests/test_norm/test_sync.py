@@ -27,6 +27,7 @@ CASES = {
     for name, layer in LAYERS.items()
     for recompute in (False, True)
 }
+CASES["unequal windows"] = dict(layer=LAYERS["window"], sizes=SIZES, recompute=False, forget=2)
 CASES["all empty"] = dict(layer=dict(window=3), sizes=[(2, 3), (0, 0)], recompute=False)
 
 
@@ -74,13 +75,15 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def train(rank, layer, sizes, recompute):
+def train(rank, layer, sizes, recompute, forget=None):
     """Outputs, gradients and buffers of some iterations."""
     model = build(**layer)
     link(model)
     seen = []
     for iteration in range(MOVES):
         now = sizes[iteration % len(sizes)]
+        if iteration == forget and rank == 1:
+            model[1]._windows.clear()
         x = batch(rank, iteration, now).requires_grad_()
         out = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
         model.zero_grad()
@@ -195,6 +198,22 @@ def test_equals_the_union(ranks, name, recompute):
             torch.testing.assert_close(
                 buffers[:2], [each.double() for each in running[rank]], rtol=1e-5, atol=1e-5
             )
+        for index, expected in enumerate(gradients, 1):
+            total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
+            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_unequal_length(ranks):
+    """Each process divides by the length of its own window."""
+    union, seen = Union(**LAYERS["window"]), [each["unequal windows"] for each in ranks]
+    for iteration in range(MOVES):
+        if iteration == 2:
+            union.past[1].clear()
+        result, x_gradients, gradients = union.iterate(iteration, SIZES[iteration % len(SIZES)])
+        for rank in range(WORLD):
+            out, (x_gradient, *own), _ = seen[rank][iteration]
+            torch.testing.assert_close(out, result[rank][0], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(x_gradient, x_gradients[rank], rtol=1e-6, atol=1e-6)
         for index, expected in enumerate(gradients, 1):
             total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
             torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)

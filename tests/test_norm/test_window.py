@@ -5,16 +5,23 @@ import torch
 from torch import nn
 
 from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
-from cbn_mmdet.norm.window import Entry, Window, _product, _product_without_tf32, dot
+from cbn_mmdet.norm.window import (
+    Entry,
+    Window,
+    _add_product,
+    _add_product_without_tf32,
+    add_dot,
+    dot,
+)
 
 
 def entry_of(conv, x, stride=1):
     y = conv(x).detach()
     mean, var = batch_moments(y)
     derivative = batch_derivative(conv, x, y, mean, stride)
-    now = dot(Derivative(derivative.mean[:, None], derivative.var[:, None]), conv.weight)
+    now = dot(derivative, conv.weight)
     bias = 0 if conv.bias is None else conv.bias.detach()
-    return Entry(mean - bias, var, derivative, now[0].squeeze(1), now[1].squeeze(1))
+    return Entry(mean - bias, var, derivative, *now)
 
 
 def moved(conv, distance):
@@ -132,7 +139,7 @@ def test_memory_is_one_weight_per_entry():
 def test_state_is_float32_for_any_input():
     window = Window(2)
     window.push(entry_of(nn.Conv2d(2, 3, 3).double(), torch.randn(1, 2, 6, 6).double()))
-    assert window.nbytes == 4 * (4 * 3 * 2 + 2 * 18 + 2 * 3 * 18)
+    assert window.nbytes == 4 * (3 * 3 * 2 + 2 * 18 + 2 * 3 * 18)
 
 
 def test_entries_with_and_without_derivative_do_not_mix():
@@ -147,14 +154,17 @@ def test_entries_with_and_without_derivative_do_not_mix():
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("product", [_product, _product_without_tf32])
+@pytest.mark.parametrize("product", [_add_product, _add_product_without_tf32])
 def test_products_with_the_weight(groups, product, monkeypatch):
-    monkeypatch.setattr("cbn_mmdet.norm.window._product", product)
-    weight = torch.randn(6, 4, 3, 3)
+    monkeypatch.setattr("cbn_mmdet.norm.window._add_product", product)
+    weight, rest = torch.randn(6, 4, 3, 3), torch.randn(2, 6, 5)
     derivative = Derivative(torch.randn(groups, 5, 36), torch.randn(6, 5, 36))
-    mean, var = dot(derivative, weight)
+    mean, var = add_dot(*rest, derivative, weight)
     for channel in range(6):
         w = weight[channel].flatten()
         of_group = derivative.mean[channel * groups // 6]
-        torch.testing.assert_close(mean[channel], of_group @ w)
-        torch.testing.assert_close(var[channel], derivative.var[channel] @ w)
+        torch.testing.assert_close(mean[channel], rest[0, channel] + of_group @ w)
+        torch.testing.assert_close(var[channel], rest[1, channel] + derivative.var[channel] @ w)
+    one = Derivative(derivative.mean[:, 0], derivative.var[:, 0])
+    torch.testing.assert_close(dot(one, weight)[0], mean[:, 0] - rest[0, :, 0])
+    torch.testing.assert_close(dot(one, weight)[1], var[:, 0] - rest[1, :, 0])
