@@ -6,6 +6,7 @@ from __future__ import annotations
 import numbers
 import os
 import os.path as osp
+from glob import glob
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce_params, get_rank, get_world_size
@@ -27,7 +28,7 @@ class CBNHook(Hook):
 
     In distributed training the running statistics are averaged over the processes at the end of
     each iteration, so that every process evaluates with the same ones, and a checkpoint has them.
-    Windows stay with their process.
+    (Which layers train must not differ between processes.) Windows stay with their process.
 
     After a resume the window starts empty and fills again within ``window_size - 1`` iterations,
     unless ``save_window`` is set.
@@ -42,9 +43,9 @@ class CBNHook(Hook):
     Args:
         burn_in: Length of the burn-in, at least 0, less than the run.
         by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False).
-        save_window: Whether each process writes its windows to ``cbn_window_rank{rank}.pth`` in
-            the work dir with every checkpoint, in the place of the last ones, for a resume to
-            start with. They have ``window_size - 1`` times the size of the weights that CBN
+        save_window: Whether each process writes its windows to the work dir with every checkpoint,
+            as ``cbn_window_iter_{iteration}_rank{rank}.pth``, for a resume from it to start with.
+            The last two stay, each of ``window_size - 1`` times the size of the weights that CBN
             follows.
 
     Raises:
@@ -68,6 +69,7 @@ class CBNHook(Hook):
         self.by_epoch = by_epoch
         self.save_window = save_window
         self._full_window = 1
+        self._saves = False  # once training has begun
         self._checkpoint: str | None = None
         self._checked_modes = False
 
@@ -92,8 +94,8 @@ class CBNHook(Hook):
             )
         self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
         self._hold(runner)
-        self._checkpoint = _last_checkpoint()
-        if self.save_window and runner.iter > 0:
+        self._saves, self._checkpoint = self.save_window, _last_checkpoint()
+        if self._saves and runner.iter > 0:
             self._load_window(runner)
 
     def before_train_epoch(self, runner) -> None:
@@ -135,18 +137,26 @@ class CBNHook(Hook):
         Only the process of rank 0 writes checkpoints, but all of them learn of it.
         """
         checkpoint = _last_checkpoint()
-        if not self.save_window or checkpoint == self._checkpoint:
+        if not self._saves or checkpoint == self._checkpoint:
             return
         self._checkpoint = checkpoint
-        path = _window_path(runner)
         saved = dict(
-            iter=runner.iter,
+            checkpoint=checkpoint,
             world_size=get_world_size(),
             windows=window_state(_unwrapped(runner.model)),
         )
-        # An interrupted write must not leave a file that a resume would stumble over.
-        torch.save(saved, path + ".part")
-        os.replace(path + ".part", path)
+        path = _window_path(runner, runner.iter)
+        try:
+            # An interrupted write must not leave a file that a resume would stumble over.
+            torch.save(saved, path + ".part")
+            os.replace(path + ".part", path)
+        except (OSError, RuntimeError) as error:
+            runner.logger.warning(f"CBNHook: the windows were not saved, as {error}.")
+        # The one before stays: rank 0 may not have finished the checkpoint that this one is for.
+        names = glob(osp.basename(_window_path(runner, "*")), root_dir=runner.work_dir)
+        written = [osp.join(runner.work_dir, name) for name in names]
+        for old in sorted(written, key=osp.getmtime)[:-2]:
+            os.remove(old)
 
     def _load_window(self, runner) -> None:
         """Fills the windows of a resumed run, or tells why they start empty.
@@ -166,11 +176,15 @@ class CBNHook(Hook):
 
     def _fill_window(self, runner) -> str | None:
         """Fills the windows of this process, or returns why that cannot be."""
-        path = _window_path(runner)
+        path = _window_path(runner, runner.iter)
         if not osp.isfile(path):
             return f"there is no {path}"
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, now in (("iter", runner.iter), ("world_size", get_world_size())):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way
+            return f"{path} cannot be read ({type(error).__name__})"
+        # The name that the checkpoint was written under, which it keeps wherever it is moved.
+        for name, now in (("checkpoint", _last_checkpoint()), ("world_size", get_world_size())):
             if saved[name] != now:
                 return f"{path} is of {name} {saved[name]}, the run of {name} {now}"
         try:
@@ -203,7 +217,8 @@ def _average_running_statistics(model) -> None:
     """Averages what the layers learnt of their own process's images over the processes.
 
     Doing so after each iteration leaves the same average as doing it once, since running
-    statistics are linear in what they average.
+    statistics are linear in what they average. A process whose batch was empty counts as one that
+    did not change them.
     """
     buffers = [
         buffer
@@ -219,8 +234,8 @@ def _last_checkpoint() -> str | None:
     return MessageHub.get_current_instance().get_info("last_ckpt")
 
 
-def _window_path(runner) -> str:
-    return osp.join(runner.work_dir, f"cbn_window_rank{get_rank()}.pth")
+def _window_path(runner, iteration: int | str) -> str:
+    return osp.join(runner.work_dir, f"cbn_window_iter_{iteration}_rank{get_rank()}.pth")
 
 
 def _unwrapped(model):

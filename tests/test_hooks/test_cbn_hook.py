@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_resume_within_an_iteration_based_burn_in(tmp_path):
     assert windows(seen) == [1] * 2 + [3] * 10
 
 
-def trained(run):
+def trained_state(run):
     """Everything that a run learnt, its windows included."""
     run.train()
     return run.model.state_dict(), window_state(run.model)
@@ -149,8 +150,8 @@ def test_saved_windows_make_a_resume_exact(tmp_path, by_epoch):
                 how["load_from"] = str(folder / "epoch_2.pth")
             run, _ = runner(work_dir, hook, epochs=epochs, **how)
             run.model.load_state_dict(model.state_dict())
-            ends[work_dir, epochs, save_window] = trained(run)
-        assert (folder / "cbn_window_rank0.pth").exists() == save_window
+            ends[work_dir, epochs, save_window] = trained_state(run)
+        assert any(folder.glob("cbn_window*")) == save_window
         one, other = ends[whole, 4, save_window], ends[folder, 4, save_window]
         same = [torch.equal(one[0][name], other[0][name]) for name in one[0]]
         assert all(same) if save_window else not all(same)
@@ -159,26 +160,84 @@ def test_saved_windows_make_a_resume_exact(tmp_path, by_epoch):
             assert torch.equal(a["vectors"], b["vectors"]) == save_window
 
 
-def test_a_resume_without_matching_windows_says_so(tmp_path):
-    hook = dict(type="CBNHook", burn_in=1, save_window=True)
-    runner(tmp_path, hook, epochs=3)[0].train()
-    older = dict(resume=True, load_from=str(tmp_path / "epoch_2.pth"))
-    log = ""
-    for end, change in ((4, None), (4, "layer"), (4, "missing")):
-        norm = CBN(4, window_size=2) if change == "layer" else None
-        if change:
-            older["load_from"] = str(tmp_path / "epoch_4.pth")
-            end = 5 if change == "layer" else 6
-        if change == "missing":
-            older["load_from"] = str(tmp_path / "epoch_5.pth")
-            (tmp_path / "cbn_window_rank0.pth").unlink()
-        run, seen = runner(tmp_path, hook, norm=norm, epochs=end, **older)
+SAVING = dict(type="CBNHook", burn_in=1, save_window=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work dir after 3 epochs: the windows of the last two checkpoints are there."""
+    folder = tmp_path_factory.mktemp("trained")
+    runner(folder, SAVING, epochs=3)[0].train()
+    names = sorted(path.name for path in folder.glob("cbn_window*"))
+    assert names == ["cbn_window_iter_12_rank0.pth", "cbn_window_iter_8_rank0.pth"]
+    return folder
+
+
+class TestResumesWithoutMatchingWindows:
+    """Each starts with empty windows and says why."""
+
+    def resume(self, trained, folder, checkpoint=3, **kwargs):
+        """Resumes in a copy; returns how many past iterations there were, and the log."""
+        if not folder.exists():
+            shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.log"))
+        load_from = str(trained / f"epoch_{checkpoint}.pth")
+        run, seen = runner(folder, SAVING, resume=True, load_from=load_from, **kwargs)
         run.train()
-        assert seen[0][1] == 0
-        log += "".join(path.read_text() for path in tmp_path.rglob("*.log"))
-    assert "cbn_window_rank0.pth is of iter 12, the run of iter 8. They fill within 2" in log
-    assert "'body.1' has a window of 2 in force, the state one of 3" in log
-    assert "the windows start empty, as there is no" in log
+        return seen[0][1], "".join(path.read_text() for path in folder.rglob("*.log"))
+
+    def test_with_either_checkpoint(self, trained, tmp_path):
+        for checkpoint in (2, 3):
+            held, log = self.resume(trained, tmp_path / str(checkpoint), checkpoint)
+            assert held == 2 and "start empty" not in log
+
+    def test_missing(self, trained, tmp_path):
+        held, log = self.resume(trained, tmp_path / "run", checkpoint=1)
+        assert held == 0
+        assert "the windows start empty, as there is no " in log
+        assert "cbn_window_iter_4_rank0.pth. They fill within 2 iterations" in log
+
+    def test_of_another_setting(self, trained, tmp_path):
+        norm = CBN(4, window_size=2)
+        held, log = self.resume(trained, tmp_path / "run", norm=norm)
+        assert held == 0 and "'body.1' has a window of 2 in force, the state one of 3" in log
+
+    def test_without_compensation(self, trained, tmp_path):
+        norm = CBN(4, window_size=3, compensate=False)
+        held, log = self.resume(trained, tmp_path / "run", norm=norm)
+        assert held == 0 and "'body.1' is of another number of channels, another conv" in log
+
+    def test_damaged(self, trained, tmp_path):
+        shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("*.log"))
+        path = tmp_path / "run" / "cbn_window_iter_12_rank0.pth"
+        path.write_bytes(path.read_bytes()[:100])
+        held, log = self.resume(trained, tmp_path / "run")
+        assert held == 0 and "rank0.pth cannot be read (" in log
+
+    def test_of_another_run(self, trained, tmp_path):
+        """Two runs have windows of one iteration, and checkpoints of one name."""
+        runner(tmp_path / "run", SAVING, epochs=3)[0].train()
+        held, log = self.resume(trained, tmp_path / "run")
+        assert held == 0 and f"is of checkpoint {tmp_path}/run/epoch_3.pth, the run of" in log
+
+
+def test_windows_that_cannot_be_written_do_not_end_the_run(tmp_path):
+    (tmp_path / "cbn_window_iter_4_rank0.pth").mkdir()
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=0, save_window=True), epochs=2)
+    run.train()
+    (log,) = tmp_path.rglob("*.log")
+    assert "WARNING - CBNHook: the windows were not saved, as " in log.read_text()
+    assert (tmp_path / "cbn_window_iter_8_rank0.pth").is_file()
+
+
+def test_validation_alone_writes_no_windows(tmp_path):
+    hook = dict(type="CBNHook", burn_in=0, save_window=True)
+    runner(tmp_path, hook, epochs=1)[0].train()
+    (path,) = tmp_path.glob("cbn_window*")
+    before = path.read_bytes()
+    run, _ = runner(tmp_path, hook, resume=True, load_from=str(tmp_path / "epoch_1.pth"))
+    run.load_or_resume()
+    run.call_hook("before_val_epoch")
+    assert path.read_bytes() == before
 
 
 def test_what_is_logged(tmp_path):
