@@ -15,8 +15,8 @@ from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ..norm import link, load_window_state, set_window, step, window_state
-from ..norm.iteration import cbn_layers
+from ..norm import link, load_window_state, set_window, window_state
+from ..norm.iteration import cbn_layers, end_iteration
 
 
 @HOOKS.register_module()
@@ -116,7 +116,9 @@ class CBNHook(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
         model = _unwrapped(runner.model)
-        clamped = step(model)
+        clamped, warning = end_iteration(model)
+        if warning:
+            runner.logger.warning(f"CBNHook: {warning}")
         if get_world_size() > 1:
             _average_running_statistics(model)
         hub = MessageHub.get_current_instance()

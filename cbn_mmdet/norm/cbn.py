@@ -6,9 +6,11 @@ Paper: "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,18 +28,41 @@ from .moments import (
 )
 from .normalize import normalize
 from .sync import Moments
-from .window import Entry, Estimate, Window, dot
+from .window import Entry, Estimate, Window
 
 _BACKWARDS = ("window", "current")
 
 
 class _Record(NamedTuple):
-    """What a forward leaves for the end of the iteration."""
+    """What a forward leaves for the end of the iteration.
 
+    Attributes:
+        order: Greater than that of every earlier record of any layer.
+        entry: For the window.
+        running_mean: To be averaged into the running mean, ``(C,)``.
+        running_var: Likewise.
+        positive: Which past variances were not cut to zero, bool ``(C, T)``, or None.
+    """
+
+    order: int
     entry: Entry
     running_mean: Tensor
     running_var: Tensor
-    positive: Tensor | None  # bool, (C, T)
+    positive: Tensor | None
+
+    def check(self) -> Tensor:
+        """A number that is finite if all is."""
+        return self.entry.vectors.sum()
+
+
+class _Before(NamedTuple):
+    """The running statistics before a forward of batch normalisation, which changes them."""
+
+    order: int
+    buffers: list[Tensor]
+
+
+_order = itertools.count()
 
 
 class CBN(_BatchNorm):
@@ -157,20 +182,40 @@ class CBN(_BatchNorm):
             self._windows.clear()
             self._records.clear()
 
-    def step(self) -> list[Tensor]:
+    # The end of an iteration, in the two parts between which all layers' checks are read at once.
+
+    def checks(self) -> list[tuple[int, Tensor]]:
+        """What the iteration taught, in the order of the forwards: its order and a check.
+
+        The check, without dimensions, is finite if nothing that was learnt is NaN or infinite.
+        """
+        checks = [(record.order, record.check()) for _, record in sorted(self._records.items())]
+        if self._before is not None:
+            checks.append((self._before.order, self.running_mean.sum() + self.running_var.sum()))
+        return checks
+
+    def step(self, finite: Iterable[bool]) -> list[Tensor]:
         """Ends an iteration: what its forward recorded becomes part of the window.
+
+        Args:
+            finite: For each of :meth:`checks`, whether it is. What is not is dropped.
 
         Returns:
             For each call that compensated past statistics, which of the past channel variances the
             maximum did not cut to zero, bool ``(C, T)``.
         """
-        positive = []
+        positive, finite = [], iter(finite)
         for call, record in sorted(self._records.items()):
-            self._window_of(call).push(record.entry)
-            self._update_running_stats(record)
-            if record.positive is not None:
-                positive.append(record.positive)
+            if next(finite):
+                self._window_of(call).push(record.entry)
+                self._update_running_stats(record)
+                if record.positive is not None:
+                    positive.append(record.positive)
+        if self._before is not None and not next(finite):
+            for buffer, before in zip(self._buffers.values(), self._before.buffers, strict=True):
+                buffer.copy_(before)
         self._records.clear()
+        self._before = None
         self._forward_id, self._call = None, 0
         return positive
 
@@ -192,6 +237,7 @@ class CBN(_BatchNorm):
                 return self._recompute(input)
             conv, conv_input = self._resolve(input)
             if self._window == 1:
+                self._keep_running_stats()
                 if not self._is_spread():
                     return super().forward(input)
                 conv = conv_input = None
@@ -278,7 +324,8 @@ class CBN(_BatchNorm):
             running = estimate.mean, estimate.var
         else:
             running = moments.mean, moments.unbiased_var
-        return _Record(self._entry(y, moments, conv, conv_input), *running, estimate.positive)
+        entry = self._entry(y, moments, conv, conv_input)
+        return _Record(next(_order), entry, *running, estimate.positive)
 
     def _entry(
         self,
@@ -289,15 +336,20 @@ class CBN(_BatchNorm):
     ) -> Entry:
         mean, var = moments.mean, moments.var
         if conv is None:
-            return Entry(mean, var)
+            return Entry.of(mean, var)
         if conv.bias is not None:
             mean_of_product = mean - conv.bias.to(mean.dtype)
         else:
             mean_of_product = mean
         if conv_input is None:
-            return Entry(mean_of_product, var)
+            return Entry.of(mean_of_product, var)
         derivative = batch_derivative(conv, conv_input, y, moments.own_mean, self.derivative_stride)
-        return Entry(mean_of_product, var, derivative, *dot(derivative, conv.weight))
+        return Entry.of(mean_of_product, var, derivative, conv.weight)
+
+    def _keep_running_stats(self) -> None:
+        """Lets the end of the iteration undo what a batch with NaN does to them."""
+        if self._before is None and self.track_running_stats and linking.is_watched(self):
+            self._before = _Before(next(_order), [each.clone() for each in self._buffers.values()])
 
     def _update_running_stats(self, record: _Record) -> None:
         if not self.track_running_stats:
@@ -470,6 +522,7 @@ class CBN(_BatchNorm):
         # Past statistics belong to the weights that are being replaced.
         self._windows.clear()
         self._records.clear()
+        self._before = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
@@ -496,6 +549,7 @@ def _fresh_state() -> dict:
     return dict(
         _windows=[],  # one for each call within a forward
         _records={},  # by call
+        _before=None,
         _forward_id=None,
         _call=0,
         _recorded_version=None,

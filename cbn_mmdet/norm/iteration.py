@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,9 @@ def step(model: nn.Module) -> Tensor | None:
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
     without changing window or running statistics; of several forwards the last one counts.
 
+    What came from a batch with NaN or infinite values is dropped, with a warning: window and
+    running statistics stay as they were before it. To know, it waits for the device once.
+
     Args:
         model: A model with CBN layers.
 
@@ -85,13 +89,44 @@ def step(model: nn.Module) -> Tensor | None:
         The fraction of compensated past channel variances that the maximum cut to zero in this
         iteration, a tensor without dimensions; None if nothing was compensated.
     """
+    clamped, warning = end_iteration(model)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return clamped
+
+
+def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
+    """Does what :func:`step` does; returns the warning, if there is one, with the fraction."""
     linking.end_iteration()
-    positive = [each for layer in cbn_layers(model).values() for each in layer.step()]
+    layers = cbn_layers(model)
+    checks = {name: layer.checks() for name, layer in layers.items()}
+    finite = iter(_are_finite([check for each in checks.values() for _, check in each]))
+    positive, spoilt = [], []
+    for name, layer in layers.items():
+        kept = [next(finite) for _ in checks[name]]
+        positive += layer.step(kept)
+        spoilt += [
+            (order, name)
+            for (order, _), is_kept in zip(checks[name], kept, strict=True)
+            if not is_kept
+        ]
+    warning = None
+    if spoilt:
+        count = len({name for _, name in spoilt})
+        warning = (
+            f"CBN layer '{min(spoilt)[1]}' is the first of {count} that met NaN or infinite values "
+            "in this iteration, which is left out of their windows and running statistics."
+        )
     if not positive:
-        return None
-    device = positive[0].device
-    kept = torch.cat([each.flatten().to(device) for each in positive])
-    return 1 - kept.mean(dtype=torch.float32)
+        return None, warning
+    unclamped = torch.cat([each.flatten().to(positive[0].device) for each in positive])
+    return 1 - unclamped.mean(dtype=torch.float32), warning
+
+
+def _are_finite(values: list[Tensor]) -> list[bool]:
+    if not values:
+        return []
+    return torch.stack([value.to(values[0].device) for value in values]).isfinite().tolist()
 
 
 def window_state(model: nn.Module) -> dict:

@@ -35,18 +35,35 @@ class Entry(NamedTuple):
     """What one iteration leaves behind.
 
     Attributes:
-        mean: Mean of the convolution's output, less its bias if that is compensated, ``(C,)``.
-        var: Biased variance, ``(C,)``.
+        vectors: Mean of the convolution's output (less its bias if that is compensated) and biased
+            variance, ``(2, C)``. With a derivative ``(3, C)``: the mean, and what is left of mean
+            and variance after the products with the weight of that iteration.
         derivative: Derivatives in the weight, or None where nothing is to be compensated.
-        mean_at: ``m . w`` at that iteration's weight, ``(C,)``, or None.
-        var_at: ``h . w`` at that iteration's weight, ``(C,)``, or None.
     """
 
-    mean: Tensor
-    var: Tensor
-    derivative: Derivative | None = None
-    mean_at: Tensor | None = None
-    var_at: Tensor | None = None
+    vectors: Tensor
+    derivative: Derivative | None
+
+    @classmethod
+    def of(
+        cls,
+        mean: Tensor,
+        var: Tensor,
+        derivative: Derivative | None = None,
+        weight: Tensor | None = None,
+    ) -> Entry:
+        """The entry of an iteration.
+
+        Args:
+            mean: ``(C,)``, less the bias if that is compensated.
+            var: Biased variance, ``(C,)``.
+            derivative: Derivatives in the weight, or None where nothing is to be compensated.
+            weight: The weight of that iteration; only needed with a derivative.
+        """
+        if derivative is None:
+            return cls(torch.stack((mean, var)), None)
+        mean_at, var_at = dot(derivative, weight)
+        return cls(torch.stack((mean, mean - mean_at, var - var_at)), derivative)
 
 
 class Estimate(NamedTuple):
@@ -92,9 +109,7 @@ class Window:
         self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
         self._count = 0
         self._next = 0
-        # (capacity, 2, C): mean, var. With a derivative (capacity, 3, C): mean, and what is left
-        # of mean and var after the products with the weight of that time.
-        self._vectors: Tensor | None = None
+        self._vectors: Tensor | None = None  # (capacity, 2 or 3, C), as in an entry
         self._m: Tensor | None = None  # (groups, capacity, P)
         self._h: Tensor | None = None  # (C, capacity, P)
 
@@ -151,12 +166,10 @@ class Window:
             # A weight that was frozen or thawed changes what an entry is; the two do not mix.
             self._allocate(entry)
         slot = self._next
-        vectors = [entry.mean, entry.var]
+        self._vectors[slot] = entry.vectors
         if entry.derivative is not None:
-            vectors = [entry.mean, entry.mean - entry.mean_at, entry.var - entry.var_at]
             self._m[:, slot] = entry.derivative.mean
             self._h[:, slot] = entry.derivative.var
-        self._vectors[slot] = torch.stack(vectors)
         self._next = (slot + 1) % self.capacity
         self._count = min(self._count + 1, self.capacity)
 
@@ -211,10 +224,8 @@ class Window:
         feeder = self.feeder
         self.clear()
         self.feeder = feeder
-        channels = entry.mean.numel()
-        new = dict(dtype=torch.float32, device=entry.mean.device)
-        rows = 2 if entry.derivative is None else 3
-        self._vectors = torch.zeros(self.capacity, rows, channels, **new)
+        new = dict(dtype=torch.float32, device=entry.vectors.device)
+        self._vectors = torch.zeros(self.capacity, *entry.vectors.shape, **new)
         if entry.derivative is not None:
             m, h = entry.derivative
             self._m = torch.zeros(m.shape[0], self.capacity, m.shape[1], **new)

@@ -283,6 +283,34 @@ def test_what_is_clamped_is_logged(tmp_path):
     assert rows[0]["cbn/clamped"] == 0 and rows[1]["cbn/clamped"] == 1
 
 
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_a_spoilt_batch_is_logged_and_dropped(tmp_path, burn_in):
+    class Spoil(Hook):
+        def before_train(self, runner):
+            runner.optim_wrapper.optimizer.register_step_pre_hook(zero_bad_gradients)
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 5:
+                data_batch["inputs"][0].fill_(float("nan"))
+
+        def after_train_iter(self, runner, **kwargs):
+            assert all(buffer.isfinite().all() for buffer in runner.model.buffers())
+
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=burn_in), epochs=4)
+    run.register_hook(Spoil(), priority="LOW")
+    run.train()
+    (log,) = tmp_path.rglob("*.log")
+    (warning,) = [line for line in log.read_text().splitlines() if "NaN or infinite" in line]
+    assert "WARNING - CBNHook: CBN layer 'body.1' is the first of 1 that met" in warning
+
+
+def zero_bad_gradients(optimizer, args, kwargs):
+    """What a loss scaler's skipped step does for the weights."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad.nan_to_num_(0, 0, 0)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "3", None, True])
 def test_bad_burn_in(value):
     with pytest.raises(ValueError, match="burn_in must be a whole number of epochs.*at least 0"):

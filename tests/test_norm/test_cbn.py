@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm import linking
+from cbn_mmdet.norm.window import Entry
 
 
 def pair(channels=4, **kwargs):
@@ -520,6 +521,65 @@ class TestCopies:
         assert torch.equal(window._h, before)
         model.to("meta")
         assert window.nbytes == 0
+
+
+class TestNotFinite:
+    def run(self, model, spoil, value):
+        """Five iterations, of which the third may have a spoilt batch in its place."""
+        generator = torch.Generator().manual_seed(0)
+        for index in range(5):
+            x = torch.randn(2, 3, 8, 8, generator=generator)
+            if index != 2:
+                model(x)
+                step(model)
+            elif spoil:
+                x[0, 0, 3, 3] = value
+                model(x)
+                with pytest.warns(
+                    UserWarning, match="CBN layer '1' is the first of 2 that met NaN"
+                ):
+                    step(model)
+            with torch.no_grad():
+                for conv in (model[0], model[2]):
+                    conv.weight += 0.02 * torch.randn(conv.weight.shape, generator=generator)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("kwargs", [{}, dict(compensate=False), dict(backward="current")])
+    @pytest.mark.parametrize("window", [1, 3])
+    def test_a_spoilt_batch_leaves_no_trace(self, window, kwargs, value):
+        ends = []
+        for spoil in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                *(nn.Conv2d(3, 4, 3), CBN(4, window_size=3, **kwargs)),
+                *(nn.Conv2d(4, 4, 3), CBN(4, window_size=3, **kwargs)),
+            )
+            link(model)
+            set_window(model, window)
+            self.run(model, spoil, value)
+            ends.append((model.state_dict(), window_state(model), model(torch.ones(1, 3, 8, 8))))
+        (state, windows, output), (clean, clean_windows, expected) = ends
+        assert all(torch.equal(state[name], clean[name]) for name in clean)
+        assert torch.equal(output, expected) and output.isfinite().all()
+        for name in ("1", "3"):
+            for one, other in zip(windows[name], clean_windows[name], strict=True):
+                assert one["count"] == other["count"] and torch.equal(
+                    one["vectors"], other["vectors"]
+                )
+
+    def test_an_overflowing_derivative_is_dropped(self):
+        """In half precision it can overflow although the activations do not."""
+        model = linked(window=3)
+        iterate(model, 2)
+        model(torch.randn(2, 3, 8, 8))
+        record = model[1]._records[0]
+        derivative = record.entry.derivative
+        derivative.var[0, 0] = float("inf")
+        entry = Entry.of(torch.zeros(4), torch.ones(4), derivative, model[0].weight.detach())
+        model[1]._records[0] = record._replace(entry=entry)
+        with pytest.warns(UserWarning, match="met NaN or infinite values"):
+            step(model)
+        assert model[1]._windows[0]._h.isfinite().all()
 
 
 class TestWindowState:
