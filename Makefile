@@ -10,7 +10,7 @@
 ## Variables, as in `make test PYTEST_ARGS='-m "not slow"'`:
 ##   PYTHON       the Python that .venv is made from, 3.10 or newer (python3)
 ##   CXX          the C++ compiler for mmcv's operators (the first of c++, g++, clang++)
-##   MAX_JOBS     compilers that run at a time (the number of cores)
+##   MAX_JOBS     compilers, or tests, that run at a time (the number of cores)
 ##   CONFIG       what to train (configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py) or
 ##                to check (configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py)
 ##   WORK_DIR     where its logs and checkpoints go (work_dirs/ and the config's name)
@@ -104,7 +104,8 @@ coco-check: $(READY)
 	$(RUN) tools/preflight.py $(CONFIG) $(CHECK_ARGS)
 
 test: lint
-	$(RUN) -m pytest --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(MAX_JOBS) --dist loadfile \
+	  --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
 
 sweep: $(READY)
 	$(RUN) -m pytest -m sweep tests/test_configs.py $(PYTEST_ARGS)

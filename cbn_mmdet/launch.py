@@ -3,18 +3,22 @@
 
 import argparse
 import difflib
+import errno
 import inspect
+import json
 import os
 import os.path as osp
+import re
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner import BaseLoop, Runner, checkpoint
+from mmengine.utils import digit_version
 from torch.distributed.elastic.multiprocessing.errors import record
 
 # Settings that mmengine reads from a config and that no config has to name.
@@ -33,7 +37,10 @@ OPTIONAL_SETTINGS = {
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
 BUILD_ERRORS = ("unexpected keyword argument", "registry", "BRN: ", "CBN: ", "CBNHook: ")
-START_ERRORS = ("CBNHook: ",)
+START_ERRORS = ("CBNHook: ", "DataLoader.__init__() got an unexpected keyword argument")
+
+# What a system says when a disk, a quota or the largest allowed size of a file is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(Exception):
@@ -42,11 +49,31 @@ class UsageError(Exception):
 
 def run_tool(main: Callable[[], None]) -> None:
     """Call ``main``; a :class:`UsageError` becomes one line on stderr and exit status 2."""
+    load_weights_only()
+
+    @record  # torchrun ends its report with the error that was recorded
+    def run() -> None:
+        try:
+            main()
+        except UsageError as error:
+            raise UsageError(str(error)) from None  # without what led to it
+
     try:
-        record(main)()  # torchrun ends its report with the error that was recorded
+        run()
     except UsageError as error:
         print(f"{osp.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def load_weights_only() -> None:
+    """Have torch refuse a checkpoint that would run code, where mmengine can do without.
+
+    From torch 2.6 on, the maintained mmengine names which of its classes a checkpoint may hold, but
+    on meeting another it unpickles everything. The original one always does, and has to.
+    """
+    names_classes = hasattr(checkpoint, "get_torch_safe_globals")
+    if names_classes and digit_version(torch.__version__) >= digit_version("2.6"):
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 
 
 class CfgOptions(DictAction):
@@ -60,9 +87,8 @@ class CfgOptions(DictAction):
             parser.error(f"{option_string} takes KEY=VALUE pairs, got: {' '.join(values)}")
 
 
-def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing have in common."""
-    parser.add_argument("--work-dir", help="where logs and results go (work_dirs/CONFIG_NAME)")
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that overrides settings of the config."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -72,6 +98,12 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings that override the config, e.g. optim_wrapper.optimizer.lr=0.01; "
         'quote lists: key="[a,b]"',
     )
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing have in common."""
+    parser.add_argument("--work-dir", help="where logs and results go (work_dirs/CONFIG_NAME)")
+    add_cfg_options(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -125,18 +157,30 @@ def merge_options(cfg: Config, options: dict) -> None:
 
 def check_data(cfg: Config, split: str) -> None:
     """Check that the files of ``split`` (train, val or test) exist, before anything is built."""
-    dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset", {})
-    while "dataset" in dataset:  # RepeatDataset and other wrappers
-        dataset = dataset["dataset"]
+    dataset = _innermost_dataset(cfg, split)
     if dataset.get("backend_args"):
         return  # not files of this machine
     root = dataset.get("data_root") or ""
-    needed = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
-    paths = [osp.join(root, path) for path in needed if path]
-    paths += [each["ann_file"] for each in evaluators(cfg, split) if each.get("ann_file")]
-    for path in paths:
+    folders = [path for path in (dataset.get("data_prefix") or {}).values() if path]
+    for path in [*annotation_files(cfg, split), *(osp.join(root, path) for path in folders)]:
         if not osp.exists(path):
             raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
+
+
+def annotation_files(cfg: Config, split: str) -> list[str]:
+    """The annotation files that the data set and the evaluators of ``split`` read."""
+    dataset = _innermost_dataset(cfg, split)
+    paths = [each["ann_file"] for each in evaluators(cfg, split) if each.get("ann_file")]
+    if dataset.get("ann_file"):
+        paths.insert(0, osp.join(dataset.get("data_root") or "", dataset["ann_file"]))
+    return paths
+
+
+def _innermost_dataset(cfg: Config, split: str) -> dict:
+    dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset", {})
+    while "dataset" in dataset:  # RepeatDataset and other wrappers
+        dataset = dataset["dataset"]
+    return dataset
 
 
 def evaluators(cfg: Config, split: str) -> list[dict]:
@@ -152,20 +196,117 @@ def _how_to_get_data(dataset: dict) -> str:
     return "Set data_root, and the ann_file of dataset and evaluator, to where the data is."
 
 
+def check_writable(folder: str, setting: str) -> None:
+    """Check that ``folder`` can be made and written to, before hours are spent on what goes there.
+
+    Args:
+        folder: The folder.
+        setting: Who asks for it, as the user knows it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UsageError(
+            f"{setting} {folder}: nothing can be written there ({error.strerror}); name another "
+            "folder, or mend that one"
+        ) from error
+
+
 def check_checkpoint(path: str) -> None:
-    """Check that ``path`` can be read, without reading a good file twice."""
+    """Check that ``path`` can be read."""
     if "://" in path:
         return  # mmengine downloads it
     if not osp.isfile(path):
         raise UsageError(f"the checkpoint {path} does not exist")
-    # torch.save writes a zip file, whose index is at its end: a file cut short has lost it.
-    # Files of torch before 1.6 have another format, which only reading can check.
-    if zipfile.is_zipfile(path):
-        return
+    with explained_loading(path):
+        # torch.save writes a zip file, whose index is at its end: a file cut short has lost it.
+        # One that lost its middle would load as other weights, as torch.load compares no sums.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"its {damaged} is damaged")
+        else:  # the format of torch before 1.6, which only reading can check
+            checkpoint.CheckpointLoader.load_checkpoint(path, map_location="cpu")
+
+
+@contextmanager
+def explained_loading(path: str) -> Iterator[None]:
+    """Turn whatever prevents a checkpoint from being loaded into a UsageError."""
     try:
-        CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    except Exception as error:
-        raise UsageError(f"{path} is not a checkpoint, or was cut short") from error
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        message = str(error)
+        if "do not match exactly" in message:
+            raise UsageError(f"{path} is of another model: {_mismatch(message)}") from error
+        code = _refused_code(error)
+        if code:
+            raise UsageError(
+                f"{path} holds more than weights, {code} first, and could run any code; if you "
+                "trust those who wrote it, set TORCH_FORCE_WEIGHTS_ONLY_LOAD=0"
+            ) from error
+        why = f"{type(error).__name__}: {message.partition(chr(10))[0]}".rstrip(": ")
+        raise UsageError(f"{path} is not a checkpoint, or was cut short ({why})") from error
+
+
+def _refused_code(error: BaseException | None) -> str | None:
+    """Tell what torch did not unpickle, in the first of mmengine's attempts."""
+    code = None
+    while error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        code = found[1] if found else code
+        error = error.__context__
+    return code
+
+
+def _mismatch(message: str) -> str:
+    """Sum up what mmengine says of weights that do not fit, of which there may be hundreds."""
+    parts = []
+    for name, sign in (("missing", "missing keys in"), ("unknown", "unexpected key in")):
+        listed = re.search(rf"{sign} source state_dict: (.+)", message)
+        if listed:
+            keys = listed[1].split(", ")
+            parts.append(f"{len(keys)} of its weights are {name} ({keys[0]} first)")
+    shapes = re.findall(r"size mismatch for (\S+):", message)
+    if shapes:
+        parts.append(f"{len(shapes)} have another shape ({shapes[0]} first)")
+    return ", ".join(parts) + "; give the config that it was trained with"
+
+
+class CarefulRunner(Runner):
+    """mmengine's runner, but a checkpoint has to be whole, and of the model that is run.
+
+    mmengine warns of weights that do not fit, among hundreds of lines, and goes on without them. So
+    does this one only where a training starts from them (``load_from``), which is often meant.
+    """
+
+    def load_checkpoint(self, filename, map_location="cpu", strict=False, **kwargs):
+        """Load the checkpoint, or say in a line why not."""
+        fine_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
+        with explained_loading(filename):
+            return super().load_checkpoint(
+                filename, map_location, strict or not fine_tuning, **kwargs
+            )
+
+    def resume(self, filename, **kwargs):
+        """Go on from the checkpoint, or say in a line why not."""
+        try:
+            super().resume(filename, **kwargs)
+        except KeyError as error:
+            if error.args[0] not in ("meta", "epoch", "iter", "message_hub", "optimizer"):
+                raise
+            raise UsageError(
+                f"{filename} holds no {error.args[0]}, so that no training can go on from it; to "
+                "start one from its weights, set load_from and leave --resume out"
+            ) from error
+        except ValueError as error:
+            if "state dict" not in str(error):
+                raise
+            raise UsageError(f"{filename} is of another optimizer: {error}") from error
 
 
 def start_processes(cfg: Config) -> None:
@@ -215,3 +356,49 @@ def explained_errors(*signs: str) -> Iterator[None]:
         if any(sign in message for sign in signs):
             raise UsageError(message) from error
         raise
+
+
+@contextmanager
+def explained_damage(cfg: Config) -> Iterator[None]:
+    """Turn what damaged data or a full disk does to a run into a UsageError that names it."""
+    try:
+        yield
+    except (AssertionError, OSError, ValueError) as error:
+        why = _unreadable_image(error) or _unreadable_annotations(cfg, error) or _full_disk(error)
+        if why is None:
+            raise
+        raise UsageError(why) from error
+
+
+def _unreadable_image(error: Exception) -> str | None:
+    # A worker process sends its traceback as the message, with the error itself in the last line.
+    last = str(error).rstrip().rpartition("\n")[2]
+    found = re.search(r"failed to load image: (.+)|No such file or directory: '(.+)'", last)
+    if not found:
+        return None
+    path = found[1] or found[2]
+    return f"{path} is missing, or is no image, or was cut short: get it anew"
+
+
+def _unreadable_annotations(cfg: Config, error: Exception) -> str | None:
+    from .datasets.coco import read_annotations  # which imports this module
+
+    decoding = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+    if not decoding and "annotation file format" not in str(error):
+        return None
+    for split in ("train", "val", "test"):
+        for path in annotation_files(cfg, split):
+            try:
+                read_annotations(path)
+            except UsageError as unreadable:
+                return str(unreadable)
+    return None
+
+
+def _full_disk(error: Exception) -> str | None:
+    if getattr(error, "errno", None) not in FULL:
+        return None
+    return (
+        f"nothing more can be written ({error.strerror}): make room. A training then goes on with "
+        "--resume"
+    )

@@ -4,6 +4,7 @@
 import json
 import os.path as osp
 import re
+import sys
 from dataclasses import dataclass
 from glob import glob
 
@@ -166,17 +167,25 @@ def read_folder(folder: str) -> tuple[list[dict], list[dict]]:
     if not osp.isfile(path):
         return [], []
     records = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         lines = file.readlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(read_record(line))
         except ValueError as error:
             if number == len(lines):
                 break  # a run that is killed may leave half a line
             raise UsageError(f"{path}: line {number} is damaged; delete that line") from error
     steps = [record for record in records if "loss" in record]
     return steps, [complete(record) for record in records if "loss" not in record]
+
+
+def read_record(line: str) -> dict:
+    """Read a line of what mmengine logged; a ValueError if it is none."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError("a record has a step")
+    return record
 
 
 def read_test(folder: str) -> dict | None:
@@ -192,12 +201,11 @@ def read_test(folder: str) -> dict | None:
     checkpoint = re.search(r"(?:epoch|iter)_(\d+)\.pth$", loaded)
     if not checkpoint:
         return None
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         try:
-            result = json.load(file)
-        except ValueError as error:
+            return {**complete(json.load(file)), "step": int(checkpoint[1])}
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is damaged: test again, or delete it") from error
-    return {**complete(result), "step": int(checkpoint[1])}
 
 
 def complete(evaluation: dict) -> dict:
@@ -213,21 +221,46 @@ def before(records: list[dict], step: int) -> list[dict]:
 
 
 def find_checkpoint(work_dir: str) -> str:
-    """Find the last checkpoint, which has to be there and readable."""
+    """Find the last checkpoint that can be read, which has to be there."""
     checkpoint = latest_checkpoint(work_dir)
     if checkpoint is None:
         raise UsageError(f"{work_dir} holds no checkpoint: train for an epoch first")
-    check_checkpoint(checkpoint)
     return checkpoint
 
 
 def latest_checkpoint(work_dir: str) -> str | None:
-    """Find the last checkpoint, None if there is none.
+    """Find the last checkpoint that can be read, None if the first was never finished.
 
     mmengine notes its path as of the training; its file is looked for where the work dir is now.
+    A run that is killed while it writes may leave half of a file, or no note. Then the newest file
+    that is whole is the last checkpoint.
+
+    Raises:
+        UsageError: mmengine noted a checkpoint, and none is whole.
     """
-    checkpoint = find_latest_checkpoint(work_dir)
-    return None if checkpoint is None else osp.join(work_dir, osp.basename(checkpoint))
+    names = {
+        name for form in ("epoch_*.pth", "iter_*.pth") for name in glob(form, root_dir=work_dir)
+    }
+    paths = sorted((osp.join(work_dir, name) for name in names), key=osp.getmtime, reverse=True)
+    noted = osp.basename(find_latest_checkpoint(work_dir) or "")
+    if noted:
+        paths.insert(0, osp.join(work_dir, noted))
+    broken = []
+    for path in paths:
+        try:
+            check_checkpoint(path)
+        except UsageError as error:
+            broken.append(error)
+            continue
+        if broken:
+            print(f"{broken[0]}; taking {path} instead", file=sys.stderr)
+        return path
+    if noted:
+        raise UsageError(
+            f"{broken[0]}, and {work_dir} holds no other: restore it, or train anew in another "
+            "work dir"
+        )
+    return None
 
 
 def time_unit(training: list[dict]) -> str:

@@ -229,6 +229,18 @@ def test_listed(path):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_commands(folder):
+    """Each row of the paper's table has the command that trains it."""
+    rows = re.findall(
+        r"^\|.*\((\S+\.py)\).*`(tools/.*)` \|$", (folder / "README.md").read_text(), re.M
+    )
+    assert len(rows) >= 13
+    for name, command in rows:
+        gpus = facts(Path(name))["gpus"]
+        assert command == f"tools/dist_train.sh configs/{folder.name}/{name} {gpus}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_metafile(folder):
     """The model zoo's index lists every config; what it calls published, the README shows."""
     index = yaml.safe_load((folder / "metafile.yml").read_text())

@@ -193,8 +193,11 @@ def test_coco(small_coco, root, tool):
         ("mask AP75", "coco/segm_mAP_75", 36.2),
     ):
         ap = 100 * last[key]
-        assert row[metric] == f"{ap:.1f} / {published} ({ap - published:+.1f})"
-    assert row["trained for"] == "1 epochs"
+        assert row[metric] == f"{ap:.1f} / {published}"  # no difference from another setting
+    changed = row["other than the config's"].split(", ")
+    assert {"train_cfg", "train_dataloader.dataset.pipeline"} <= set(changed)
+    assert "optim_wrapper" not in changed
+    assert row["trained for"] == "1 epoch"
     row = tables["Mask R-CNN R-50-FPN"]["mask-rcnn_r50_fpn_cbn_4xb4-1x_coco"]
     assert (row["box AP"], row["mask AP"]) == ("– / 38.4", "– / 34.7")
     row = tables["Faster R-CNN R-50-FPN"]["faster-rcnn_r50_fpn_bn_4xb4-1x_coco"]
@@ -266,7 +269,7 @@ def test_memory_and_what_is_not_there(tool, tmp_path):
         },
         "gpu": {
             "box AP": "0.500",
-            "trained for": "1 epochs",
+            "trained for": "1 epoch",
             "s/iteration": "0.250",
             "memory (MiB)": "5000",
         },
@@ -281,10 +284,10 @@ def test_a_seed_that_failed_counts(tmp_path, tool):
     write_run(tmp_path / "b_seed1", STEP)
     table = read_tables(tool("tables.py", *sorted(tmp_path.iterdir())).stdout)["Measured"]
     assert table["a"]["box AP"] == "**0.200** (0.400, 0.000)"
-    assert table["a"]["trained for"] == "1 epochs; 2 epochs"
+    assert table["a"]["trained for"] == "1 epoch; 2 epochs"
     assert table["b"]["box AP"] == "0.400, –"
     assert table["b"]["trained for"] == (
-        "1 epochs; epoch 1, last logged iteration 1, never evaluated"
+        "1 epoch; epoch 1, last logged iteration 1, never evaluated"
     )
 
 
@@ -298,6 +301,7 @@ def test_a_seed_that_failed_counts(tmp_path, tool):
         (("a", "iterations", "--plot", "ap.png"), "a counts epochs and iterations iterations"),
         (("a", "--configs", "configs"), "needs Models, each with Config"),
         (("a", "--configs", "typo"), "Published: box ap; known are box AP, "),
+        (["a", "--configs", "b"], "--configs b: there is no */metafile.yml in it"),
     ],
 )
 def test_errors_teach(arguments, message, tmp_path, root):

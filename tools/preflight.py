@@ -45,8 +45,8 @@ from cbn_mmdet.datasets.coco import (
     some,
 )
 from cbn_mmdet.launch import (
-    CfgOptions,
     UsageError,
+    add_cfg_options,
     check_checkpoint,
     check_data,
     explained_errors,
@@ -64,14 +64,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("config", help="the config file")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=CfgOptions,
-        default={},
-        metavar="KEY=VALUE",
-        help="settings that override the config, as in tools/train.py",
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         "--gpus",
         type=positive,
@@ -104,16 +97,23 @@ def main() -> None:
     report = Report(args.verbose)
     train_images = check_datasets(report, cfg)
     epoch_length = check_batch(report, cfg, args, train_images)
+    model = None
     with report.check("model") as ok:
-        model = MODELS.build(copy.deepcopy(cfg.model))
+        try:
+            model = MODELS.build(copy.deepcopy(cfg.model))
+        except Exception as error:  # a wrong setting of any part
+            raise UsageError(f"{explain(error)}; mend that setting of model") from error
         ok(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
-        no_weights = check_weights(report, cfg, model)
-        check_burn_in(report, cfg, model, epoch_length)
-        del model
-        if args.no_run:
-            report.line("NOTE", "training", "left out, and with it the links of CBN: --no-run")
-        else:
-            run_briefly(report, cfg, args.images, no_weights)
+    if model is None:
+        report.line("NOTE", "weights, CBN, training, evaluation", "left out, for want of a model")
+        report.end()
+    no_weights = check_weights(report, cfg, model)
+    check_burn_in(report, cfg, model, epoch_length)
+    del model
+    if args.no_run:
+        report.line("NOTE", "training", "left out, and with it the links of CBN: --no-run")
+    else:
+        run_briefly(report, cfg, args.images, no_weights)
     report.end()
 
 
@@ -181,7 +181,8 @@ def check_datasets(report: Report, cfg: Config) -> int | None:
         if not loader:
             report.line("NOTE", f"{split} data", "the config has none")
         elif split == "test" and loader == cfg.get("val_dataloader"):
-            report.line("OK", "test data", "the same as val")
+            if "val" in counts:
+                report.line("OK", "test data", "the same as val")
         else:
             with report.check(f"{split} data"):
                 check_data(cfg, split)

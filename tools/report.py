@@ -12,17 +12,26 @@ import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
-from mmdet.apis import init_detector
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
 from rich.console import Console
 from rich.table import Table
 
-from cbn_mmdet.launch import check_data, read_config, run_tool
+from cbn_mmdet.launch import (
+    check_data,
+    check_writable,
+    explained_damage,
+    explained_loading,
+    read_config,
+    run_tool,
+)
 from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars, time_unit
 
 IMAGES = 12
@@ -48,10 +57,12 @@ def main() -> None:
     check_data(cfg, "val")
     check_data(cfg, "test")
 
+    check_writable(work_dir, "the work dir")
     curves = osp.join(work_dir, "curves.png")
     plot_curves(training, evaluations, curves)
     detections = osp.join(work_dir, "detections.png")
-    draw_detections(cfg, checkpoint, detections)
+    with explained_damage(cfg):
+        draw_detections(cfg, checkpoint, detections)
 
     if evaluations:
         print_table(evaluations[-1], time_unit(training))
@@ -85,7 +96,7 @@ def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> Non
 
 def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
     """Draw a sheet of validation images: in each pair, the truth left and the detections right."""
-    model = init_detector(cfg, checkpoint, device=get_device())
+    model = load_detector(cfg, checkpoint)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     count = min(IMAGES, len(dataset))
     rows = -(-count // PAIRS_PER_ROW)
@@ -110,6 +121,15 @@ def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
         right.set_title(f"detected, score > {SCORE}")
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def load_detector(cfg: Config, checkpoint: str) -> torch.nn.Module:
+    """Build the detector with the weights of a checkpoint, all of which have to fit."""
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    with explained_loading(checkpoint):
+        load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
+    return model.to(get_device()).eval()
 
 
 def detect(model: torch.nn.Module, data: dict) -> DetDataSample:

@@ -21,7 +21,7 @@ import yaml
 from matplotlib.lines import Line2D
 
 from cbn_mmdet.launch import UsageError, run_tool
-from cbn_mmdet.runs import Run, read_run
+from cbn_mmdet.runs import Run, read_run, read_settings
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), "configs")
 METRICS = {
@@ -35,6 +35,8 @@ METRICS = {
 DETECTORS = {"faster-rcnn": "Faster R-CNN", "mask-rcnn": "Mask R-CNN"}
 # The batch of the paper's table, whose rows are shown with and without a run.
 PAPER = "_4xb4-"
+# What makes a run the one that a config describes; where data and results lie does not.
+DEFINING = ("model", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +59,8 @@ def main() -> None:
     """Print the tables."""
     args = parse_args()
     runs = read_runs(args.work_dirs)
-    tables = make_tables(make_rows(runs), read_models(args.configs), args.all)
+    models = read_models(args.configs)
+    tables = make_tables(make_rows(runs, args.configs), models, args.all)
     if args.json:
         print(json.dumps({"tables": tables}, indent=2))
     else:
@@ -85,7 +88,10 @@ def split_name(work_dir: str) -> tuple[str, int]:
 def read_models(configs: str) -> dict[str, dict]:
     """Read what was published of each config that a metafile lists, by the config's name."""
     models = {}
-    for path in sorted(glob(osp.join(configs, "*", "metafile.yml"))):
+    paths = sorted(glob(osp.join(configs, "*", "metafile.yml")))
+    if not paths:
+        raise UsageError(f"--configs {configs}: there is no */metafile.yml in it")
+    for path in paths:
         try:
             with open(path) as file:
                 listed = {
@@ -112,7 +118,7 @@ def config_name(path: str) -> str:
 # From here on all is plain data, as --json prints it: a run, a row, a table are dictionaries.
 
 
-def make_rows(runs: list[Run]) -> list[dict]:
+def make_rows(runs: list[Run], configs: str) -> list[dict]:
     """Make a row of the runs of each config; runs with other settings are another row."""
     groups = []
     for run in runs:
@@ -127,10 +133,41 @@ def make_rows(runs: list[Run]) -> list[dict]:
     for (name, _), members in groups:
         members.sort(key=lambda run: split_name(run.work_dir)[1])
         rows.append(make_row(name, [describe(run) for run in members]))
+        rows[-1]["changed"] = changed_settings(members[0], name, configs)
         if names.count(name) > 1:
             where = ", ".join(osp.basename(osp.abspath(run.work_dir)) for run in members)
             rows[-1]["label"] = f"{name} ({where})"
     return rows
+
+
+def changed_settings(run: Run, config: str, configs: str) -> list[str]:
+    """Name the settings of a run that are not those of the config file it is named after."""
+    paths = glob(osp.join(configs, "*", f"{config}.py"))
+    if not paths or not run.settings:
+        return []
+    wanted = read_settings(paths[0])
+    changed = [key for key in DEFINING if plain(run.settings.get(key)) != plain(wanted.get(key))]
+    ran, meant = (each["train_dataloader"] for each in (run.settings, wanted))
+    for key in ("batch_size", "dataset.pipeline"):
+        if plain(look_up(ran, key)) != plain(look_up(meant, key)):
+            changed.append(f"train_dataloader.{key}")
+    return changed
+
+
+def look_up(settings: dict, key: str) -> object:
+    """Get a nested setting, None if there is none of that name."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
+def plain(settings: object) -> object:
+    """Leave out of settings mmengine's note of the package that a base came from."""
+    if isinstance(settings, dict):
+        return {key: plain(value) for key, value in settings.items() if key != "_scope_"}
+    if isinstance(settings, (list, tuple)):
+        return [plain(value) for value in settings]
+    return settings
 
 
 def describe(run: Run) -> dict:
@@ -161,7 +198,7 @@ def state(run: Run) -> str:
         return "nothing logged" if run.started else "no training run"
     evaluated = run.evaluations[-1]["step"] if run.evaluations else None
     if run.finished:
-        return f"{evaluated} {run.unit}s"
+        return f"{evaluated} {run.unit}{'' if evaluated == 1 else 's'}"
     where, of = evaluated, f" of {run.total}" if run.total else ""
     if run.training:
         where = run.training[-1].get("epoch", run.training[-1]["step"])
@@ -184,7 +221,7 @@ def make_row(config: str, runs: list[dict]) -> dict:
         values = [run["measured"][metric] for run in runs if run["finished"]]
         # A mean over those that happen to have a value would favour them.
         measured[metric] = mean(values) if values and None not in values else None
-    return {"config": config, "label": config, "runs": runs, "measured": measured}
+    return {"config": config, "label": config, "changed": [], "runs": runs, "measured": measured}
 
 
 def make_tables(rows: list[dict], models: dict[str, dict], everything: bool) -> list[dict]:
@@ -219,7 +256,7 @@ def beside(row: dict, published: dict) -> dict:
     """Add to a row what was published, and the difference from it."""
     difference = {
         metric: None
-        if value is None or published.get(metric) is None
+        if value is None or published.get(metric) is None or row["changed"]
         else round(value - published[metric], 10)
         for metric, value in row["measured"].items()
     }
@@ -241,6 +278,7 @@ def markdown(table: dict) -> str:
     for metric in METRICS:
         columns[metric] = [cell(row, metric, compared) for row in rows]
     columns["trained for"] = [states(row["runs"]) for row in rows]
+    columns["other than the config's"] = [", ".join(row["changed"]) or "–" for row in rows]
     columns["s/iteration"] = [
         listed([run["seconds_per_iteration"] for run in row["runs"]], ".3f") for row in rows
     ]

@@ -2,18 +2,21 @@
 """Evaluate a checkpoint on the test data of a config, as MMDetection's own tool does."""
 
 import argparse
+import os.path as osp
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 import cbn_mmdet  # noqa: F401  (registers CBN, for configs that do not import it)
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
+    CarefulRunner,
     UsageError,
     add_launch_arguments,
     check_checkpoint,
     check_data,
+    check_writable,
     evaluators,
+    explained_damage,
     explained_errors,
     load_config,
     run_tool,
@@ -50,15 +53,17 @@ def main() -> None:
         write_detections(cfg, args.out)
     if args.show or args.show_dir:
         draw_detections(cfg, args)
+    check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
-    with explained_errors(*BUILD_ERRORS):
-        Runner.from_cfg(cfg).test()
+    with explained_damage(cfg), explained_errors(*BUILD_ERRORS):
+        CarefulRunner.from_cfg(cfg).test()
 
 
 def write_detections(cfg: Config, path: str) -> None:
     """Add the evaluator that writes all detections to ``path``."""
     if not path.endswith((".pkl", ".pickle")):
         raise UsageError(f"--out {path}: the name must end with .pkl or .pickle")
+    check_writable(osp.dirname(path) or ".", "--out")
     dump = {"type": "DumpDetResults", "out_file_path": path}
     cfg.test_evaluator = [*evaluators(cfg, "test"), dump]
 

@@ -12,10 +12,13 @@ from cbn_mmdet import CBN, CBNHook
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
     START_ERRORS,
+    CarefulRunner,
     UsageError,
     add_launch_arguments,
     check_checkpoint,
     check_data,
+    check_writable,
+    explained_damage,
     explained_errors,
     load_config,
     run_tool,
@@ -57,11 +60,12 @@ def main() -> None:
         use_lr_scaling(cfg)
     if args.resume:
         use_checkpoint(cfg, args.resume)
+    check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
     with explained_errors(*BUILD_ERRORS):
-        runner = Runner.from_cfg(cfg)
+        runner = CarefulRunner.from_cfg(cfg)
     ensure_cbn_hook(runner)
-    with explained_errors(*START_ERRORS):
+    with explained_damage(cfg), explained_errors(*START_ERRORS):
         runner.train()
 
 

@@ -118,7 +118,13 @@ def build_digits(
         # One level down, so that the set gets the user's default permissions rather than the
         # private ones of a temporary folder.
         staged = Path(scratch) / root.name
-        _write_set(staged, arguments, progress)
+        try:
+            _write_set(staged, arguments, progress)
+        except OSError as error:
+            raise OSError(
+                f"root {root} cannot be built, for not all of it can be written "
+                f"({error.strerror}); make room on that disk or name a root on another"
+            ) from error
         try:
             os.replace(staged, root)
         except OSError:

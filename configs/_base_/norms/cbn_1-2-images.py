@@ -1,5 +1,5 @@
-# Recommended at 1 or 2 images per GPU: the past then outweighs the current batch in the statistics,
-# so the gradient has to flow through it (README, "Does it help?").
+# Recommended at 1 or 2 images per GPU: 7 of 8 shares of the statistics are then the past's, and the
+# gradient has to flow through them as well (README, "Does it help?").
 _base_ = "./cbn.py"
 
 norm_cfg = dict(window_size=8, backward="window", momentum=0.02)

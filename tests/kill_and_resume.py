@@ -1,0 +1,151 @@
+# Licensed under the Apache License, Version 2.0.
+"""Kill trainings again and again, resume each, and compare what comes out.
+
+A small detector trains on a few digits, with windows that are saved. A third of the kills comes at
+a random moment, a third while a checkpoint is being written, and a third after it was noted as the
+last one, which is when most can go wrong.
+A training that gets to its end must hold, to the last bit, the weights of one that nobody
+disturbed; then the next training begins.
+
+Run it as ``python tests/kill_and_resume.py``. Its status is 1 if a training failed or differs.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from cbn_mmdet.datasets import build_digits
+
+# What a kill waits for to change, in turn; None is a random moment.
+AIMS = (None, "epoch_*.pth", "last_checkpoint")
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 6
+# What torch draws in an iteration must not depend on the draws before a resume: SeedIterations.
+CONFIG = """
+_base_ = "{root}/configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
+custom_imports = dict(imports=["cbn_mmdet", "distributed_hooks"], allow_failed_imports=False)
+custom_hooks = [
+    dict(type="CBNHook", burn_in=1, save_window=True),
+    dict(type="SeedIterations"),
+]
+data_root = "{data}/"
+train_dataloader = dict(dataset=dict(data_root=data_root))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val.json")
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs={epochs})
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--times", type=int, default=20, help="how many kills (20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of their moments (0)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        kill_and_resume(Path(folder), args.times, random.Random(args.seed))
+
+
+def kill_and_resume(folder, times, moments):
+    """Kills trainings `times` times in all, and lets each come to its end."""
+    began = time.monotonic()
+    data = build_digits(folder / "digits", num_train=12, num_val=4, progress=False)
+    config = folder / "config.py"
+    config.write_text(CONFIG.format(root=ROOT, data=data, epochs=EPOCHS))
+    start = time.monotonic()
+    expected = finish(train(config, folder / "undisturbed"), folder / "undisturbed")
+    length = time.monotonic() - start
+
+    kills = halves = trainings = 0
+    while kills < times:
+        work_dir = folder / f"training{trainings}"
+        process = train(config, work_dir)
+        while kills < times and kill(
+            process, work_dir, moments.random(), length, AIMS[kills % len(AIMS)]
+        ):
+            kills += 1
+            written = work_dir.glob("epoch_*.pth")
+            half = [path.name for path in written if not zipfile.is_zipfile(path)]
+            halves += len(half)
+            print(f"kill {kills}" + "".join(f", which left half of {name}" for name in half))
+            process = train(config, work_dir)
+        found = finish(process, work_dir)
+        differing = [name for name in expected if not torch.equal(expected[name], found[name])]
+        if differing:
+            sys.exit(f"training {trainings} differs, in {differing[0]} first")
+        trainings += 1
+        print(f"training {trainings}: ended with the weights of the undisturbed one", flush=True)
+    print(
+        f"{kills} kills, {halves} of which left half a checkpoint; {trainings} trainings ended, "
+        f"all equal to the undisturbed one to the last bit; {time.monotonic() - began:.0f} s"
+    )
+
+
+def train(config, work_dir):
+    """Starts the training, or goes on with it; what it prints goes to a file."""
+    work_dir.mkdir(exist_ok=True)
+    command = [sys.executable, "tools/train.py", config, "--work-dir", work_dir, "--resume"]
+    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    with open(work_dir / "output.txt", "a") as output:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a kill takes the workers of its data along
+        )
+
+
+def kill(process, work_dir, moment, length, aim):
+    """Kills a training, unless it ended before; says whether it did.
+
+    Args:
+        process: The training.
+        work_dir: Its work dir.
+        moment: When, from 0 to 1.
+        length: What a moment of 1 means, in seconds from the start.
+        aim: What files to wait for instead, to be written, and up to 50 ms from then on; or None.
+    """
+    before, start = aim and changed(work_dir, aim), time.monotonic()
+    while aim or time.monotonic() - start < moment * length:
+        if process.poll() is not None:
+            return False
+        if aim and changed(work_dir, aim) != before:
+            time.sleep(0.05 * moment)
+            break
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def changed(work_dir, pattern):
+    """When the newest of the files of a pattern was changed; None if there is none."""
+    try:
+        return max((path.stat().st_mtime_ns for path in work_dir.glob(pattern)), default=None)
+    except FileNotFoundError:
+        return None  # mmengine deletes the oldest checkpoint before it writes another
+
+
+def finish(process, work_dir):
+    """Waits for a training to end, and reads its weights."""
+    if process.wait() != 0:
+        output = (work_dir / "output.txt").read_text()
+        sys.exit(f"a training failed:\n{output[-3000:]}")
+    path = work_dir / f"epoch_{EPOCHS}.pth"
+    return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""A training that is killed goes on, and ends as if it had not been."""
+
+import random
+
+import pytest
+from kill_and_resume import AIMS, kill_and_resume
+
+
+@pytest.mark.slow
+def test_kill_and_resume(tmp_path, capsys):
+    """One kill of each kind; as a script it kills more often."""
+    kill_and_resume(tmp_path, len(AIMS), random.Random(1))
+    assert f"{len(AIMS)} kills" in capsys.readouterr().out.splitlines()[-1]
