@@ -160,8 +160,12 @@ class CBN(_BatchNorm):
 
     @property
     def window(self) -> int:
-        """The window size in force: 1 during a burn-in, else up to ``window_size``."""
-        return self._window
+        """The window size in force: 1 during a burn-in, else up to ``window_size``.
+
+        It is 1 as well while torch's ``update_bn`` gathers running statistics, which resets them
+        and sets ``momentum`` to None, and then runs forwards that no :func:`step` follows.
+        """
+        return 1 if self._was_reset and self.momentum is None else self._window
 
     @property
     def feeder(self) -> nn.Module | None:
@@ -181,6 +185,11 @@ class CBN(_BatchNorm):
             self._window = size
             self._windows.clear()
             self._records.clear()
+
+    def reset_running_stats(self) -> None:
+        """Sets the running statistics back to their start, and forgets the past."""
+        super().reset_running_stats()
+        self.__dict__.update(_fresh_state(), _was_reset=True)
 
     # The end of an iteration, in the two parts between which all layers' checks are read at once.
 
@@ -216,6 +225,7 @@ class CBN(_BatchNorm):
                 buffer.copy_(before)
         self._records.clear()
         self._before = None
+        self._was_reset = False
         self._forward_id, self._call = None, 0
         return positive
 
@@ -236,7 +246,7 @@ class CBN(_BatchNorm):
             if linking.is_recomputation():
                 return self._recompute(input)
             conv, conv_input = self._resolve(input)
-            if self._window == 1:
+            if self.window == 1:
                 self._keep_running_stats()
                 if not self._is_spread():
                     return super().forward(input)
@@ -252,7 +262,7 @@ class CBN(_BatchNorm):
                     f"empty window, got an input of shape {tuple(input.shape)}."
                 )
             record = self._record(input, moments, estimate, conv, conv_input)
-            if self._window == 1:
+            if self.window == 1:
                 self._update_running_stats(record)
             else:
                 self._records[call] = record
@@ -401,17 +411,17 @@ class CBN(_BatchNorm):
     def _recompute(self, input: Tensor) -> Tensor:
         """The same output again, for activation checkpointing: nothing is recorded twice."""
         moments = None
-        if self._window > 1 or self._is_spread():
+        if self.window > 1 or self._is_spread():
             moments = self._moments(input)
         if moments is None:
             return self._batch_norm(input)
-        if self._window > 1 and len(self._windows) > 1:
+        if self.window > 1 and len(self._windows) > 1:
             raise RuntimeError(
                 f"{self._title}: was called {len(self._windows)} times in one forward, and "
                 "activation checkpointing repeats the calls in another order, so they cannot be "
                 "told apart. Turn checkpointing off (with_cp=False) around this layer."
             )
-        conv = self.feeder if self.compensate and self._window > 1 else None
+        conv = self.feeder if self.compensate and self.window > 1 else None
         return self._normalize(input, self._estimate(0, moments, conv), moments, conv)
 
     def _batch_norm(self, input: Tensor) -> Tensor:
@@ -429,9 +439,9 @@ class CBN(_BatchNorm):
         if self.window_size == 1:
             return None, None
         if not linking.is_watched(self):
-            if self._window > 1:
+            if self.window > 1:
                 raise RuntimeError(
-                    f"{self._title}: trains with a window of {self._window} but was never linked "
+                    f"{self._title}: trains with a window of {self.window} but was never linked "
                     "to its convolution. Call cbn_mmdet.link(model) before training and "
                     "cbn_mmdet.step(model) after each iteration; in mmengine, add "
                     "custom_hooks=[dict(type='CBNHook')] to the config, which does both."
@@ -502,7 +512,8 @@ class CBN(_BatchNorm):
         if input.dim() != 4:
             raise ValueError(
                 f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
-                "dimensions."
+                "dimensions. CBN takes the output of an nn.Conv2d alone: use nn.BatchNorm1d or 3d, "
+                "or another norm here."
             )
         if input.shape[1] != self.num_features:
             raise ValueError(
@@ -550,6 +561,7 @@ def _fresh_state() -> dict:
         _windows=[],  # one for each call within a forward
         _records={},  # by call
         _before=None,
+        _was_reset=False,  # whether the running statistics were, in this iteration
         _forward_id=None,
         _call=0,
         _recorded_version=None,
