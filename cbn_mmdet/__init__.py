@@ -9,7 +9,19 @@ functions work in any torch training loop.
 
 from importlib.util import find_spec
 
-from .norm import BRN, CBN, SyncCBN, link, links, load_window_state, set_window, step, window_state
+from .norm import (
+    BRN,
+    CBN,
+    SyncCBN,
+    from_batchnorm,
+    link,
+    links,
+    load_window_state,
+    set_window,
+    step,
+    to_batchnorm,
+    window_state,
+)
 
 __version__ = "0.1.0"
 
@@ -17,11 +29,13 @@ __all__ = [
     "BRN",
     "CBN",
     "SyncCBN",
+    "from_batchnorm",
     "link",
     "links",
     "load_window_state",
     "set_window",
     "step",
+    "to_batchnorm",
     "window_state",
 ]
 

@@ -37,7 +37,12 @@ OPTIONAL_SETTINGS = {
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
 BUILD_ERRORS = ("unexpected keyword argument", "registry", "BRN: ", "CBN: ", "CBNHook: ")
-START_ERRORS = ("CBNHook: ", "DataLoader.__init__() got an unexpected keyword argument")
+START_ERRORS = (
+    "CBNHook: ",
+    "CBN layer ",
+    "BRN layer ",
+    "DataLoader.__init__() got an unexpected keyword argument",
+)
 
 # What a system says when a disk, a quota or the largest allowed size of a file is used up.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -351,7 +356,7 @@ def explained_errors(*signs: str) -> Iterator[None]:
     """Turn an error that a wrong setting causes into a UsageError: its message holds a sign."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         message = str(error.args[0]) if error.args else ""
         if any(sign in message for sign in signs):
             raise UsageError(message) from error

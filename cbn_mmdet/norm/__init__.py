@@ -3,16 +3,19 @@
 
 from .brn import BRN
 from .cbn import CBN, SyncCBN
+from .convert import from_batchnorm, to_batchnorm
 from .iteration import link, links, load_window_state, set_window, step, window_state
 
 __all__ = [
     "BRN",
     "CBN",
     "SyncCBN",
+    "from_batchnorm",
     "link",
     "links",
     "load_window_state",
     "set_window",
     "step",
+    "to_batchnorm",
     "window_state",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import linking
+from .cbn import is_number
 from .moments import batch_moments
 
 # How many forwards of a layer activation checkpointing may still repeat: a head that several
@@ -97,18 +98,20 @@ class BRN(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_whole("num_features", num_features, 1, "the number of channels")
-        if not _is_number(eps) or eps <= 0:
+        if not is_number(eps) or eps <= 0:
             raise ValueError(f"BRN: eps must be a number above 0, got {eps!r}.")
-        if momentum is not None and not (_is_number(momentum) and 0 <= momentum <= 1):
+        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
             raise ValueError(f"BRN: momentum must be None or from 0 to 1, got {momentum!r}.")
+        if not isinstance(affine, bool):
+            raise ValueError(f"BRN: affine must be True or False, got {affine!r}.")
         if track_running_stats is not True:
             raise ValueError(
                 f"BRN: track_running_stats must be True, got {track_running_stats!r}: the layer "
                 "corrects its batch towards the running statistics. Use type='BN' to do without."
             )
-        if not _is_number(r_max) or r_max < 1:
+        if not is_number(r_max) or r_max < 1:
             raise ValueError(f"BRN: r_max must be a finite number of at least 1, got {r_max!r}.")
-        if not _is_number(d_max) or d_max < 0:
+        if not is_number(d_max) or d_max < 0:
             raise ValueError(f"BRN: d_max must be a finite number of at least 0, got {d_max!r}.")
         _check_whole("warmup", warmup, 0, "the steps that are batch normalisation")
         for name, end, limit in (("r_end", r_end, "r_max"), ("d_end", d_end, "d_max")):
@@ -144,11 +147,18 @@ class BRN(_BatchNorm):
         Raises:
             ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
                 has one value per channel in training.
-            RuntimeError: Activation checkpointing repeats a forward that the layer does not know.
+            RuntimeError: Activation checkpointing repeats a forward that the layer does not know,
+                or a training step is traced or exported.
         """
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
+        return self._train(input)
+
+    # Which forward a repetition repeats is for Python to look up: a compiled graph ends here.
+    @torch.compiler.disable
+    def _train(self, input: Tensor) -> Tensor:
+        linking.refuse_graphs(self)
         if input.numel() == 0:  # no region in the batch: nothing to learn
             return self._batch_norm(input, self.weight, self.bias)
         if linking.is_recomputation():
@@ -232,6 +242,9 @@ class BRN(_BatchNorm):
         self._corrections.clear()
         return super()._apply(fn, *args, **kwargs)
 
+    def __prepare_scriptable__(self) -> None:
+        linking.refuse_script(self)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_corrections": _no_corrections()}
 
@@ -245,11 +258,6 @@ class BRN(_BatchNorm):
 
 def _no_corrections() -> deque[_Correction]:
     return deque(maxlen=_REMEMBERED)
-
-
-def _is_number(value: object) -> bool:
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
 
 
 def _check_whole(name: str, value: object, least: int, meaning: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -135,17 +136,20 @@ class CBN(_BatchNorm):
         check_count("num_features", num_features, "the number of channels")
         check_count("window_size", window_size, "the number of iterations, the current included")
         check_count("derivative_stride", derivative_stride, "every n-th row and column")
-        if backward not in _BACKWARDS:
+        if not isinstance(backward, str) or backward not in _BACKWARDS:
             raise ValueError(
                 f"CBN: backward must be 'window' (gradient through the window) or 'current' "
                 f"(the paper's), got {backward!r}."
             )
-        for name, value in (("compensate", compensate), ("sync", sync)):
+        switches = dict(
+            affine=affine, track_running_stats=track_running_stats, compensate=compensate, sync=sync
+        )
+        for name, value in switches.items():
             if not isinstance(value, bool):
                 raise ValueError(f"CBN: {name} must be True or False, got {value!r}.")
-        if not isinstance(eps, numbers.Real) or not eps >= 0:
+        if not is_number(eps) or eps < 0:
             raise ValueError(f"CBN: eps must be a number of at least 0, got {eps!r}.")
-        if momentum is not None and not (isinstance(momentum, numbers.Real) and 0 <= momentum <= 1):
+        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
             raise ValueError(f"CBN: momentum must be None or from 0 to 1, got {momentum!r}.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -235,13 +239,20 @@ class CBN(_BatchNorm):
         Raises:
             ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
                 has one value per channel and the window is empty.
-            RuntimeError: The layer trains with a window above 1 and was not linked, or what
-                feeds it is no plain convolution.
+            RuntimeError: The layer trains with a window above 1 and was not linked, what feeds
+                it is no plain convolution, or a training step is traced or exported.
         """
         self._check_input_dim(input)
         if not self.training:
-            self._note_feeder(input)
+            if not linking.is_compiling():
+                self._note_feeder(input)
             return super().forward(input)
+        return self._train(input)
+
+    # What is known of past iterations is for Python to look up: a compiled graph ends here.
+    @torch.compiler.disable
+    def _train(self, input: Tensor) -> Tensor:
+        linking.refuse_graphs(self)
         with full_precision(input.device.type):
             if linking.is_recomputation():
                 return self._recompute(input)
@@ -536,6 +547,9 @@ class CBN(_BatchNorm):
         self._before = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __prepare_scriptable__(self) -> None:
+        linking.refuse_script(self)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, **_fresh_state()}
 
@@ -576,3 +590,9 @@ def check_count(name: str, value: object, meaning: str) -> None:
         raise ValueError(
             f"CBN: {name} must be a whole number of at least 1, got {value!r}: {meaning}."
         )
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number; True and False are none here."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max

@@ -72,6 +72,17 @@ def watch(model: nn.Module) -> None:
         model.register_forward_hook(_release, always_call=True)
 
 
+def unwatch(model: nn.Module) -> None:
+    """Takes everything that ``watch`` put on ``model`` away."""
+    for module in model.modules():
+        _names.pop(module, None)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether ``watch`` was called on a model that contains this very module."""
     return module in _names
@@ -108,6 +119,41 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_compiling() -> bool:
+    """Whether this code is being traced by torch.compile or torch.export."""
+    if hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.is_compiling()
+    return torch._dynamo.is_compiling()  # torch 2.1
+
+
+def refuse_graphs(layer: nn.Module) -> None:
+    """Refuses to put a layer that trains into a graph, which would repeat one iteration for ever.
+
+    torch.compile is welcome: it leaves these layers to Python.
+
+    Raises:
+        RuntimeError: A trace or an export is under way.
+    """
+    if torch.jit.is_tracing() or is_compiling():
+        raise RuntimeError(
+            f"{name_of(layer)}: only its evaluation can be traced or exported. Call model.eval() "
+            "first."
+        )
+
+
+def refuse_script(layer: nn.Module) -> None:
+    """Refuses torch.jit.script, which would stumble over the first line that is too much for it.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        f"{name_of(layer)}: torch.jit.script does not know it. Turn it into the batch "
+        "normalisation that it is in evaluation first: cbn_mmdet.to_batchnorm(model)."
+    )
+
+
+@torch.compiler.disable
 def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     # The innermost module signs first; a container that returns the same tensor changes nothing.
     if not isinstance(output, Tensor) or signature_of(output) is not None:
@@ -127,12 +173,14 @@ def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     signatures[key] = Signature(output, module, held, forget)
 
 
+@torch.compiler.disable
 def _enter(module: nn.Module, args: tuple) -> None:
     if not _here.running:
         _here.forward = next(_forwards)
     _here.running.append(module)
 
 
+@torch.compiler.disable
 def _leave(module: nn.Module, args: tuple, output: object) -> None:
     # A forward that failed may have left some that it had entered; a module may call itself.
     running = _here.running
@@ -143,9 +191,13 @@ def _leave(module: nn.Module, args: tuple, output: object) -> None:
         _here.forward = None
 
 
+@torch.compiler.disable
 def _release(*_: object) -> None:
     for signature in list(_here.signatures.values()):
         signature.input = None
+
+
+_HOOKS = (_sign, _enter, _leave, _release)
 
 
 def _trains(conv: nn.Conv2d) -> bool:
