@@ -1,0 +1,223 @@
+"""What the benchmark prints, at sizes that say nothing, and that it compares like with like."""
+
+import json
+import math
+import random
+import runpy
+
+import pytest
+import torch
+
+from cbn_mmdet import step
+
+SHAPES = ["--shapes", "2,8,16,3,6", "1,4,8,1,5"]
+QUICK = ["--max-seconds", "0", "--threads", "1"]
+CURRENT = "CBN(backward='current', derivative_stride=1)"
+NAIVE = "CBN(compensate=False)"
+
+
+@pytest.fixture(scope="module")
+def benchmark(root):
+    """What ``tools/benchmark.py`` defines."""
+    return runpy.run_path(str(root / "tools" / "benchmark.py"))
+
+
+@pytest.fixture
+def measure(tool):
+    """Runs a subcommand; returns the rows of its tables, and its notes."""
+
+    def run(*args):
+        output = "\n" + tool("benchmark.py", *args, "--json").stdout
+        # The fixture mixes in what the frameworks write to stderr.
+        document, _ = json.JSONDecoder().raw_decode(output, output.index("\n{\n") + 1)
+        assert document["torch"] == torch.__version__ and document["threads"] >= 1
+        for rows in document["tables"].values():
+            check_figures(rows)
+        return list(document["tables"].values()), document["notes"]
+
+    return run
+
+
+def check_figures(rows):
+    """All are numbers, and the ratio of BN to BN is 1."""
+    for row in rows:
+        for figure in [cell for cell in row.values() if isinstance(cell, dict)]:
+            assert all(math.isfinite(value) for value in figure.values())
+            assert figure["ratio"] > 0 and figure["error"] >= 0
+            if row.get("norm") == "BN":
+                assert (figure["ratio"], figure["error"]) == (pytest.approx(1), 0)
+
+
+def by_norm(rows):
+    return {row["norm"]: row for row in rows}
+
+
+def train(model, shape, iterations=10):
+    """Outputs and gradients of each iteration, on inputs and weights that are alike for all."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for _ in range(iterations):
+        size = shape.images, shape.c_in, shape.size, shape.size
+        x = (torch.randn(size, generator=generator) + 0.5).requires_grad_()
+        y = model(x)
+        model.zero_grad()
+        y.backward(torch.randn(y.shape, generator=generator))
+        step(model)
+        results += [y.detach(), x.grad, model[0].weight.grad.clone()]
+        with torch.no_grad():
+            model[0].weight += 0.02 * torch.randn(model[0].weight.shape, generator=generator)
+    return results
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 16, 3, 6), (3, 4, 8, 1, 5)])
+def test_autograd_computes_what_cbn_does(benchmark, shape):
+    shape = benchmark["Shape"](*shape)
+    textbook, cbn, naive = (
+        benchmark["build_layer"](name, shape)
+        for name in ("autograd", CURRENT, "CBN(backward='current', compensate=False)")
+    )
+    expected = train(cbn, shape)
+    torch.testing.assert_close(train(textbook, shape), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(train(naive, shape)[-3], expected[-3], rtol=1e-2, atol=1e-2)
+    for name in ("running_mean", "running_var"):
+        ours, theirs = getattr(cbn[1], name), getattr(textbook[1].affine, name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    held = sum(each.nbytes for entry in textbook[1].past for each in entry[2:])
+    assert held == 7 * 3 * cbn[0].weight.nbytes  # three weights for each past iteration
+
+
+def test_ratios_are_of_the_same_round(benchmark):
+    """A machine that is ten times as slow in some rounds does not change a ratio."""
+    rng = random.Random(0)
+    bn = [rng.choice([1.0, 10.0]) for _ in range(50)]
+    other = [1.2 * seconds * rng.uniform(0.99, 1.01) for seconds in bn]
+    figure = benchmark["compare"](other, bn)
+    assert figure["ratio"] == pytest.approx(1.2, rel=0.005)
+    assert 0 < figure["error"] < 0.01
+    mean = benchmark["average"]([figure, benchmark["compare"](bn, bn)])
+    assert mean["ratio"] == pytest.approx(figure["ratio"] ** 0.5)
+    assert mean["error"] < figure["error"]
+
+
+def test_error_is_half_of_the_95_percent_interval(benchmark):
+    """About 95 % of repeated measurements are within it of the truth."""
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(500):
+        ratios = [rng.gauss(1.2, 0.05) for _ in range(30)]
+        figure = benchmark["compare"](ratios, [1.0] * 30)
+        hits += abs(figure["ratio"] - 1.2) < figure["error"]
+    assert 0.9 < hits / 500 < 0.99
+
+
+@pytest.mark.slow
+def test_layer(measure, benchmark):
+    (rows,), notes = measure("layer", *SHAPES, *QUICK)
+    names = [name for name in benchmark["ROWS"]["layer"] if name != "SyncBN"]
+    assert list(by_norm(rows)) == ["BN", *names]
+    assert list(rows[0]) == ["norm", "2×8→16, 3×3, 6²", "1×4→8, 1×1, 5²", "geometric mean"]
+    for row in rows:
+        _, *each, mean = row.values()
+        assert mean["ratio"] == pytest.approx(math.sqrt(each[0]["ratio"] * each[1]["ratio"]))
+    assert notes[0] == "SyncBN runs on a GPU only."
+    assert "after 3 rounds stable to" in notes[1]
+
+
+@pytest.mark.slow
+def test_rounds_go_on_until_stable(measure):
+    """And no further: where little is asked, the time is not used up, and no note says it was."""
+    arguments = ["layer", SHAPES[0], SHAPES[1], "--norms", "GN", "--stable-to", "1000"]
+    assert measure(*arguments)[1] == []
+
+
+@pytest.mark.slow
+def test_growth(measure, tmp_path):
+    (windows, images), _ = measure("growth", *SHAPES, *QUICK, "--plot", tmp_path / "k.png")
+    assert [row["k"] for row in windows] == [1, 2, 4, 8, 16, 32]
+    assert [row["images"] for row in images] == [1, 2, 4, 8]
+    held = [row["windows, MiB"] for row in windows]
+    assert held[0] == 0 and held[-1] == pytest.approx(31 * held[1], rel=1e-3)
+    assert windows[2]["time / that of k = 4"]["ratio"] == pytest.approx(1)
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_step(measure, small_config, tmp_path):
+    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
+    arguments = ["--config", config, "--size", "64", "96", "--batch", "1", *QUICK]
+    (rows,), _ = measure("step", *arguments, "--norms", "CBN(window_size=3)", "GN")
+    assert list(by_norm(rows)) == ["BN", "CBN(window_size=3)", "GN"]
+    assert 1 < rows[0]["time / BN's"]["ms"] < 60_000
+
+
+@pytest.mark.slow
+def test_inference(measure, small_config, tmp_path):
+    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
+    (rows,), _ = measure("inference", "--config", config, "--size", "64", "64", *QUICK)
+    same = {name: row["calls BN's operations"] for name, row in by_norm(rows).items()}
+    assert same == {"BN": True, "GN": False, "CBN": True}
+
+
+@pytest.mark.slow
+def test_memory(measure, small_config, tmp_path):
+    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
+    arguments = ["--config", config, "--size", "64", "64", "--batch", "1", "--repeats", "1"]
+    (rows,), notes = measure("memory", *arguments, "--norms", "CBN", NAIVE)
+    rows = by_norm(rows)
+    assert rows["BN"]["peak / BN's"]["MiB"] > 100
+    assert rows["BN"]["windows, MiB"] == 0
+    assert 0 < rows["CBN"]["per past iteration, of the weights"] < 3
+    assert 0 < rows[NAIVE]["windows, MiB"] < 0.01 * rows["CBN"]["windows, MiB"]
+    assert notes == ["The peak is the process's."]
+
+
+@pytest.mark.slow
+def test_markdown(tool):
+    output = tool("benchmark.py", "layer", *SHAPES, *QUICK, "--norms", "GN").stdout
+    header, _, heading, _, columns, _, bn, gn, *_ = output.splitlines()
+    assert f"torch {torch.__version__}, threads 1, dtype float32" in header
+    assert heading == "## Convolution + norm, forward + backward, time / BN's"
+    assert [cell.strip() for cell in columns.split("|")[1:3]] == ["norm", "2×8→16, 3×3, 6²"]
+    assert bn.split("|")[2].strip().startswith("1 (") and "ms)" in bn
+    assert " ± " in gn.split("|")[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["layer", "--norms", "FOO"], "takes BN, GN, SyncBN, BRN, CBN or autograd, or"),
+        (["layer", "--norms", "CBN(window_size=0)"], "window_size must be a whole number"),
+        (["layer", "--norms", "CBN(stride=2)"], "cannot build CBN(stride=2): CBN.__init__() got"),
+        (["layer", "--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
+        (["layer", "--norms", "CBN("], "or CBN(derivative_stride=2), got CBN("),
+        (["step", "--norms", "autograd"], "--norms autograd: this row is layer's alone"),
+        (["layer", "--shapes", "1,2,3"], "takes N,C_in,C_out,kernel,size, got 1,2,3"),
+        (["layer", "--threads", "0"], "takes a whole number of at least 1, got 0"),
+        (["growth", "--plot", "nowhere/k.png"], "takes a .png file in a folder that exists"),
+        (["step", "--config", "nowhere.py"], "the config file nowhere.py does not exist"),
+        (
+            ["step", "--config", "configs/faster_rcnn/faster-rcnn_r50_fpn_4xb4-1x_coco.py"],
+            "4xb4-1x_coco.py: none of its norms trains: set a norm_cfg without requires_grad",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(tool, arguments, message):
+    done = tool("benchmark.py", *arguments, check=False)
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 2 and "error: " in last and message in last
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda"], "--device cuda: no GPU is available"),
+        (["--dtype", "float16"], "--dtype float16 is measured on a GPU only"),
+        (["--norms", "SyncBN"], "--norms SyncBN: it runs on a GPU only"),
+    ],
+)
+def test_what_needs_a_gpu(tool, arguments, message):
+    test_mistakes_are_one_line(tool, ["layer", *arguments], message)
