@@ -8,17 +8,15 @@ Paper: "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-No
 from __future__ import annotations
 
 import math
-import numbers
 from collections import deque
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import linking
-from .cbn import is_number
+from .layer import NormLayer, check_count, is_number
 from .moments import batch_moments
 
 # How many forwards of a layer activation checkpointing may still repeat: a head that several
@@ -36,7 +34,7 @@ class _Correction(NamedTuple):
     d: Tensor
 
 
-class BRN(_BatchNorm):
+class BRN(NormLayer):
     """Batch normalisation, corrected towards the running statistics that evaluation uses.
 
     Algorithm 1 of the paper. With the mean ``mu_B`` and standard deviation ``sigma_B`` of the
@@ -82,6 +80,8 @@ class BRN(_BatchNorm):
         ValueError: An argument is out of its range.
     """
 
+    kind = "BRN"
+
     def __init__(
         self,
         num_features: int,
@@ -97,7 +97,7 @@ class BRN(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_whole("num_features", num_features, 1, "the number of channels")
+        check_count("BRN", "num_features", num_features, "the number of channels")
         if not is_number(eps) or eps <= 0:
             raise ValueError(f"BRN: eps must be a number above 0, got {eps!r}.")
         if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
@@ -113,10 +113,10 @@ class BRN(_BatchNorm):
             raise ValueError(f"BRN: r_max must be a finite number of at least 1, got {r_max!r}.")
         if not is_number(d_max) or d_max < 0:
             raise ValueError(f"BRN: d_max must be a finite number of at least 0, got {d_max!r}.")
-        _check_whole("warmup", warmup, 0, "the steps that are batch normalisation")
+        check_count("BRN", "warmup", warmup, "the steps that are batch normalisation", 0)
         for name, end, limit in (("r_end", r_end, "r_max"), ("d_end", d_end, "d_max")):
             meaning = f"the step that reaches {limit}, not before the end of warmup"
-            _check_whole(name, end, warmup, meaning)
+            check_count("BRN", name, end, meaning, warmup)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -218,32 +218,11 @@ class BRN(_BatchNorm):
             )
         return self._corrections[nearest]
 
-    @property
-    def _title(self) -> str:
-        if linking.is_watched(self):
-            return f"BRN layer {linking.name_of(self)}"
-        return f"BRN layer of {self.num_features} channels"
-
     # What nn.Module does with a layer.
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(
-                f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
-                "dimensions."
-            )
-        if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{self._title}: has num_features={self.num_features}, but its input has "
-                f"{input.shape[1]} channels."
-            )
 
     def _apply(self, fn, *args, **kwargs):
         self._corrections.clear()
         return super()._apply(fn, *args, **kwargs)
-
-    def __prepare_scriptable__(self) -> None:
-        linking.refuse_script(self)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_corrections": _no_corrections()}
@@ -258,12 +237,3 @@ class BRN(_BatchNorm):
 
 def _no_corrections() -> deque[_Correction]:
     return deque(maxlen=_REMEMBERED)
-
-
-def _check_whole(name: str, value: object, least: int, meaning: str) -> None:
-    """Refuses what is no whole number of at least ``least``."""
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < least:
-        raise ValueError(
-            f"BRN: {name} must be a whole number of at least {least}, got {value!r}: {meaning}."
-        )

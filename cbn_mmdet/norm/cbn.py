@@ -7,8 +7,6 @@ Paper: "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import itertools
-import numbers
-import sys
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -17,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import linking, sync
+from .layer import NormLayer, check_count, is_number
 from .moments import (
     batch_derivative,
     batch_moments,
@@ -66,7 +64,7 @@ class _Before(NamedTuple):
 _order = itertools.count()
 
 
-class CBN(_BatchNorm):
+class CBN(NormLayer):
     """Batch normalisation with the statistics of the last ``window_size`` iterations.
 
     The mean and variance of past iterations are moved to the current weights of the convolution
@@ -118,6 +116,8 @@ class CBN(_BatchNorm):
         ValueError: An argument is out of its range.
     """
 
+    kind = "CBN"
+
     def __init__(
         self,
         num_features: int,
@@ -133,9 +133,11 @@ class CBN(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("num_features", num_features, "the number of channels")
-        check_count("window_size", window_size, "the number of iterations, the current included")
-        check_count("derivative_stride", derivative_stride, "every n-th row and column")
+        check_count("CBN", "num_features", num_features, "the number of channels")
+        check_count(
+            "CBN", "window_size", window_size, "the number of iterations, the current included"
+        )
+        check_count("CBN", "derivative_stride", derivative_stride, "every n-th row and column")
         if not isinstance(backward, str) or backward not in _BACKWARDS:
             raise ValueError(
                 f"CBN: backward must be 'window' (gradient through the window) or 'current' "
@@ -183,7 +185,7 @@ class CBN(_BatchNorm):
 
     def set_window(self, size: int) -> None:
         """Sets the window size in force, at most ``window_size``; a change forgets the past."""
-        check_count("size", size, "the window size to put in force")
+        check_count("CBN", "size", size, "the window size to put in force")
         size = min(size, self.window_size)
         if size != self._window:
             self._window = size
@@ -511,26 +513,7 @@ class CBN(_BatchNorm):
             "set compensate=False (naive CBN)."
         )
 
-    @property
-    def _title(self) -> str:
-        if linking.is_watched(self):
-            return f"CBN layer {linking.name_of(self)}"
-        return f"CBN layer of {self.num_features} channels (unnamed, for it was never linked)"
-
     # What nn.Module does with a layer.
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(
-                f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
-                "dimensions. CBN takes the output of an nn.Conv2d alone: use nn.BatchNorm1d or 3d, "
-                "or another norm here."
-            )
-        if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{self._title}: has num_features={self.num_features}, but its input has "
-                f"{input.shape[1]} channels."
-            )
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -546,9 +529,6 @@ class CBN(_BatchNorm):
         self._records.clear()
         self._before = None
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __prepare_scriptable__(self) -> None:
-        linking.refuse_script(self)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, **_fresh_state()}
@@ -582,17 +562,3 @@ def _fresh_state() -> dict:
         _feeder=None,
         _verified=None,
     )
-
-
-def check_count(name: str, value: object, meaning: str) -> None:
-    """Refuses what is no whole number of at least 1."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"CBN: {name} must be a whole number of at least 1, got {value!r}: {meaning}."
-        )
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number; True and False are none here."""
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import linking
-from .cbn import CBN, check_count
+from .cbn import CBN
+from .layer import check_count
 from .window import Window
 
 
@@ -61,7 +62,7 @@ def set_window(model: nn.Module, size: int) -> None:
     Raises:
         ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
     """
-    check_count("size", size, "the window size to put in force")
+    check_count("CBN", "size", size, "the window size to put in force")
     layers = cbn_layers(model).values()
     largest = max((layer.window_size for layer in layers), default=size)
     if size > largest:
