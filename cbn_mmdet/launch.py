@@ -66,6 +66,7 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         run()
     except UsageError as error:
+        sys.stdout.flush()  # so that the error is the last line where both go to one file
         print(f"{osp.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Tests of small models run beside one another better than on threads of their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As in an activated environment, which the shell scripts ask for.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,9 @@ def test_checkpoints(tmp_path):
         launch.check_checkpoint("none.pth")
 
 
-def test_run_tool(capfd):
+def test_run_tool(capfd, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # which it sets for its process
+
     def fail():
         raise UsageError("this is wrong")
 

@@ -125,6 +125,13 @@ class CBNHook(Hook):
         hub.update_scalar("train/cbn/window_size", self._in_force(runner))
         hub.update_scalar("train/cbn/clamped", 0.0 if clamped is None else clamped.item())
 
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Writes the windows before the checkpoint, so that a death between the two spoils none.
+
+        Only the process of rank 0 gets here; the others write theirs when they go on.
+        """
+        self._save_window(runner, checkpoint["meta"]["iter"])
+
     def before_val_epoch(self, runner) -> None:
         """Writes the windows if a checkpoint was just written."""
         self._save_window(runner)
@@ -133,8 +140,8 @@ class CBNHook(Hook):
         """Writes the windows if a checkpoint was just written."""
         self._save_window(runner)
 
-    def _save_window(self, runner) -> None:
-        """Writes the windows if a checkpoint was written since the last call.
+    def _save_window(self, runner, iteration: int | None = None) -> None:
+        """Writes the windows if a checkpoint was written, or begun, since the last call.
 
         Only the process of rank 0 writes checkpoints, but all of them learn of it.
         """
@@ -147,7 +154,7 @@ class CBNHook(Hook):
             world_size=get_world_size(),
             windows=window_state(_unwrapped(runner.model)),
         )
-        path = _window_path(runner, runner.iter)
+        path = _window_path(runner, runner.iter if iteration is None else iteration)
         try:
             # An interrupted write must not leave a file that a resume would stumble over.
             torch.save(saved, path + ".part")
