@@ -108,7 +108,7 @@ test: lint
 	  --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
 
 sweep: $(READY)
-	$(RUN) -m pytest -m sweep tests/test_configs.py $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(MAX_JOBS) -m sweep tests/test_configs.py $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
