@@ -15,6 +15,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
+def computes_in_float16():
+    """Whether torch convolves in float16 on the CPU, which 2.1 does not."""
+    import torch  # after the number of threads is set
+
+    try:
+        torch.nn.functional.conv2d(*torch.zeros(2, 1, 1, 1, 1).half())
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_float16 = pytest.mark.skipif(
+    not computes_in_float16(), reason="this torch does not compute in float16 on the CPU"
+)
+
+
 @pytest.fixture(scope="session")
 def root():
     """The root of the repository."""

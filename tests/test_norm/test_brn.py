@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import needs_float16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -407,7 +408,9 @@ class TestHalfPrecision:
                 )
         assert half[1].running_var.dtype == half[1]._corrections[0].r.dtype == torch.float32
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "dtype", [pytest.param(torch.float16, marks=needs_float16), torch.bfloat16]
+    )
     def test_a_half_precision_layer(self, dtype):
         """r and d from float32 statistics: a mean of 300 squared would leave fp16's range."""
         norm = trained(steps=0, momentum=0.5)
