@@ -66,8 +66,9 @@ CBN_OPTIONS = {
     "window_size": lambda value: is_whole(value, 1),
     "compensate": is_switch,
     "backward": lambda value: value in ("window", "current"),
-    "derivative_stride": lambda value: is_whole(value, 1),
+    "derivative_stride": lambda value: value is None or is_whole(value, 1),
     "sync": is_switch,
+    "window_dtype": lambda value: value in ("float32", "bfloat16"),
 }
 OPTIONS = {
     CBN: CBN_OPTIONS,

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import cbn_mmdet.norm.cbn
 from cbn_mmdet import CBN, link, links, set_window, step, window_state
 
-NORM = dict(type="CBN", window_size=3)
+NORM = dict(type="CBN", window_size=3, derivative_stride=1)
 HALF = [pytest.param(torch.float16, marks=needs_float16), torch.bfloat16]
 
 
@@ -597,7 +597,7 @@ class TestNothingStale:
     def test_sizes_windows_and_evaluation_in_turn(self):
         """Another image size in each iteration; the window opens, closes and opens again."""
         torch.manual_seed(0)
-        model = small(window=4, momentum=0.2).double()
+        model = small(window=4, momentum=0.2, derivative_stride=1).double()
         conv, norm = model
         slow = Reference(conv, 4, norm.eps, True, True)
         schedule = [1] * 2 + [4] * 6 + [1] * 2 + [4] * 3 + [2] * 3 + [4] * 5

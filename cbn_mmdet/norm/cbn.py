@@ -7,6 +7,7 @@ Paper: "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -27,9 +28,13 @@ from .moments import (
 )
 from .normalize import normalize
 from .sync import Moments
-from .window import Entry, Estimate, Window
+from .window import Entry, Estimate, Window, dot
 
 _BACKWARDS = ("window", "current")
+WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Positions from which the derivative of the variance is estimated if there are more.
+_ENOUGH = 64
 
 
 class _Record(NamedTuple):
@@ -48,10 +53,6 @@ class _Record(NamedTuple):
     running_mean: Tensor
     running_var: Tensor
     positive: Tensor | None
-
-    def check(self) -> Tensor:
-        """A number that is finite if all is."""
-        return self.entry.vectors.sum()
 
 
 class _Before(NamedTuple):
@@ -101,7 +102,8 @@ class CBN(NormLayer):
             the running ones; batches of one or two images need it. ``'current'`` is the paper's:
             past statistics are constants, running statistics those of the current batch.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
-            of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions.
+            of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions. None
+            for the largest of 1, 2 and 4 that leaves 64 positions of the batch or more.
         sync: Whether the current statistics, and hence those that enter the window, are those of
             the batches of all processes together, as in ``nn.SyncBatchNorm``, which this is with a
             window of 1. Each process moves the past to today's weights with the derivative of its
@@ -109,6 +111,9 @@ class CBN(NormLayer):
             unless they are averaged, as ``CBNHook`` does. All processes of the default group must
             call the layer equally often, forward and backward; a batch may be empty. Without
             distributed training it changes nothing.
+        window_dtype: ``'float32'`` or ``'bfloat16'``: how the window holds the derivatives of past
+            variances, which are nearly all of it. Their rounding touches only the small
+            correction; everything else stays in float32. ``'bfloat16'`` halves the memory.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
 
@@ -128,8 +133,9 @@ class CBN(NormLayer):
         window_size: int = 8,
         compensate: bool = True,
         backward: str = "window",
-        derivative_stride: int = 1,
+        derivative_stride: int | None = None,
         sync: bool = False,
+        window_dtype: str = "float32",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,11 +143,16 @@ class CBN(NormLayer):
         check_count(
             "CBN", "window_size", window_size, "the number of iterations, the current included"
         )
-        check_count("CBN", "derivative_stride", derivative_stride, "every n-th row and column")
+        if derivative_stride is not None:
+            check_count("CBN", "derivative_stride", derivative_stride, "every n-th row and column")
         if not isinstance(backward, str) or backward not in _BACKWARDS:
             raise ValueError(
                 f"CBN: backward must be 'window' (gradient through the window) or 'current' "
                 f"(the paper's), got {backward!r}."
+            )
+        if not isinstance(window_dtype, str) or window_dtype not in WINDOW_DTYPES:
+            raise ValueError(
+                f"CBN: window_dtype must be 'float32' or 'bfloat16', got {window_dtype!r}."
             )
         switches = dict(
             affine=affine, track_running_stats=track_running_stats, compensate=compensate, sync=sync
@@ -161,6 +172,7 @@ class CBN(NormLayer):
         self.backward = backward
         self.derivative_stride = derivative_stride
         self.sync = sync
+        self.window_dtype = window_dtype
         self._window = window_size  # in force
         self.__dict__.update(_fresh_state())
 
@@ -202,30 +214,32 @@ class CBN(NormLayer):
     def checks(self) -> list[tuple[int, Tensor]]:
         """What the iteration taught, in the order of the forwards: its order and a check.
 
-        The check, without dimensions, is finite if nothing that was learnt is NaN or infinite.
+        The check is a vector that is finite if nothing that was learnt is NaN or infinite.
         """
-        checks = [(record.order, record.check()) for _, record in sorted(self._records.items())]
+        checks = [
+            (record.order, record.entry.vectors.flatten())
+            for _, record in sorted(self._records.items())
+        ]
         if self._before is not None:
-            checks.append((self._before.order, self.running_mean.sum() + self.running_var.sum()))
+            checks.append((self._before.order, torch.cat((self.running_mean, self.running_var))))
         return checks
 
-    def step(self, finite: Iterable[bool]) -> list[Tensor]:
+    def step(self, finite: Iterable[bool]) -> list[tuple[Window, _Record]]:
         """Ends an iteration: what its forward recorded becomes part of the window.
 
         Args:
             finite: For each of :meth:`checks`, whether it is. What is not is dropped.
 
         Returns:
-            For each call that compensated past statistics, which of the past channel variances the
-            maximum did not cut to zero, bool ``(C, T)``.
+            The records that were kept, each with the window of its call. The running statistics
+            are still to be updated with them, by :func:`update_running_stats`.
         """
-        positive, finite = [], iter(finite)
+        kept, finite = [], iter(finite)
         for call, record in sorted(self._records.items()):
             if next(finite):
-                self._window_of(call).push(record.entry)
-                self._update_running_stats(record)
-                if record.positive is not None:
-                    positive.append(record.positive)
+                window = self._window_of(call)
+                window.push(record.entry)
+                kept.append((window, record))
         if self._before is not None and not next(finite):
             for buffer, before in zip(self._buffers.values(), self._before.buffers, strict=True):
                 buffer.copy_(before)
@@ -233,7 +247,7 @@ class CBN(NormLayer):
         self._before = None
         self._was_reset = False
         self._forward_id, self._call = None, 0
-        return positive
+        return kept
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
@@ -276,7 +290,7 @@ class CBN(NormLayer):
                 )
             record = self._record(input, moments, estimate, conv, conv_input)
             if self.window == 1:
-                self._update_running_stats(record)
+                update_running_stats([(self, record)])
             else:
                 self._records[call] = record
             return self._normalize(input, estimate, moments, conv)
@@ -291,7 +305,7 @@ class CBN(NormLayer):
             mean, var = batch_moments(y.detach())
         else:
             mean = var = y.new_zeros(self.num_features, dtype=statistics_dtype(y.dtype))
-        moments = Moments(mean, var, count, mean)
+        moments = Moments(mean, var, count, mean, var)
         if self._is_spread():
             moments = sync.joint_moments(moments)
         # Where this process has positions the sum need not be read, which a GPU would wait for.
@@ -321,14 +335,15 @@ class CBN(NormLayer):
         self, y: Tensor, estimate: Estimate, moments: Moments, conv: nn.Conv2d | None
     ) -> Tensor:
         dtype = estimate.mean.dtype
-        through_window = self.backward == "window" and estimate.size > 1 and conv is not None
+        past = estimate.past
+        through_window = self.backward == "window" and past is not None and conv is not None
         return normalize(
             y,
             None if self.weight is None else self.weight.to(dtype),
             None if self.bias is None else self.bias.to(dtype),
             estimate,
             self.eps,
-            conv.weight if through_window and estimate.derivative is not None else None,
+            conv.weight if through_window and past.derivative is not None else None,
             conv.bias if through_window else None,
             moments if self._is_spread() else None,
         )
@@ -348,7 +363,8 @@ class CBN(NormLayer):
         else:
             running = moments.mean, moments.unbiased_var
         entry = self._entry(y, moments, conv, conv_input)
-        return _Record(next(_order), entry, *running, estimate.positive)
+        positive = None if estimate.past is None else estimate.past.positive
+        return _Record(next(_order), entry, *running, positive)
 
     def _entry(
         self,
@@ -357,35 +373,41 @@ class CBN(NormLayer):
         conv: nn.Conv2d | None,
         conv_input: Tensor | None,
     ) -> Entry:
-        mean, var = moments.mean, moments.var
         if conv is None:
-            return Entry.of(mean, var)
+            return Entry.of(moments.mean, moments.var)
+        mean, own_mean = moments.mean, moments.own_mean
         if conv.bias is not None:
-            mean_of_product = mean - conv.bias.to(mean.dtype)
-        else:
-            mean_of_product = mean
+            bias = conv.bias.to(mean.dtype)
+            mean, own_mean = mean - bias, own_mean - bias
         if conv_input is None:
-            return Entry.of(mean_of_product, var)
-        derivative = batch_derivative(conv, conv_input, y, moments.own_mean, self.derivative_stride)
-        return Entry.of(mean_of_product, var, derivative, conv.weight)
+            return Entry.of(mean, moments.var)
+        derivative, var_seen = batch_derivative(
+            conv,
+            conv_input,
+            y,
+            moments.own_mean,
+            moments.own_var,
+            self.derivative_stride or stride_for(y),
+        )
+        exact = y.device.type == "cpu" and y.numel() > 0 and y.dtype == mean.dtype
+        if self.window_dtype != "float32":
+            exact = False
+            rounded = derivative.var.to(WINDOW_DTYPES[self.window_dtype])
+            derivative = derivative._replace(var=rounded)
+        if exact:
+            # Mean and variance are of first and second degree in the weight, so that these are
+            # its products with their derivatives, by Euler's theorem, without a pass over h.
+            products = own_mean, 2 * var_seen
+        else:
+            # Where h is rounded, as TF32 does too, the difference of two products with the weight
+            # is only as good as their roundings are alike.
+            products = dot(derivative, conv.weight)
+        return Entry.of(mean, moments.var, derivative, products)
 
     def _keep_running_stats(self) -> None:
         """Lets the end of the iteration undo what a batch with NaN does to them."""
         if self._before is None and self.track_running_stats and linking.is_watched(self):
             self._before = _Before(next(_order), [each.clone() for each in self._buffers.values()])
-
-    def _update_running_stats(self, record: _Record) -> None:
-        if not self.track_running_stats:
-            return
-        self.num_batches_tracked.add_(1)
-        weight = self.momentum
-        if weight is None:
-            weight = 1.0 / float(self.num_batches_tracked)
-        for running, new in (
-            (self.running_mean, record.running_mean),
-            (self.running_var, record.running_var),
-        ):
-            running.lerp_(new.to(running.dtype), weight)
 
     # Which call of the iteration this is, and which convolution feeds it.
 
@@ -538,7 +560,9 @@ class CBN(NormLayer):
         return (
             f"{super().extra_repr()}, window_size={self.window_size}, "
             f"compensate={self.compensate}, backward={self.backward!r}, "
-            f"derivative_stride={self.derivative_stride}" + (", sync=True" if self.sync else "")
+            f"derivative_stride={self.derivative_stride}"
+            + (", sync=True" if self.sync else "")
+            + (f", window_dtype={self.window_dtype!r}" if self.window_dtype != "float32" else "")
         )
 
 
@@ -547,6 +571,34 @@ class SyncCBN(CBN):
 
     def __init__(self, num_features: int, *args, sync: bool = True, **kwargs) -> None:
         super().__init__(num_features, *args, sync=sync, **kwargs)
+
+
+@torch.no_grad()
+def update_running_stats(learnt: Iterable[tuple[CBN, _Record]]) -> None:
+    """Averages records into the running statistics of their layers, no layer twice."""
+    alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for layer, record in learnt:
+        if not layer.track_running_stats:
+            continue
+        layer.num_batches_tracked.add_(1)
+        weight = layer.momentum
+        if weight is None:
+            weight = 1.0 / float(layer.num_batches_tracked)
+        running, new = alike.setdefault(weight, ([], []))
+        running += layer.running_mean, layer.running_var
+        new += record.running_mean, record.running_var
+    for weight, (running, new) in alike.items():
+        new = [each.to(into.dtype) for each, into in zip(new, running, strict=True)]
+        torch._foreach_lerp_(running, new, weight)
+
+
+def stride_for(y: Tensor) -> int:
+    """The subsampling of the positions where none is asked for."""
+    images, _, height, width = y.shape
+    for stride in (4, 2):
+        if images * math.ceil(height / stride) * math.ceil(width / stride) >= _ENOUGH:
+            return stride
+    return 1
 
 
 def _fresh_state() -> dict:

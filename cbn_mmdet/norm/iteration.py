@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 
 from . import linking
-from .cbn import CBN
+from .cbn import CBN, WINDOW_DTYPES, update_running_stats
 from .layer import check_count
-from .window import Window
+from .window import Window, accompany
 
 
 def link(model: nn.Module) -> int:
@@ -102,15 +103,23 @@ def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
     layers = cbn_layers(model)
     checks = {name: layer.checks() for name, layer in layers.items()}
     finite = iter(_are_finite([check for each in checks.values() for _, check in each]))
-    positive, spoilt = [], []
+    windows, positive, spoilt = [], [], []
+    learnt = defaultdict(list)  # by the number of the call: none has a layer twice
     for name, layer in layers.items():
         kept = [next(finite) for _ in checks[name]]
-        positive += layer.step(kept)
+        for number, (window, record) in enumerate(layer.step(kept)):
+            windows.append(window)
+            learnt[number].append((layer, record))
+            if record.positive is not None:
+                positive.append(record.positive)
         spoilt += [
             (order, name)
             for (order, _), is_kept in zip(checks[name], kept, strict=True)
             if not is_kept
         ]
+    accompany(windows)
+    for records in learnt.values():
+        update_running_stats(records)
     warning = None
     if spoilt:
         count = len({name for _, name in spoilt})
@@ -127,7 +136,10 @@ def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
 def _are_finite(values: list[Tensor]) -> list[bool]:
     if not values:
         return []
-    return torch.stack([value.to(values[0].device) for value in values]).isfinite().tolist()
+    together = torch.cat([value.to(values[0].device) for value in values])
+    if together.isfinite().all():
+        return [True] * len(values)
+    return [bool(value.isfinite().all()) for value in values]
 
 
 def window_state(model: nn.Module) -> dict:
@@ -177,8 +189,8 @@ def load_window_state(model: nn.Module, state: dict) -> None:
         if not all(_fits(window, layer, modules) for window in state[name]):
             raise ValueError(
                 f"load_window_state: the window of CBN layer '{name}' is of another number of "
-                "channels, another convolution or another setting of compensate. Build the model "
-                "as the one that was saved."
+                "channels, another convolution or another setting of compensate or window_dtype. "
+                "Build the model as the one that was saved."
             )
         for window in state[name]:
             if window["capacity"] != layer.window - 1:
@@ -202,7 +214,9 @@ def _fits(window: dict, layer: CBN, modules: dict[str, nn.Module]) -> bool:
         return False
     if h is None:
         return True
-    return layer.compensate and conv is not None and h.shape[2] == conv.weight[0].numel()
+    is_of_dtype = h.dtype == WINDOW_DTYPES[layer.window_dtype]
+    is_of_conv = conv is not None and h.shape[2] == conv.weight[0].numel()
+    return layer.compensate and is_of_dtype and is_of_conv
 
 
 def cbn_layers(model: nn.Module) -> dict[str, CBN]:

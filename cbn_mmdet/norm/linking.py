@@ -39,7 +39,7 @@ class Signature:
         self.tensor = weakref.ref(tensor, forget)
         self.module = weakref.ref(module)
         self.input = input
-        self.version = _version(tensor)
+        self.version = version_of(tensor)
 
 
 class _Thread(threading.local):
@@ -99,7 +99,12 @@ def signature_of(tensor: Tensor) -> Signature | None:
     signature = _here.signatures.get(id(tensor))
     if signature is None or signature.tensor() is not tensor:
         return None
-    return signature if signature.version == _version(tensor) else None
+    return signature if signature.version == version_of(tensor) else None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as far as autograd counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def current_forward() -> int | None:
@@ -207,7 +212,3 @@ def _trains(conv: nn.Conv2d) -> bool:
 
 def _is_new(hook: object, hooks: dict) -> bool:
     return hook not in hooks.values()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -35,7 +35,10 @@ _SMALL_MAP = 1024
 _SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _SAME_OUTPUT_HALF = 5e-2
 
-
+# On the CPU, from how many numbers on two reductions beat one kernel for the moments, and how far
+# the squared mean may exceed the variance before the first lose too many digits.
+_LARGE = 1 << 16
+_FAR = 64
 _NOTHING = nullcontext()
 
 
@@ -74,10 +77,41 @@ def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """
     dtype = statistics_dtype(y.dtype)
     if y.dtype == dtype:
+        if y.device.type == "cpu" and y.is_contiguous() and y.numel() >= _LARGE:
+            return _moments_in_two_reductions(y)
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     # Without float32 running statistics the kernel would return its results in half precision.
     unused = y.new_ones(2, y.shape[1], dtype=dtype)
     return torch.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
+
+
+def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as ``E[y]`` and ``E[(y - mu) y] - mu E[y - mu]``, for large maps on the CPU.
+
+    There the kernel of the moments sums the squares one by one, while that of batch norm's
+    backward pass uses the processor's vectors.
+    """
+    mean = y.mean((0, 2, 3))
+    products, sums = channel_sums(y, y, mean, torch.ones_like(mean), 0.0)
+    count = y.numel() // y.shape[1]
+    var = torch.addcmul(products / count, mean, mean - sums / count)
+    if (mean.square() > _FAR * var).logical_and_(var > 0).any():
+        return torch.batch_norm_update_stats(y, None, None, 0.0)
+    return mean, var.clamp_min_(0)
+
+
+def channel_sums(
+    grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own.
+
+    ``x_hat`` is ``(y - mean) / sqrt(var + eps)``.
+    """
+    if y.numel() == 0:  # the kernel divides by the number of positions
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, y, None, mean, var, None, None, False, eps, [False, True, True]
+    )[1:]
 
 
 def standardize(
@@ -91,9 +125,10 @@ def standardize(
     return torch.batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, cudnn)
 
 
+@torch.no_grad()
 def batch_derivative(
-    conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride: int
-) -> Derivative:
+    conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, stride: int
+) -> tuple[Derivative, Tensor]:
     """Derivatives of ``y``'s mean and variance in the weight of ``conv``, where ``y = conv(x)``.
 
     ``m`` is taken over all positions, which makes the compensated mean exact. ``h`` only steers a
@@ -105,23 +140,25 @@ def batch_derivative(
         conv: The convolution that computed ``y``.
         x: Its input, shape ``(N, C_in, H_in, W_in)``.
         y: Its output, shape ``(N, C_out, H, W)``.
-        mean: ``batch_moments(y)[0]``, shape ``(C_out,)``.
+        mean: Mean of ``y`` over all positions, ``(C_out,)``.
+        var: Its biased variance, likewise.
         stride: Subsampling of the positions for ``h``; 1 takes all of them.
 
     Returns:
-        The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
-        position.
+        The derivatives in float32 (float64 for float64 input), detached, and the variance over the
+        positions that ``h`` was taken over, ``(C_out,)``; zeros if there is no position.
     """
-    x, y = x.detach(), y.detach()
     if y.numel() == 0:
         per_channel = mean.new_zeros(conv.weight.flatten(1).shape)
-        return Derivative(per_channel[: conv.groups], per_channel)
+        return Derivative(per_channel[: conv.groups], per_channel), torch.zeros_like(var)
     # Under autocast the convolution saw a cast copy of its input.
     x, padding = _padded(conv, x.to(y.dtype), y)
-    return Derivative(
-        _mean_patch(conv, x, padding, y),
-        _var_derivative(conv, x, padding, y, mean, stride),
-    )
+    of_mean = _mean_patch(conv, x, padding, y)
+    if stride > 1:
+        y = y[:, :, ::stride, ::stride].contiguous()
+        # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
+        mean, var = batch_moments(y)
+    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, var, stride)), var
 
 
 def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
@@ -144,22 +181,27 @@ def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
 
 
 def _var_derivative(
-    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, stride: int
+    conv: nn.Conv2d,
+    x: Tensor,
+    padding: list[int],
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
 ) -> Tensor:
-    """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``."""
-    if stride > 1:
-        y = y[:, :, ::stride, ::stride].contiguous()
-        # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
-        mean = batch_moments(y)[0]
+    """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``.
+
+    ``y`` holds every ``stride``-th row and column of the output, ``mean`` and ``var`` are its own.
+    """
     share = 2 * y.shape[1] / y.numel()  # 2 / M
-    one = torch.ones_like(mean)
     if y.dtype == torch.float16:
-        spread = batch_moments(y)[1].sqrt()
-        spread = torch.where(spread > 0, spread, one)  # a constant channel stays 0
-        weight, rest = 0.5 * _HALF_SCALE * share / spread, spread * (2 / _HALF_SCALE)
+        spread = var.sqrt()
+        spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
+        scale, rest = spread * (2 / (_HALF_SCALE * share)), spread * (2 / _HALF_SCALE)
+        divisor = scale.square_()
     else:
-        weight, rest = one * share, None
-    centred = standardize(y, weight, None, mean, one, 0.0)
+        divisor, rest = torch.full_like(mean, share**-2), None
+    centred = standardize(y, None, None, mean, divisor, 0.0)  # (y - mean) 2 / M
     gradient = torch.ops.aten.convolution_backward(
         centred,
         x,
@@ -191,11 +233,11 @@ def _mean_patch(conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor) -> Te
     axes = tuple(
         zip(size, outputs, conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
     )
-    count = images * outputs.numel()
     if size[0] * size[1] <= _SMALL_MAP:
-        one = x[0].to(dtype) if images == 1 else x.sum(0, dtype=dtype)
+        one = x[0].to(dtype) if images == 1 else x.mean(0, dtype=dtype)
         taps = torch.mm(one.reshape(channels, -1), _map_taps(axes, dtype, x.device))
-        return taps.div_(count).view(conv.groups, -1)
+        return taps.view(conv.groups, -1)
+    count = images * outputs.numel()
     rows, columns = _taps(*axes[0], x.dtype, x.device).t(), _taps(*axes[1], dtype, x.device)
     if x.dtype != dtype:  # keep a sum over rows within the range of half precision
         shrink = 2.0 ** -outputs[0].bit_length()
@@ -214,8 +256,8 @@ def _mean_patch(conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor) -> Te
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def _map_taps(axes: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which position of a map meets which tap, ``(H W, kh kw)``, as in :func:`_taps`."""
-    rows, columns = (_taps(*axis, dtype, device) for axis in axes)
+    """Which position of a map meets which tap, ``(H W, kh kw)``, over the number of outputs."""
+    rows, columns = (_taps(*axis, dtype, device) / axis[1] for axis in axes)
     return torch.kron(rows, columns)
 
 

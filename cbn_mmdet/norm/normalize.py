@@ -22,7 +22,7 @@ The compensated statistics of the past depend on today's weight and bias as well
 them as constants; the gradient through the window adds their share. With ``U = dL/d mu_bar =
 -r sum(g)`` and ``S = dL/d s = -1/2 r^2 sum(g x_hat)``, over the past iterations ``tau``,
 
-    dL/dw += 1/k sum_tau [ (U + 2 S (mu_hat - mu_bar) - 2 S c delta) m + S c h ]
+    dL/dw += 1/k sum_tau [ (U + 2 S (mu_hat - c delta - mu_bar)) m + S c h ]
     dL/db += 1/k sum_tau [  U + 2 S (mu_hat - mu_bar) ]
 
 where ``c`` is 1 where ``v_hat`` is positive and 0 where the maximum cut it. Without this share
@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .moments import full_precision, standardize
+from .moments import channel_sums, full_precision, standardize
 from .sync import Moments, joint_sum
-from .window import Estimate
+from .window import Estimate, in_dtype
 
 
 def normalize(
@@ -78,24 +78,24 @@ class _Normalize(Function):
         ctx.size, ctx.eps, ctx.spread = estimate.size, eps, spread
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
         # Only where something flows through the window are its tensors kept.
-        window = [None]
+        past, window = estimate.past, []
         if conv_weight is not None or conv_bias is not None:
-            window = [estimate.gap]
+            window = [past.mean, None if conv_bias is None else conv_bias.detach()]
         if conv_weight is not None:
-            window += [estimate.delta, estimate.positive, *estimate.derivative]
+            window += [past.offset, past.half, *past.derivative]
         ctx.save_for_backward(y, gamma, estimate.mean, estimate.var, *window)
         return standardize(y, gamma, beta, estimate.mean, estimate.var, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, gamma, mean, var, gap, *compensation = ctx.saved_tensors
+        y, gamma, mean, var, *past = ctx.saved_tensors
         with full_precision(y.device.type):
             dtype = y.dtype
             if dtype != mean.dtype:
                 # Terms that nearly cancel: rounding each to half precision would leave a residue.
                 grad, y = grad.to(mean.dtype), y.to(mean.dtype)
-            grad_gamma, grad_beta = _sums(grad, y, mean, var, ctx.eps)
+            grad_gamma, grad_beta = channel_sums(grad, y, mean, var, ctx.eps)
             r = (var + ctx.eps).rsqrt_()
             scale = r if gamma is None else r * gamma
             share = scale / -ctx.size
@@ -106,9 +106,9 @@ class _Normalize(Function):
                 grad_y = _backward_current(
                     ctx, grad, y, mean, var, r, scale, through_mean, through_var
                 ).to(dtype)
-            if gap is not None:
+            if past:
                 grad_weight, grad_bias = _backward_past(
-                    ctx, through_mean, through_var * r, gap, compensation
+                    ctx, through_mean, through_var * r, mean, *past
                 )
         return (
             grad_y,
@@ -120,15 +120,6 @@ class _Normalize(Function):
             None,
             None,
         )
-
-
-def _sums(grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own."""
-    if y.numel() == 0:  # the kernel divides by the number of positions
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    return torch.ops.aten.native_batch_norm_backward(
-        grad, y, None, mean, var, None, None, False, eps, [False, True, True]
-    )[1:]
 
 
 def _backward_current(ctx, grad, y, mean, var, r, scale, through_mean, through_var):
@@ -146,21 +137,36 @@ def _backward_current(ctx, grad, y, mean, var, r, scale, through_mean, through_v
     return through_statistics.addcmul_(grad, scale[:, None, None])
 
 
-def _backward_past(ctx, through_mean, through_var, gap, compensation):
+def _backward_past(
+    ctx,
+    through_mean,
+    through_var,
+    mean,
+    past_mean,
+    conv_bias,
+    offset=None,
+    half=None,
+    m=None,
+    h=None,
+):
     """Gradients in the convolution's weight and bias through the compensated past.
 
     ``through_mean`` is ``U / k`` and ``through_var`` is ``2 S / k``.
     """
-    through_mean, through_var = through_mean[:, None], through_var[:, None]
     need_weight, need_bias = ctx.needs_input_grad[3:5]
     grad_weight = grad_bias = None
+    if conv_bias is not None:
+        mean = mean - conv_bias.to(mean.dtype)
     if need_bias:
-        grad_bias = torch.addcmul(through_mean, through_var, gap).sum(1)
+        grad_bias = torch.addcmul(through_mean, through_var, past_mean - mean) * (ctx.size - 1)
     if need_weight:
-        delta, positive, m, h = compensation
-        of_mean = torch.addcmul(through_mean, through_var, gap - positive * delta)  # C, T
-        of_var = through_var * positive * 0.5  # C, T
         (groups, count, patch), channels = m.shape, h.shape[0]
-        grad_weight = torch.bmm(of_mean.view(groups, -1, count), m).view(channels, 1, patch)
-        grad_weight = grad_weight.baddbmm_(of_var[:, None], h).view(ctx.conv_shape)
+        rest = torch.addcmul(through_mean, through_var, mean, value=-1)
+        of_mean = torch.addcmul(rest[:, None], through_var[:, None], offset)  # C, T
+        of_var = through_var[:, None] * half  # C, T
+        grad_weight = torch.bmm(of_mean.view(groups, -1, count), m.to(mean.dtype))
+        grad_weight = grad_weight.view(channels, 1, patch)
+        for rows, part in in_dtype(h, mean.dtype):
+            grad_weight[rows].baddbmm_(of_var[rows, None], part)
+        grad_weight = grad_weight.view(ctx.conv_shape)
     return grad_weight, grad_bias

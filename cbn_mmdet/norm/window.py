@@ -17,18 +17,26 @@ after its product with the weight of that time, one number per channel,
 
     mu_hat = (mu - m . w_{t-tau}) + m . w_t         v_hat + delta^2 = (v - h . w_{t-tau}) + h . w_t
 
-are one batched product each for the whole window.
+are one batched product each for the whole window. The rest is done for all layers at once, when a
+forward comes to the first of them: the past depends on weights alone, and where maps are small the
+number of operations costs more than their size.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .moments import Derivative
+from . import linking
+from .moments import Derivative, statistics_dtype
+
+_DENSE = torch.contiguous_format
+_BLOCK = 1 << 17  # numbers
 
 
 class Entry(NamedTuple):
@@ -50,7 +58,7 @@ class Entry(NamedTuple):
         mean: Tensor,
         var: Tensor,
         derivative: Derivative | None = None,
-        weight: Tensor | None = None,
+        products: tuple[Tensor, Tensor] | None = None,
     ) -> Entry:
         """The entry of an iteration.
 
@@ -58,40 +66,69 @@ class Entry(NamedTuple):
             mean: ``(C,)``, less the bias if that is compensated.
             var: Biased variance, ``(C,)``.
             derivative: Derivatives in the weight, or None where nothing is to be compensated.
-            weight: The weight of that iteration; only needed with a derivative.
+            products: ``m . w`` and ``h . w`` for the weight of that iteration, ``(C,)`` each; only
+                needed with a derivative.
         """
         if derivative is None:
             return cls(torch.stack((mean, var)), None)
-        mean_at, var_at = dot(derivative, weight)
+        mean_at, var_at = products
         return cls(torch.stack((mean, mean - mean_at, var - var_at)), derivative)
 
 
-class Estimate(NamedTuple):
-    """Statistics over the window at today's weights, and what their gradient needs.
+class Past(NamedTuple):
+    """The past iterations of a window at today's weight, and what their gradient needs.
 
-    ``T`` is the number of past iterations held, ``k = T + 1``.
+    ``T`` is their number. Means are less the bias where that is compensated.
+
+    Attributes:
+        size: ``T``.
+        mean: Mean of ``mu_hat``, ``(C,)``.
+        var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
+        positive: ``c``: whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as
+            all that follows, where nothing is compensated.
+        offset: ``mu_hat - c delta``, ``(C, T)``.
+        half: ``c / 2``, ``(C, T)``.
+        derivative: ``m`` as ``(groups, T, P)`` and ``h`` as ``(C, T, P)``.
+    """
+
+    size: int
+    mean: Tensor
+    var: Tensor
+    positive: Tensor | None = None
+    offset: Tensor | None = None
+    half: Tensor | None = None
+    derivative: Derivative | None = None
+
+
+class Estimate(NamedTuple):
+    """Statistics over the window at today's weight and bias.
 
     Attributes:
         mean: ``mu_bar``, ``(C,)``.
         var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
-        size: ``k``.
-        gap: ``mu_hat - mu_bar`` of the past iterations, ``(C, T)``.
-        delta: ``(C, T)``, or None where nothing is compensated.
-        positive: Whether ``v_hat`` was not cut by the maximum, ``(C, T)``, or None.
-        derivative: ``m`` as ``(groups, T, P)`` and ``h`` as ``(C, T, P)``, or None.
+        size: ``k``, the current iteration included.
+        past: The iterations before, or None if there is none.
     """
 
     mean: Tensor
     var: Tensor
     size: int
-    gap: Tensor
-    delta: Tensor | None
-    positive: Tensor | None
-    derivative: Derivative | None
+    past: Past | None
+
+
+class _Known(NamedTuple):
+    """A past that was computed, and for which forward and weight."""
+
+    past: Past
+    forward: int
+    weight: Tensor | None
+    version: int | None
 
 
 class Window:
-    """A ring of the last iterations, held as float32 tensors that are allocated once.
+    """A ring of the last iterations, held as tensors that are allocated once.
+
+    They are float32, except for ``h`` if the entries' is bfloat16.
 
     Args:
         capacity: Number of past iterations to hold, ``k - 1``.
@@ -107,6 +144,8 @@ class Window:
     def clear(self) -> None:
         """Forgets everything and frees the memory."""
         self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
+        self._companions: list[weakref.ref[Window]] = []
+        self._known: _Known | None = None
         self._count = 0
         self._next = 0
         self._vectors: Tensor | None = None  # (capacity, 2 or 3, C), as in an entry
@@ -114,7 +153,8 @@ class Window:
         self._h: Tensor | None = None  # (C, capacity, P)
 
     def to(self, device: torch.device) -> None:
-        """Moves what is held to ``device``; the dtype stays float32."""
+        """Moves what is held to ``device``; the dtype stays."""
+        self._known = None
         if self._vectors is None or self._vectors.device == device:
             return
         if device.type == "meta":  # no values survive there, so there is nothing to come back to
@@ -162,6 +202,7 @@ class Window:
     @torch.no_grad()
     def push(self, entry: Entry) -> None:
         """Adds an iteration, in the place of the oldest one if the window is full."""
+        self._known = None
         if self._vectors is None or (entry.derivative is None) != (self._h is None):
             # A weight that was frozen or thawed changes what an entry is; the two do not mix.
             self._allocate(entry)
@@ -189,34 +230,42 @@ class Window:
         Returns:
             The estimate, in the dtype of ``mean``.
         """
-        count = self._count
-        if count == 0:
-            return Estimate(mean, var, 1, mean.new_empty(mean.numel(), 0), None, None, None)
-        vectors = self._vectors[:count].to(mean.dtype).unbind(1)  # T, C each
-        past_mean, *rest = (vector.t() for vector in vectors)  # C, T each
-        delta = positive = derivative = None
-        if self._h is None:
-            (past_var,) = rest
-        else:
-            derivative = Derivative(
-                self._m[:, :count].to(mean.dtype), self._h[:, :count].to(mean.dtype)
-            )
-            recorded = past_mean
-            past_mean, past_var = add_dot(*rest, derivative, weight)
-            delta = past_mean - recorded
-            past_var = past_var.addcmul_(delta, delta, value=-1)
-            positive = past_var > 0
-            past_var = past_var.clamp_min_(0)
-        if bias is not None:
-            mean = mean - bias.to(mean.dtype)
-        size = count + 1
-        means = torch.cat((past_mean, mean[:, None]), 1)  # C, k, the current one last
-        mean_bar = means.mean(1)
-        gap = means.sub_(mean_bar[:, None])
-        var_bar = torch.cat((past_var, var[:, None]), 1).addcmul_(gap, gap).mean(1)
-        if bias is not None:
-            mean_bar = mean_bar + bias.to(mean.dtype)
-        return Estimate(mean_bar, var_bar, size, gap[:, :count], delta, positive, derivative)
+        if self._count == 0:
+            return Estimate(mean, var, 1, None)
+        past = self._past(None if self._h is None else weight, mean.dtype)
+        # Of k means, T are the past's: mean and variance of the union, by Chan's formula.
+        size = past.size + 1
+        share = past.size / size
+        distance = (mean if bias is None else mean - bias.to(mean.dtype)) - past.mean
+        return Estimate(
+            torch.add(mean, distance, alpha=-share),
+            torch.lerp(past.var, var, 1 / size).addcmul_(distance, distance, value=share / size),
+            size,
+            past,
+        )
+
+    def _past(self, weight: Tensor | None, dtype: torch.dtype) -> Past:
+        """The past at today's weight.
+
+        The first window that a forward asks learns it for its companions as well. What it learnt
+        serves that forward alone, and its repetition in a backward pass.
+        """
+        forward, known = linking.current_forward(), self._known
+        if not linking.is_recomputation():
+            if forward is None:
+                known = None
+            elif known is None or known.forward != forward:
+                others = [each() for each in self._companions]
+                _learn([each for each in others if each not in (None, self)] + [self], forward)
+                known = self._known
+        if (
+            known is None
+            or known.weight is not weight
+            or known.version != _version(weight)
+            or known.past.mean.dtype != dtype
+        ):
+            return _pasts([self], [weight], dtype)[0]
+        return known.past
 
     # Entries recorded in inference mode must serve a later forward with gradients.
     @torch.inference_mode(False)
@@ -229,62 +278,139 @@ class Window:
         if entry.derivative is not None:
             m, h = entry.derivative
             self._m = torch.zeros(m.shape[0], self.capacity, m.shape[1], **new)
+            if h.dtype == torch.bfloat16:
+                new["dtype"] = h.dtype
             self._h = torch.zeros(h.shape[0], self.capacity, h.shape[1], **new)
 
 
+def accompany(windows: Sequence[Window]) -> None:
+    """Makes windows that grew in the same iteration learn their pasts together."""
+    references = [weakref.ref(window) for window in windows]
+    for window in windows:
+        window._companions = references
+
+
+def _learn(windows: list[Window], forward: int) -> None:
+    """Computes the pasts of windows for a forward, those of one length together."""
+    alike = defaultdict(list)
+    for window in windows:
+        feeder = None if window.feeder is None else window.feeder()
+        weight = None
+        if window._h is not None:
+            weight = getattr(feeder, "weight", None)
+            if weight is None or weight.device != window.device:
+                continue
+        elif len(window) == 0:
+            continue
+        dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
+        alike[len(window), window.device, weight is None, dtype].append((window, weight))
+    for (_, _, _, dtype), members in alike.items():
+        pasts = _pasts(*zip(*members, strict=True), dtype)
+        for (window, weight), past in zip(members, pasts, strict=True):
+            window._known = _Known(past, forward, weight, _version(weight))
+
+
+def _pasts(
+    windows: Sequence[Window], weights: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Past]:
+    """The pasts of windows of one length at today's weights, all with derivatives or all without.
+
+    The channels of all windows, ``C`` of them, are one dimension here.
+    """
+    count, channels = len(windows[0]), [window._vectors.shape[2] for window in windows]
+    vectors = torch.cat([window._vectors[:count] for window in windows], 2)
+    vectors = vectors.to(dtype).permute(1, 2, 0)  # 2 or 3, C, T
+    derivatives: Sequence[Derivative | None] = [None] * len(windows)
+    positive = offset = half = None
+    if weights[0] is None:
+        means, variances = vectors
+    else:
+        derivatives = [Derivative(window._m[:, :count], window._h[:, :count]) for window in windows]
+        recorded, mean_rest, var_rest = vectors
+        means, variances = (torch.empty_like(recorded, memory_format=_DENSE) for _ in range(2))
+        places = zip(means.split(channels), variances.split(channels), strict=True)
+        for derivative, weight, place in zip(derivatives, weights, places, strict=True):
+            multiply(derivative, weight, *place)
+        means += mean_rest
+        delta = means - recorded
+        variances.add_(var_rest).addcmul_(delta, delta, value=-1)
+        positive = variances > 0
+        variances.clamp_min_(0)
+        half = positive.to(dtype)
+        offset = torch.addcmul(means, half, delta, value=-1)
+        half *= 0.5
+    mean = means.mean(1)
+    spread = means - mean[:, None]
+    var = torch.addcmul(variances, spread, spread).mean(1)
+    parts = zip(
+        *(
+            [None] * len(windows) if each is None else each.split(channels)
+            for each in (mean, var, positive, offset, half)
+        ),
+        derivatives,
+        strict=True,
+    )
+    return [Past(count, *part) for part in parts]
+
+
+@torch.no_grad()
 def dot(derivative: Derivative, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``m . w`` and ``h . w`` of each channel.
+    """``m . w`` and ``h . w`` of each channel for one iteration.
 
     Args:
-        derivative: Of one iteration, ``m`` of shape ``(groups, P)`` and ``h`` of ``(C, P)``.
+        derivative: ``m`` of shape ``(groups, P)`` and ``h`` of ``(C, P)``.
         weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
 
     Returns:
         Two tensors of shape ``(C,)``.
     """
     m, h = derivative
-    w = weight.to(h.dtype).reshape(h.shape)
-    by_group = w.view(m.shape[0], -1, m.shape[1])  # groups, C / groups, P
-    if h.device.type == "cpu":
-        mean = torch.bmm(by_group, m[:, :, None]).view(-1)
-    else:  # without TF32, as in _add_product_without_tf32
-        mean = torch.linalg.vecdot(by_group, m[:, None]).view(-1)
-    return mean, torch.linalg.vecdot(w, h)
+    mean, var = m.new_empty(2, len(h), 1)
+    multiply(Derivative(m[:, None], h[:, None]), weight, mean, var)
+    return mean.squeeze(1), var.squeeze(1)
 
 
-def add_dot(
-    mean: Tensor, var: Tensor, derivative: Derivative, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``mean + m . w`` and ``var + h . w`` of each channel for ``T`` iterations at once.
+def multiply(derivative: Derivative, weight: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Puts ``m . w`` and ``h . w`` of each channel, for ``T`` iterations, into two tensors.
 
     Args:
-        mean: Shape ``(C, T)``.
-        var: Shape ``(C, T)``.
         derivative: ``m`` of shape ``(groups, T, P)`` and ``h`` of shape ``(C, T, P)``.
         weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
-
-    Returns:
-        Two new tensors of shape ``(C, T)``.
+        mean: For ``m . w``, contiguous, ``(C, T)``.
+        var: For ``h . w``, likewise.
     """
     m, h = derivative
     groups, (channels, count, patch) = m.shape[0], h.shape
-    w = weight.to(h.dtype).reshape(channels, patch)
-    add_product = _add_product if h.device.type == "cpu" else _add_product_without_tf32
-    by_group = add_product(
-        mean.view(groups, -1, count), w.view(groups, -1, patch), m
-    )  # groups, C / groups, T
-    return by_group.view(channels, count), add_product(var[:, None], w[:, None], h).squeeze(1)
+    w = weight.to(mean.dtype).reshape(channels, patch)
+    product = _product if h.device.type == "cpu" else _product_without_tf32
+    product(w.view(groups, -1, patch), m.to(mean.dtype), mean.view(groups, -1, count))
+    for rows, part in in_dtype(h, mean.dtype):
+        product(w[rows, None], part, var[rows, None])
 
 
-def _add_product(rest: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``rest + a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller, for speed."""
-    return torch.baddbmm(rest, a, b.transpose(1, 2))
+def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Goes through ``h``, ``(C, T, P)``, in another dtype by as many channels as a cache holds."""
+    step = len(h)
+    if h.dtype != dtype and h.device.type == "cpu":
+        step = max(1, _BLOCK // h[0].numel())
+    for start in range(0, len(h), step):
+        rows = slice(start, start + step)
+        yield rows, h[rows].to(dtype)
 
 
-def _add_product_without_tf32(rest: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller, for speed."""
+    torch.bmm(a, b.transpose(1, 2), out=out)
+
+
+def _product_without_tf32(a: Tensor, b: Tensor, out: Tensor) -> None:
     """The same by elements.
 
     A GPU that may use TF32 for matrix products would round each weight by as much as it moves in
     an iteration, and ``m . w_t - m . w_{t-tau}`` would be lost.
     """
-    return rest + (a[:, :, None] * b[:, None]).sum(3)
+    torch.sum(a[:, :, None] * b[:, None], 3, out=out)
+
+
+def _version(weight: Tensor | None) -> int | None:
+    return None if weight is None else linking.version_of(weight)

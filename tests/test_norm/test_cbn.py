@@ -13,9 +13,10 @@ from reference import Reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import cbn_mmdet
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm import linking
-from cbn_mmdet.norm.window import Entry
+from cbn_mmdet.norm.window import Entry, dot
 
 
 def pair(channels=4, **kwargs):
@@ -357,7 +358,7 @@ class TestWindow:
     def test_a_strided_derivative_is_close(self, stride):
         """On smooth maps the subgrid's derivative compensates almost as well as the whole one."""
         torch.manual_seed(0)
-        full = linked()
+        full = linked(derivative_stride=1)
         strided = copy.deepcopy(full)
         strided[1].derivative_stride = stride
         naive = copy.deepcopy(full)
@@ -480,6 +481,154 @@ class TestHalfPrecision:
         assert model(x).is_contiguous(memory_format=torch.channels_last)
 
 
+class TestLayersTogether:
+    """A forward learns the pasts of all layers at once; each alone comes to the same."""
+
+    def build(self):
+        torch.manual_seed(0)
+        layers = []
+        for index, (width, groups) in enumerate([(4, 1), (8, 2), (6, 1)]):
+            width_before = layers[-1].num_features if layers else 3
+            layers += [
+                nn.Conv2d(width_before, width, 3, padding=1, groups=groups, bias=index == 1),
+                CBN(width, window_size=4, compensate=index < 2 or width == 6),
+            ]
+        layers[-1].compensate = False
+        model = nn.Sequential(*layers)
+        link(model)
+        return model
+
+    def train(self, model, before=None):
+        """Outputs and gradients of six iterations."""
+        torch.manual_seed(1)
+        seen = []
+        for _ in range(6):
+            x = torch.randn(2, 3, 8, 8)
+            target = torch.randn(2, 6, 8, 8)
+            model.zero_grad()
+            y = model(x)
+            (y * target).sum().backward()
+            seen += [y.detach(), *(p.grad.clone() for p in model.parameters())]
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.02 * torch.randn_like(parameter)
+            step(model)
+        return seen
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """How many windows each computation was for."""
+        calls, pasts = [], cbn_mmdet.norm.window._pasts
+
+        def spy(windows, *args):
+            calls.append(len(windows))
+            return pasts(windows, *args)
+
+        monkeypatch.setattr(cbn_mmdet.norm.window, "_pasts", spy)
+        return calls
+
+    @pytest.mark.parametrize("moves", [False, True])
+    def test_as_each_alone(self, moves, calls, monkeypatch):
+        """Even if a weight moves between the first layer's forward and its own layer's."""
+
+        def move(conv, args):
+            with torch.no_grad():
+                conv.weight *= 1.01
+
+        ends = []
+        for alone in (False, True):
+            if alone:
+                monkeypatch.setattr(cbn_mmdet.norm.iteration, "accompany", lambda windows: None)
+            model = self.build()
+            if moves:
+                model[2].register_forward_pre_hook(move)
+            calls.clear()
+            ends.append(self.train(model))
+            # Of its own are the naive layer's, and that of the weight that moved.
+            assert calls == ([1, 1, 1] if alone else [2, 1, 1] if moves else [2, 1]) * 5
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    def test_a_layer_that_is_gone(self, calls):
+        model = self.build()
+        self.train(model)
+        del model[2:]
+        calls.clear()
+        self.assert_trains(model)
+        assert calls[0] == 1
+
+    def assert_trains(self, model):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        step(model)
+
+    def test_checkpointing_repeats_what_was_learnt(self, calls):
+        model = self.build()
+        self.train(model)
+        calls.clear()
+        checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False).sum().backward()
+        assert calls == [2, 1]
+
+
+class TestWindowInBfloat16:
+    def test_halves_the_memory_and_hardly_changes_the_output(self):
+        models = [linked(window_dtype=dtype) for dtype in ("float32", "bfloat16")]
+        naive = linked(compensate=False)
+        models[1].load_state_dict(models[0].state_dict())
+        naive.load_state_dict(models[0].state_dict())
+        for _ in range(6):
+            x = torch.randn(2, 3, 8, 8) + 1
+            change = 0.05 * torch.randn_like(models[0][0].weight)
+            outputs = [model(x) for model in (*models, naive)]
+            for model, y in zip((*models, naive), outputs, strict=True):
+                y.square().mean().backward()
+                step(model)
+                model[0].weight.data += change
+        full, half, without = outputs
+        assert 0 < (half - full).norm() < 0.01 * (without - full).norm()
+        window, halved = (model[1]._windows[0] for model in models)
+        assert halved._h.dtype == torch.bfloat16 and halved._m.dtype == torch.float32
+        assert window.nbytes - halved.nbytes == 2 * window._h.numel()
+
+    def test_is_exact_for_a_weight_that_rests(self):
+        """What h is rounded by meets only the distance that the weight has gone."""
+        models = [linked(window_dtype=dtype) for dtype in ("float32", "bfloat16")]
+        models[1].load_state_dict(models[0].state_dict())
+        for _ in range(4):
+            x = torch.randn(2, 3, 8, 8) * 3 + 1
+            outputs = [model(x) for model in models]
+            for model in models:
+                step(model)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("channels", [4, 600])
+    def test_gradient(self, channels, monkeypatch):
+        """Of layers that are converted in one part or in several."""
+        monkeypatch.setattr(cbn_mmdet.norm.window, "_BLOCK", 1 << 12)
+        grads = []
+        for dtype in ("float32", "bfloat16"):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, channels, 3), CBN(channels, window_dtype=dtype))
+            link(model)
+            for _ in range(4):
+                model.zero_grad()
+                y = model(torch.randn(2, 3, 8, 8) + 1)
+                (y * torch.randn_like(y)).sum().backward()
+                step(model)
+                model[0].weight.data += 0.05 * torch.randn_like(model[0].weight)
+            grads.append(model[0].weight.grad)
+        error = (grads[1] - grads[0]).norm() / grads[0].norm()
+        assert 0 < error < 0.01
+
+    def test_a_saved_window_of_the_other_dtype_is_refused(self):
+        model = linked(window_dtype="bfloat16")
+        iterate(model, 3)
+        with pytest.raises(ValueError, match="another setting of compensate or window_dtype"):
+            load_window_state(linked(), window_state(model))
+        other = linked(window_dtype="bfloat16")
+        load_window_state(other, window_state(model))
+        assert torch.equal(other[1]._windows[0]._h, model[1]._windows[0]._h)
+
+
 class TestCopies:
     def copies(self, model):
         yield copy.deepcopy(model)
@@ -575,7 +724,8 @@ class TestNotFinite:
         record = model[1]._records[0]
         derivative = record.entry.derivative
         derivative.var[0, 0] = float("inf")
-        entry = Entry.of(torch.zeros(4), torch.ones(4), derivative, model[0].weight.detach())
+        products = dot(derivative, model[0].weight.detach())
+        entry = Entry.of(torch.zeros(4), torch.ones(4), derivative, products)
         model[1]._records[0] = record._replace(entry=entry)
         with pytest.warns(UserWarning, match="met NaN or infinite values"):
             step(model)

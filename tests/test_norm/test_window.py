@@ -8,19 +8,19 @@ from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
 from cbn_mmdet.norm.window import (
     Entry,
     Window,
-    _add_product,
-    _add_product_without_tf32,
-    add_dot,
+    _product,
+    _product_without_tf32,
     dot,
+    multiply,
 )
 
 
 def entry_of(conv, x, stride=1):
     y = conv(x).detach()
     mean, var = batch_moments(y)
-    derivative = batch_derivative(conv, x, y, mean, stride)
+    derivative, _ = batch_derivative(conv, x, y, mean, var, stride)
     bias = 0 if conv.bias is None else conv.bias.detach()
-    return Entry.of(mean - bias, var, derivative, conv.weight.detach())
+    return Entry.of(mean - bias, var, derivative, dot(derivative, conv.weight.detach()))
 
 
 def moved(conv, distance):
@@ -108,9 +108,9 @@ def test_a_negative_variance_is_cut():
     with torch.no_grad():
         conv.weight.mul_(-3)  # v + h dw = v (1 + 2 * -4): far below zero
     estimate = window.estimate(torch.zeros(1), torch.ones(1), conv.weight, None)
-    assert not estimate.positive.any()
-    gap = estimate.gap.squeeze() ** 2 + estimate.mean.squeeze() ** 2
-    torch.testing.assert_close(estimate.var.squeeze(), 0.5 + gap / 2)
+    assert not estimate.past.positive.any()
+    # Means of mu_hat and 0; variances of 0, as it was cut, and 1.
+    torch.testing.assert_close(estimate.var, 0.5 + estimate.mean.square())
 
 
 def test_the_ring_keeps_the_newest():
@@ -150,21 +150,22 @@ def test_entries_with_and_without_derivative_do_not_mix():
     window.push(entry_of(conv, x))
     window.push(Entry.of(*moments))
     assert len(window) == 1
-    assert window.estimate(*moments, conv.weight, None).derivative is None
+    assert window.estimate(*moments, conv.weight, None).past.derivative is None
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("product", [_add_product, _add_product_without_tf32])
+@pytest.mark.parametrize("product", [_product, _product_without_tf32])
 def test_products_with_the_weight(groups, product, monkeypatch):
-    monkeypatch.setattr("cbn_mmdet.norm.window._add_product", product)
-    weight, rest = torch.randn(6, 4, 3, 3), torch.randn(2, 6, 5)
+    monkeypatch.setattr("cbn_mmdet.norm.window._product", product)
+    weight = torch.randn(6, 4, 3, 3)
     derivative = Derivative(torch.randn(groups, 5, 36), torch.randn(6, 5, 36))
-    mean, var = add_dot(*rest, derivative, weight)
+    mean, var = torch.empty(2, 6, 5)
+    multiply(derivative, weight, mean, var)
     for channel in range(6):
         w = weight[channel].flatten()
         of_group = derivative.mean[channel * groups // 6]
-        torch.testing.assert_close(mean[channel], rest[0, channel] + of_group @ w)
-        torch.testing.assert_close(var[channel], rest[1, channel] + derivative.var[channel] @ w)
+        torch.testing.assert_close(mean[channel], of_group @ w)
+        torch.testing.assert_close(var[channel], derivative.var[channel] @ w)
     one = Derivative(derivative.mean[:, 0], derivative.var[:, 0])
-    torch.testing.assert_close(dot(one, weight)[0], mean[:, 0] - rest[0, :, 0])
-    torch.testing.assert_close(dot(one, weight)[1], var[:, 0] - rest[1, :, 0])
+    torch.testing.assert_close(dot(one, weight)[0], mean[:, 0])
+    torch.testing.assert_close(dot(one, weight)[1], var[:, 0])

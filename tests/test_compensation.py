@@ -1,0 +1,89 @@
+"""What tools/compensation.py says of a training, against what must be so."""
+
+import json
+import re
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"
+SHORT = (
+    "train_cfg = dict(type='IterBasedTrainLoop', max_iters=20, val_interval=1000)\n"
+    "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]\n"
+    "param_scheduler = []\n"
+)
+
+
+def measure(tool, small_config, folder, rate, *args):
+    """The rows of the report, by truth and estimate."""
+    # mmengine merges dictionaries: what the epoch-based loop has besides must be deleted.
+    extra = SHORT.replace("dict(type='Iter", "dict(_delete_=True, type='Iter")
+    done = tool(
+        "compensation.py",
+        small_config(folder, DIGITS, extra),
+        "--work-dir",
+        folder / "run",
+        *args,
+        "--cfg-options",
+        f"optim_wrapper.optimizer.lr={rate}",
+        "auto_scale_lr.enable=False",
+    )
+    rows = json.loads((folder / "run/compensation.json").read_text())["rows"]
+    assert (folder / "run/compensation.png").stat().st_size > 10_000
+    return done.stdout, rows
+
+
+def test_weights_that_rest_leave_no_error(tool, small_config, tmp_path):
+    """So what is measured is the weights' doing, of the layer and of the whole network."""
+    _, rows = measure(tool, small_config, tmp_path, 0.0, "--strides", 1, 4, "--bfloat16")
+    variants = {"naive", *(f"stride {n}{half}" for n in (1, 4) for half in ("", ", bfloat16"))}
+    assert {row["estimate"] for row in rows} == variants
+    assert {row["truth"] for row in rows} == {"layer", "network"}
+    assert len({row["layer"] for row in rows}) == 8
+    assert {row["back"] for row in rows} == set(range(1, 8))
+    assert max(row["mean_error"] for row in rows) < 1e-4
+    assert max(row["var_error"] for row in rows) < 1e-4
+
+
+def test_a_training(tool, small_config, tmp_path):
+    layers = ["backbone.layer1.0.bn1", "neck.fpn_convs.0.bn"]
+    printed, rows = measure(
+        tool, small_config, tmp_path, 0.01, "--every", 9, "--layers", *layers, "--no-network"
+    )
+    assert {row["layer"] for row in rows} == set(layers)
+    assert {row["iteration"] for row in rows} == {9, 18}
+    assert {row["truth"] for row in rows} == {"layer"}
+    mean, var = (
+        {
+            estimate: sum(row[key] for row in rows if row["estimate"] == estimate)
+            for estimate in ("naive", "compensated")
+        }
+        for key in ("mean_error", "var_error")
+    )
+    assert mean["compensated"] < 1e-3 * mean["naive"]  # exact, but for rounding
+    assert var["compensated"] < var["naive"]
+    table = re.findall(r"^\| (\d) +((?:\| [\d.]+% +){4})\|$", printed, re.MULTILINE)
+    assert [int(back) for back, _ in table] == list(range(1, 8))
+    assert "all weights" not in printed
+
+
+@pytest.mark.parametrize(
+    "config, args, complaint",
+    [
+        ("bn-all_1xb1", [], "the model has no CBN layer"),
+        ("cbn-all_1xb1", ["--every", 0], "--every 0: takes at least 1"),
+        ("cbn-all_1xb1", ["--layers", "bn"], "has no CBN layer bn; the first of its 32 is back"),
+        ("cbn-all_1xb1", ["--launcher", "pytorch"], "--launcher: runs in one process"),
+        ("cbn-all_1xb1", ["--every", 1000], "of 48 iterations ended before the first look"),
+    ],
+)
+def test_mistakes(config, args, complaint, tool, small_config, tmp_path):
+    if "--every" in args and 1000 in args:
+        extra = "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]"
+    else:
+        extra = ""
+    path = small_config(tmp_path, f"faster-rcnn_r18_fpn_{config}_digits", extra)
+    done = tool("compensation.py", path, "--work-dir", tmp_path / "run", *args, check=False)
+    assert done.returncode == 2
+    assert re.search(rf"^compensation.py: error: .*{re.escape(complaint)}", done.stdout, re.M)
