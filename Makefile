@@ -1,6 +1,7 @@
 ## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
 ## make train   build the digits data set, train on it, and report; no GPU needed
 ## make norms   train the digits detector at one image per step with each norm, two seeds (an hour)
+## make variants   the same with each derivative_stride and window_dtype, at 1 and 2 images
 ## make test    lint, then run the whole test suite with coverage
 ## make lint    check style and formatting
 ## make sweep   train every COCO config for two steps on the CPU (not part of `make test`)
@@ -32,7 +33,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }
 
-.PHONY: help .venv train norms sweep coco-check test lint clean
+.PHONY: help .venv train norms variants sweep coco-check test lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -87,17 +88,30 @@ train: $(READY)
 	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(TRAIN_ARGS)
 	$(RUN) tools/report.py $(WORK_DIR)
 
-# One thread each: two small trainings side by side use two cores better than one after the other.
-NORM_RUNS = $(foreach seed,0 1,$(foreach config,$(wildcard configs/digits/*_1xb1_digits.py),$(seed)/$(config)))
+# Reads lines of a work dir, a config and settings. One thread each: two small trainings side by side
+# use two cores better than one after the other.
+TRAIN_EACH = OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
+  'set -- {}; dir=$$1; config=$$2; shift 2; mkdir -p $$(dirname $$dir); \
+  $(RUN) tools/train.py $$config --resume --work-dir $$dir --cfg-options "$$@" >$$dir.log 2>&1 || \
+  { echo "failed: see $$dir.log" >&2; exit 1; }'
+
 norms: $(READY)
-	@mkdir -p work_dirs/norms
 	$(RUN) -m cbn_mmdet.datasets.digits data/digits
-	printf '%s\n' $(NORM_RUNS) | OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
-	  'run={}; config=$${run#*/}; seed=$${run%%/*}; \
-	  name=work_dirs/norms/$$(basename $$config .py)_seed$$seed; \
-	  $(RUN) tools/train.py $$config --cfg-options randomness.seed=$$seed --resume \
-	    --work-dir $$name >$$name.log 2>&1 || { echo "failed: see $$name.log" >&2; exit 1; }'
+	for seed in 0 1; do for config in configs/digits/*_1xb1_digits.py; do \
+	  echo "work_dirs/norms/$$(basename $$config .py)_seed$$seed $$config randomness.seed=$$seed"; \
+	done; done | $(TRAIN_EACH)
 	$(RUN) tools/tables.py work_dirs/norms/*/
+
+VARIANTS = derivative_stride=1 derivative_stride=2 derivative_stride=4 window_dtype=bfloat16
+variants: $(READY)
+	$(RUN) -m cbn_mmdet.datasets.digits data/digits
+	for seed in 0 1; do for images in 1 2; do for option in window_size=8 $(VARIANTS); do \
+	  echo "work_dirs/variants/$${option}_$${images}_seed$$seed" \
+	    "configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb$${images}_digits.py randomness.seed=$$seed" \
+	    "model.backbone.norm_cfg.$$option model.neck.norm_cfg.$$option" \
+	    "model.roi_head.bbox_head.norm_cfg.$$option"; \
+	done; done; done | $(TRAIN_EACH)
+	$(RUN) tools/tables.py work_dirs/variants/*/
 
 coco-check: CONFIG = configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py
 coco-check: $(READY)

@@ -141,6 +141,20 @@ def test_growth(measure, tmp_path):
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_count(measure):
+    """Noise touches no count, so these hold the layer to what it costs now."""
+    arguments = ["count", "--shapes", "1,64,64,3,8"]
+    (rows,), _ = measure(*arguments)
+    assert measure(*arguments)[0] == [rows]
+    rows = by_norm(rows)
+    assert rows["BN"]["step"] == rows["GN"]["step"] == rows["autograd"]["step"] == 0
+    work = {name: row["forward"] + row["backward"] + row["step"] for name, row in rows.items()}
+    assert work["BN"] < work[NAIVE] < work["CBN"] < work["autograd"]
+    # The window is read once in each direction: 14 weights of 7 past iterations.
+    assert work["CBN"] <= 50 and 14 < rows["CBN"]["of the weight"] < 34
+    assert rows["autograd"]["of the weight"] > 3 * rows["CBN"]["of the weight"]
+
+
 @pytest.mark.slow
 def test_step(measure, small_config, tmp_path):
     config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
@@ -191,7 +205,10 @@ def test_markdown(tool):
         (["layer", "--norms", "CBN(stride=2)"], "cannot build CBN(stride=2): CBN.__init__() got"),
         (["layer", "--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
         (["layer", "--norms", "CBN("], "or CBN(derivative_stride=2), got CBN("),
-        (["step", "--norms", "autograd"], "--norms autograd: this row is layer's alone"),
+        (
+            ["step", "--norms", "autograd"],
+            "--norms autograd: this row is layer's and count's alone",
+        ),
         (["layer", "--shapes", "1,2,3"], "takes N,C_in,C_out,kernel,size, got 1,2,3"),
         (["layer", "--threads", "0"], "takes a whole number of at least 1, got 0"),
         (["growth", "--plot", "nowhere/k.png"], "takes a .png file in a folder that exists"),

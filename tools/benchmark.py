@@ -7,7 +7,8 @@ its 95 % interval, which is printed after it, is within --stable-to or the time 
 
 A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='current'), say.
 CBN(compensate=False) is the paper's naive CBN; autograd, a row of layer's alone, is the paper's
-formulas written down plainly. layer and growth need torch and rich alone, the others MMDetection.
+formulas written down plainly. layer, growth and count need torch and rich alone, the others
+MMDetection.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cbn_mmdet import BRN, CBN, link, step
 
@@ -75,12 +78,14 @@ NORMS = {
 AUTOGRAD = "autograd"
 NAIVE = "CBN(compensate=False)"
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
+BFLOAT16 = "CBN(window_dtype='bfloat16')"
 CURRENT = ["CBN(backward='current')", *(f"{each[:-1]}, backward='current')" for each in STRIDES)]
 ROWS = {
-    "layer": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, *CURRENT, AUTOGRAD],
-    "step": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES],
+    "layer": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16, *CURRENT, AUTOGRAD],
+    "count": ["GN", NAIVE, "CBN", *STRIDES, AUTOGRAD],
+    "step": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16],
     "inference": ["GN", "CBN"],
-    "memory": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *CURRENT[:1]],
+    "memory": ["GN", "SyncBN", "BRN", NAIVE, "CBN", BFLOAT16, CURRENT[0]],
 }
 # Of a detector with 2 images of about 800 x 1333 at a scale a CPU can bear: the box head's
 # convolution on 64 regions, the FPN's, and three of the backbone's. And those of the digits.
@@ -101,6 +106,7 @@ WINDOWS = [1, 2, 4, 8, 16, 32]
 IMAGES = [1, 2, 4, 8]
 MIN_ROUNDS, FEWEST_ROUNDS = 12, 3  # to call it stable, and when the time is up
 FLOAT, MIB = 4, 2**20  # bytes
+COUNTED = 8  # layers side by side, which share what the norm does for all layers at once
 SAMPLE_SECONDS = 0.005  # shorter calls are repeated, to be above the noise of the clock
 
 
@@ -145,6 +151,7 @@ def parse_args() -> argparse.Namespace:
     for command, text, *parents in (
         ("layer", "convolution and norm, forward and backward", timed, shaped),
         ("growth", "the same for other windows and batches", timed, shaped),
+        ("count", "operations and bytes of convolution and norm, which no noise touches", shaped),
         ("step", "a whole training step of Faster R-CNN R-50-FPN", timed, detector),
         ("inference", "the detector in evaluation mode", timed, detector),
         ("memory", "peak memory of a training step, and the windows'", detector),
@@ -172,8 +179,8 @@ def complete(args: argparse.Namespace) -> str | None:
         return f"--dtype {args.dtype} is measured on a GPU only: add --device cuda"
     if not gpu and "SyncBN" in (asked or ()):
         return "--norms SyncBN: it runs on a GPU only: add --device cuda"
-    if AUTOGRAD in (asked or ()) and args.command != "layer":
-        return f"--norms {AUTOGRAD}: this row is layer's alone"
+    if AUTOGRAD in (asked or ()) and args.command not in ("layer", "count"):
+        return f"--norms {AUTOGRAD}: this row is layer's and count's alone"
     plot = getattr(args, "plot", None)
     if plot and not (plot.endswith(".png") and osp.isdir(osp.dirname(plot) or ".")):
         return f"--plot {plot}: takes a .png file in a folder that exists"
@@ -553,6 +560,85 @@ def measure_growth(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[
     }, notes
 
 
+class Counter(TorchDispatchMode):
+    """Counts operations that compute, and the bytes of what they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operation, and count it unless it only looks at a tensor in another way."""
+        result = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        if not any(each.alias_info and not each.alias_info.is_write for each in returns):
+            self.operations += 1
+            tensors = [
+                each for each in tree_leaves((args, kwargs, result)) if torch.is_tensor(each)
+            ]
+            # A result that an operation changed in place is its argument, read and written.
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def measure_count(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[str]]:
+    """Count a layer's operations and bytes: forward, backward and the end of the iteration."""
+    tables = {}
+    bar.update(0, total=len(args.shapes))
+    for shape in args.shapes:
+        counted = {name: count_of(name, shape, args) for name in args.norms}
+        weight = FLOAT * shape.c_in * shape.c_out * shape.kernel**2
+        tables[f"Convolution + norm, {label(shape)}, a layer of {COUNTED}"] = [
+            {
+                "norm": name,
+                **{part: each.operations / COUNTED for part, each in parts.items()},
+                "MiB": (moved := sum(each.bytes for each in parts.values()) / COUNTED) / MIB,
+                "of the weight": moved / weight,
+            }
+            for name, parts in counted.items()
+        ]
+        bar.advance(0)
+    return tables, ["Bytes are those of all arguments and results, as if no cache held any."]
+
+
+def count_of(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Counter]:
+    """What layers side by side do in the parts of an iteration, with full windows."""
+    layers = nn.ModuleList([build_layer(name, shape) for _ in range(COUNTED)]).to(args.device)
+    model, steps = SideBySide(layers), has_cbn(layers)
+    if steps:
+        link(model)
+    size = shape.images, shape.c_in, shape.size, shape.size
+    x = torch.randn(size, device=args.device, requires_grad=True)
+    gradients = [torch.ones_like(y) for y in model(x)]
+
+    def run(seed: int, clock: Clock) -> None:
+        parts.update({part: Counter() for part in ("forward", "backward", "step")})
+        model.zero_grad()
+        with parts["forward"]:
+            outputs = model(x)
+        with parts["backward"]:
+            torch.autograd.backward(outputs, gradients)
+        with parts["step"]:
+            if steps:
+                step(model)
+
+    parts: dict[str, Counter] = {}
+    warm_up(model, run, args.device)
+    return parts
+
+
+class SideBySide(nn.Module):
+    """Layers that all see the same input."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """All outputs."""
+        return [layer(x) for layer in self.layers]
+
+
 def plot(rows: list[dict], path: str) -> None:
     """Plot time and window memory against k."""
     import matplotlib
@@ -791,6 +877,7 @@ def memory_of(name: str, args: argparse.Namespace) -> dict[str, float]:
 MEASURES = {
     "layer": measure_layer,
     "growth": measure_growth,
+    "count": measure_count,
     "step": measure_step,
     "inference": measure_inference,
     "memory": measure_memory,

@@ -207,7 +207,8 @@ class Observer(Hook):
     def _window(conv: nn.Conv2d, mean: Tensor, var: Tensor, derivative: Derivative) -> Window:
         window = Window(1)
         mean = mean if conv.bias is None else mean - conv.bias
-        window.push(Entry.of(mean, var, derivative, dot(derivative, conv.weight)))
+        of_mean, of_var = dot(derivative, conv.weight)
+        window.push(Entry.of(mean, var, derivative, (mean - of_mean, var - of_var)))
         return window
 
     @torch.no_grad()

@@ -389,20 +389,17 @@ class CBN(NormLayer):
             moments.own_var,
             self.derivative_stride or stride_for(y),
         )
-        exact = y.device.type == "cpu" and y.numel() > 0 and y.dtype == mean.dtype
         if self.window_dtype != "float32":
-            exact = False
             rounded = derivative.var.to(WINDOW_DTYPES[self.window_dtype])
             derivative = derivative._replace(var=rounded)
-        if exact:
-            # Mean and variance are of first and second degree in the weight, so that these are
-            # its products with their derivatives, by Euler's theorem, without a pass over h.
-            products = own_mean, 2 * var_seen
-        else:
-            # Where h is rounded, as TF32 does too, the difference of two products with the weight
-            # is only as good as their roundings are alike.
-            products = dot(derivative, conv.weight)
-        return Entry.of(mean, moments.var, derivative, products)
+        elif y.device.type == "cpu" and y.numel() > 0 and y.dtype == mean.dtype:
+            # Mean and variance are of first and second degree in the weight, so their derivatives'
+            # products with it are the mean and twice the variance, by Euler's theorem: no pass
+            # over h. Where h is rounded, as by TF32, both products need the same rounding.
+            rest = mean - own_mean, torch.sub(moments.var, var_seen, alpha=2)
+            return Entry.of(mean, moments.var, derivative, rest)
+        of_mean, of_var = dot(derivative, conv.weight)
+        return Entry.of(mean, moments.var, derivative, (mean - of_mean, moments.var - of_var))
 
     def _keep_running_stats(self) -> None:
         """Lets the end of the iteration undo what a batch with NaN does to them."""

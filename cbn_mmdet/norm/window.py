@@ -58,7 +58,7 @@ class Entry(NamedTuple):
         mean: Tensor,
         var: Tensor,
         derivative: Derivative | None = None,
-        products: tuple[Tensor, Tensor] | None = None,
+        rest: tuple[Tensor, Tensor] | None = None,
     ) -> Entry:
         """The entry of an iteration.
 
@@ -66,13 +66,12 @@ class Entry(NamedTuple):
             mean: ``(C,)``, less the bias if that is compensated.
             var: Biased variance, ``(C,)``.
             derivative: Derivatives in the weight, or None where nothing is to be compensated.
-            products: ``m . w`` and ``h . w`` for the weight of that iteration, ``(C,)`` each; only
-                needed with a derivative.
+            rest: What is left of mean and variance after the products with the weight of that
+                iteration, ``mean - m . w`` and ``var - h . w``, ``(C,)`` each; only needed with a
+                derivative.
         """
-        if derivative is None:
-            return cls(torch.stack((mean, var)), None)
-        mean_at, var_at = products
-        return cls(torch.stack((mean, mean - mean_at, var - var_at)), derivative)
+        vectors = (mean, var) if derivative is None else (mean, *rest)
+        return cls(torch.stack(vectors), derivative)
 
 
 class Past(NamedTuple):

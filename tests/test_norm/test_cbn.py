@@ -724,7 +724,7 @@ class TestNotFinite:
         record = model[1]._records[0]
         derivative = record.entry.derivative
         derivative.var[0, 0] = float("inf")
-        products = dot(derivative, model[0].weight.detach())
+        products = dot(derivative, model[0].weight)
         entry = Entry.of(torch.zeros(4), torch.ones(4), derivative, products)
         model[1]._records[0] = record._replace(entry=entry)
         with pytest.warns(UserWarning, match="met NaN or infinite values"):

@@ -20,7 +20,8 @@ def entry_of(conv, x, stride=1):
     mean, var = batch_moments(y)
     derivative, _ = batch_derivative(conv, x, y, mean, var, stride)
     bias = 0 if conv.bias is None else conv.bias.detach()
-    return Entry.of(mean - bias, var, derivative, dot(derivative, conv.weight.detach()))
+    of_mean, of_var = dot(derivative, conv.weight)
+    return Entry.of(mean - bias, var, derivative, (mean - bias - of_mean, var - of_var))
 
 
 def moved(conv, distance):
