@@ -33,8 +33,14 @@ DIGITS = sorted((ROOT / "configs/digits").glob("*.py"))
 FOLDERS = [ROOT / "configs/faster_rcnn", ROOT / "configs/mask_rcnn"]
 COCO = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 
-PAPER = {"type": "CBN", "window_size": 4, "backward": "current"}
-RECOMMENDED = {"type": "CBN", "window_size": 8, "backward": "window", "momentum": 0.02}
+PAPER = {"type": "CBN", "window_size": 4, "backward": "current", "derivative_stride": 1}
+RECOMMENDED = {
+    "type": "CBN",
+    "window_size": 8,
+    "backward": "window",
+    "derivative_stride": None,
+    "momentum": 0.02,
+}
 # By the norm of the name: the setting at 4 images per GPU, and below if it is another one there.
 NORMS = {
     "bn": [{"type": "BN"}],

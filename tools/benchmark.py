@@ -6,9 +6,10 @@ the machine does meets them all. The ratio is the median over the rounds; they g
 its 95 % interval, which is printed after it, is within --stable-to or the time is up.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='current'), say.
-CBN(compensate=False) is the paper's naive CBN; autograd, a row of layer's alone, is the paper's
-formulas written down plainly. layer, growth and count need torch and rich alone, the others
-MMDetection.
+CBN(compensate=False) is the paper's naive CBN. Rows of layer and count alone are 'autograd', the
+paper's formulas written down plainly, and 'BN + weight gradient', which forms one gradient of the
+weight more: the least that any derivative from all positions can cost. layer, growth and count need
+torch and rich alone, the others MMDetection.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ NORMS = {
     "BRN": BRN,
     "CBN": CBN,
 }
-AUTOGRAD = "autograd"
+AUTOGRAD, FLOOR = "autograd", "BN + weight gradient"
 NAIVE = "CBN(compensate=False)"
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
 BFLOAT16 = "CBN(window_dtype='bfloat16')"
 CURRENT = ["CBN(backward='current')", *(f"{each[:-1]}, backward='current')" for each in STRIDES)]
 ROWS = {
-    "layer": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16, *CURRENT, AUTOGRAD],
+    "layer": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16, *CURRENT, AUTOGRAD, FLOOR],
     "count": ["GN", NAIVE, "CBN", *STRIDES, AUTOGRAD],
     "step": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16],
     "inference": ["GN", "CBN"],
@@ -179,8 +180,9 @@ def complete(args: argparse.Namespace) -> str | None:
         return f"--dtype {args.dtype} is measured on a GPU only: add --device cuda"
     if not gpu and "SyncBN" in (asked or ()):
         return "--norms SyncBN: it runs on a GPU only: add --device cuda"
-    if AUTOGRAD in (asked or ()) and args.command not in ("layer", "count"):
-        return f"--norms {AUTOGRAD}: this row is layer's and count's alone"
+    for row in {AUTOGRAD, FLOOR}.intersection(asked or ()):
+        if args.command not in ("layer", "count"):
+            return f"--norms {row}: this row is layer's and count's alone"
     plot = getattr(args, "plot", None)
     if plot and not (plot.endswith(".png") and osp.isdir(osp.dirname(plot) or ".")):
         return f"--plot {plot}: takes a .png file in a folder that exists"
@@ -213,7 +215,7 @@ def shape(text: str) -> Shape:
 def norm(text: str) -> str:
     """Check that a norm can be built; its name is all that is kept."""
     try:
-        if text != AUTOGRAD:
+        if text not in (AUTOGRAD, FLOOR):
             build_norm(text, 32)
     except (SyntaxError, AttributeError, KeyError) as error:
         raise argparse.ArgumentTypeError(
@@ -442,13 +444,36 @@ class TextbookCBN(nn.Module):
         return z * self.affine.weight.view(channels) + self.affine.bias.view(channels)
 
 
+class WeightGradientBN(nn.BatchNorm2d):
+    """Batch normalisation that forms, and drops, the weight gradient of its own input.
+
+    Args:
+        conv: The convolution that feeds it, without bias.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.out_channels)
+        self.conv = conv
+        conv.register_forward_hook(self._keep)
+
+    def _keep(self, conv: nn.Conv2d, args: tuple, output: Tensor) -> None:
+        self.seen = args[0]
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Normalises ``y``, ``(N, C, H, W)``."""
+        with torch.no_grad():
+            size, padding = self.conv.weight.shape, self.conv.padding
+            nn.grad.conv2d_weight(self.seen, size, y, padding=padding)
+        return super().forward(y)
+
+
 def build_layer(text: str, shape: Shape) -> nn.Sequential:
     """Build a convolution and its norm, linked."""
     torch.manual_seed(0)
     conv = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, padding=shape.kernel // 2, bias=False)
-    model = nn.Sequential(
-        conv, TextbookCBN(conv) if text == AUTOGRAD else build_norm(text, shape.c_out)
-    )
+    own = {AUTOGRAD: TextbookCBN, FLOOR: WeightGradientBN}
+    norm = own[text](conv) if text in own else build_norm(text, shape.c_out)
+    model = nn.Sequential(conv, norm)
     if has_cbn(model):
         link(model)
     return model

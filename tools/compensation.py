@@ -51,7 +51,7 @@ from cbn_mmdet.launch import (
 from cbn_mmdet.norm.cbn import stride_for
 from cbn_mmdet.norm.iteration import cbn_layers
 from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
-from cbn_mmdet.norm.window import Entry, Window, dot
+from cbn_mmdet.norm.window import Entry, Window
 
 NAIVE = "naive"
 PROBES = 12
@@ -196,7 +196,7 @@ class Observer(Hook):
         strides = {f"stride {stride}": stride for stride in self.strides} or {"compensated": own}
         windows = {}
         for name, stride in strides.items():
-            derivative, _ = batch_derivative(conv, x, y, mean, var, stride)
+            derivative = batch_derivative(conv, x, y, mean, stride)
             windows[name] = self._window(conv, mean, var, derivative)
             if self.bfloat16:
                 rounded = derivative._replace(var=derivative.var.bfloat16())
@@ -207,8 +207,7 @@ class Observer(Hook):
     def _window(conv: nn.Conv2d, mean: Tensor, var: Tensor, derivative: Derivative) -> Window:
         window = Window(1)
         mean = mean if conv.bias is None else mean - conv.bias
-        of_mean, of_var = dot(derivative, conv.weight)
-        window.push(Entry.of(mean, var, derivative, (mean - of_mean, var - of_var)))
+        window.push(Entry.of(mean, var, derivative, conv.weight))
         return window
 
     @torch.no_grad()

@@ -28,13 +28,13 @@ from .moments import (
 )
 from .normalize import normalize
 from .sync import Moments
-from .window import Entry, Estimate, Window, dot
+from .window import Entry, Estimate, Window
 
 _BACKWARDS = ("window", "current")
 WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Positions from which the derivative of the variance is estimated if there are more.
-_ENOUGH = 64
+_ENOUGH = 256
 
 
 class _Record(NamedTuple):
@@ -103,7 +103,7 @@ class CBN(NormLayer):
             past statistics are constants, running statistics those of the current batch.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
             of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions. None
-            for the largest of 1, 2 and 4 that leaves 64 positions of the batch or more.
+            for the largest of 1, 2 and 4 that leaves 256 positions of the batch or more.
         sync: Whether the current statistics, and hence those that enter the window, are those of
             the batches of all processes together, as in ``nn.SyncBatchNorm``, which this is with a
             window of 1. Each process moves the past to today's weights with the derivative of its
@@ -112,8 +112,9 @@ class CBN(NormLayer):
             call the layer equally often, forward and backward; a batch may be empty. Without
             distributed training it changes nothing.
         window_dtype: ``'float32'`` or ``'bfloat16'``: how the window holds the derivatives of past
-            variances, which are nearly all of it. Their rounding touches only the small
-            correction; everything else stays in float32. ``'bfloat16'`` halves the memory.
+            variances, which are nearly all of it. Everything else stays in float32. Their rounding
+            touches the small correction, and by 2^-9 their share of the weight's gradient.
+            ``'bfloat16'`` halves the memory.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
 
@@ -217,7 +218,10 @@ class CBN(NormLayer):
         The check is a vector that is finite if nothing that was learnt is NaN or infinite.
         """
         checks = [
-            (record.order, record.entry.vectors.flatten())
+            (
+                record.order,
+                torch.cat((*record.entry.vectors, record.running_mean, record.running_var)),
+            )
             for _, record in sorted(self._records.items())
         ]
         if self._before is not None:
@@ -305,7 +309,7 @@ class CBN(NormLayer):
             mean, var = batch_moments(y.detach())
         else:
             mean = var = y.new_zeros(self.num_features, dtype=statistics_dtype(y.dtype))
-        moments = Moments(mean, var, count, mean, var)
+        moments = Moments(mean, var, count, mean)
         if self._is_spread():
             moments = sync.joint_moments(moments)
         # Where this process has positions the sum need not be read, which a GPU would wait for.
@@ -318,6 +322,8 @@ class CBN(NormLayer):
     def _estimate(self, call: int, moments: Moments, conv: nn.Conv2d | None) -> Estimate:
         window = self._window_of(call)
         if conv is None:
+            if window.feeder is not None:  # compensate was turned off
+                window.clear()
             return window.estimate(moments.mean, moments.var, None, None)
         feeder = None if window.feeder is None else window.feeder()
         if feeder not in (None, conv):
@@ -326,7 +332,7 @@ class CBN(NormLayer):
                 f"{linking.name_of(conv)} in the same place of the model's forward. Past "
                 "statistics of one convolution say nothing of another: give each its own CBN."
             )
-        if feeder is None:
+        if feeder is None or not window.fits(conv.weight):
             window.clear()
             window.feeder = weakref.ref(conv)
         return window.estimate(moments.mean, moments.var, conv.weight, conv.bias)
@@ -373,33 +379,20 @@ class CBN(NormLayer):
         conv: nn.Conv2d | None,
         conv_input: Tensor | None,
     ) -> Entry:
+        mean, var = moments.mean, moments.var
         if conv is None:
-            return Entry.of(moments.mean, moments.var)
-        mean, own_mean = moments.mean, moments.own_mean
+            return Entry.of(mean, var)
         if conv.bias is not None:
-            bias = conv.bias.to(mean.dtype)
-            mean, own_mean = mean - bias, own_mean - bias
+            mean = mean - conv.bias.to(mean.dtype)
         if conv_input is None:
-            return Entry.of(mean, moments.var)
-        derivative, var_seen = batch_derivative(
-            conv,
-            conv_input,
-            y,
-            moments.own_mean,
-            moments.own_var,
-            self.derivative_stride or stride_for(y),
-        )
+            return Entry.of(mean, var)
+        stride = self.derivative_stride or stride_for(y)
+        own_var = None if self._is_spread() else var
+        derivative = batch_derivative(conv, conv_input, y, moments.own_mean, stride, own_var)
         if self.window_dtype != "float32":
             rounded = derivative.var.to(WINDOW_DTYPES[self.window_dtype])
             derivative = derivative._replace(var=rounded)
-        elif y.device.type == "cpu" and y.numel() > 0 and y.dtype == mean.dtype:
-            # Mean and variance are of first and second degree in the weight, so their derivatives'
-            # products with it are the mean and twice the variance, by Euler's theorem: no pass
-            # over h. Where h is rounded, as by TF32, both products need the same rounding.
-            rest = mean - own_mean, torch.sub(moments.var, var_seen, alpha=2)
-            return Entry.of(mean, moments.var, derivative, rest)
-        of_mean, of_var = dot(derivative, conv.weight)
-        return Entry.of(mean, moments.var, derivative, (mean - of_mean, moments.var - of_var))
+        return Entry.of(mean, var, derivative, conv.weight)
 
     def _keep_running_stats(self) -> None:
         """Lets the end of the iteration undo what a batch with NaN does to them."""

@@ -103,12 +103,14 @@ def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
     layers = cbn_layers(model)
     checks = {name: layer.checks() for name, layer in layers.items()}
     finite = iter(_are_finite([check for each in checks.values() for _, check in each]))
-    windows, positive, spoilt = [], [], []
+    positive, spoilt = [], []
+    windows = defaultdict(list)  # by the forward that they grew in
     learnt = defaultdict(list)  # by the number of the call: none has a layer twice
     for name, layer in layers.items():
         kept = [next(finite) for _ in checks[name]]
+        forward = layer._forward_id
         for number, (window, record) in enumerate(layer.step(kept)):
-            windows.append(window)
+            windows[forward].append(window)
             learnt[number].append((layer, record))
             if record.positive is not None:
                 positive.append(record.positive)
@@ -117,7 +119,9 @@ def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
             for (order, _), is_kept in zip(checks[name], kept, strict=True)
             if not is_kept
         ]
-    accompany(windows)
+    for forward, together in windows.items():
+        for group in [together] if forward is not None else [[each] for each in together]:
+            accompany(group)
     for records in learnt.values():
         update_running_stats(records)
     warning = None

@@ -86,18 +86,17 @@ def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as ``E[y]`` and ``E[(y - mu) y] - mu E[y - mu]``, for large maps on the CPU.
+    """The same as ``E[y]`` and ``E[(y - mu) y]``, for large maps on the CPU.
 
     There the kernel of the moments sums the squares one by one, while that of batch norm's
-    backward pass uses the processor's vectors.
+    backward pass uses the processor's vectors: for 2 images of 256 channels of 100x100, 4.2 ms
+    against 0.8 (two threads). Where the mean is far from 0 it would lose digits, and is not used.
     """
     mean = y.mean((0, 2, 3))
-    products, sums = channel_sums(y, y, mean, torch.ones_like(mean), 0.0)
-    count = y.numel() // y.shape[1]
-    var = torch.addcmul(products / count, mean, mean - sums / count)
-    if (mean.square() > _FAR * var).logical_and_(var > 0).any():
+    var = channel_sums(y, y, mean, torch.ones_like(mean), 0.0)[0] / (y.numel() // y.shape[1])
+    if (mean.square() > _FAR * var).any():
         return torch.batch_norm_update_stats(y, None, None, 0.0)
-    return mean, var.clamp_min_(0)
+    return mean, var
 
 
 def channel_sums(
@@ -127,8 +126,8 @@ def standardize(
 
 @torch.no_grad()
 def batch_derivative(
-    conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, stride: int
-) -> tuple[Derivative, Tensor]:
+    conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride: int, var: Tensor | None = None
+) -> Derivative:
     """Derivatives of ``y``'s mean and variance in the weight of ``conv``, where ``y = conv(x)``.
 
     ``m`` is taken over all positions, which makes the compensated mean exact. ``h`` only steers a
@@ -140,25 +139,23 @@ def batch_derivative(
         conv: The convolution that computed ``y``.
         x: Its input, shape ``(N, C_in, H_in, W_in)``.
         y: Its output, shape ``(N, C_out, H, W)``.
-        mean: Mean of ``y`` over all positions, ``(C_out,)``.
-        var: Its biased variance, likewise.
+        mean: ``batch_moments(y)[0]``, shape ``(C_out,)``.
         stride: Subsampling of the positions for ``h``; 1 takes all of them.
+        var: ``batch_moments(y)[1]``, which may spare a pass over ``y``, or None.
 
     Returns:
-        The derivatives in float32 (float64 for float64 input), detached, and the variance over the
-        positions that ``h`` was taken over, ``(C_out,)``; zeros if there is no position.
+        The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
+        position.
     """
     if y.numel() == 0:
         per_channel = mean.new_zeros(conv.weight.flatten(1).shape)
-        return Derivative(per_channel[: conv.groups], per_channel), torch.zeros_like(var)
+        return Derivative(per_channel[: conv.groups], per_channel)
     # Under autocast the convolution saw a cast copy of its input.
     x, padding = _padded(conv, x.to(y.dtype), y)
     of_mean = _mean_patch(conv, x, padding, y)
-    if stride > 1:
-        y = y[:, :, ::stride, ::stride].contiguous()
-        # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
-        mean, var = batch_moments(y)
-    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, var, stride)), var
+    if stride == 1 and var is not None and _is_near(y, conv.weight, mean, var):
+        return Derivative(of_mean, _var_derivative_near(conv, x, padding, y, mean, of_mean))
+    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, stride))
 
 
 def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
@@ -181,42 +178,63 @@ def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
 
 
 def _var_derivative(
-    conv: nn.Conv2d,
-    x: Tensor,
-    padding: list[int],
-    y: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    stride: int,
+    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, stride: int
 ) -> Tensor:
-    """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``.
-
-    ``y`` holds every ``stride``-th row and column of the output, ``mean`` and ``var`` are its own.
-    """
-    share = 2 * y.shape[1] / y.numel()  # 2 / M
+    """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``."""
+    if stride > 1:
+        y = y[:, :, ::stride, ::stride].contiguous()
+        # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
+        mean = y.mean((0, 2, 3), dtype=mean.dtype)
+    half_count = y.numel() / (2 * y.shape[1])  # M / 2
     if y.dtype == torch.float16:
-        spread = var.sqrt()
+        spread = batch_moments(y)[1].sqrt()
         spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
-        scale, rest = spread * (2 / (_HALF_SCALE * share)), spread * (2 / _HALF_SCALE)
-        divisor = scale.square_()
+        divisor, rest = spread * (2 * half_count / _HALF_SCALE), spread * (2 / _HALF_SCALE)
     else:
-        divisor, rest = torch.full_like(mean, share**-2), None
-    centred = standardize(y, None, None, mean, divisor, 0.0)  # (y - mean) 2 / M
-    gradient = torch.ops.aten.convolution_backward(
-        centred,
+        divisor, rest = torch.full_like(mean, half_count), None
+    centred = standardize(y, None, None, mean, divisor.square_(), 0.0)
+    gradient = _weight_gradient(conv, x, padding, centred, stride).to(mean.dtype)
+    return gradient if rest is None else gradient.mul_(rest[:, None])
+
+
+def _is_near(y: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether to take the mean off ``h`` and not off ``y``: it is cheaper, and loses no digits."""
+    if y.device.type != "cpu" or y.dtype != mean.dtype or y.numel() < 4 * weight.numel():
+        return False
+    return bool((mean.square() <= 4 * var).all())
+
+
+def _var_derivative_near(
+    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, of_mean: Tensor
+) -> Tensor:
+    """``h = 2 E[y phi] - 2 mean m`` from all positions, without a centred copy of ``y``."""
+    product = _weight_gradient(conv, x, padding, y, 1).view(conv.groups, -1, of_mean.shape[1])
+    mean = mean.view(conv.groups, -1, 1)
+    scale = 2 * y.shape[1] / y.numel()  # 2 / M
+    return torch.baddbmm(product, mean, of_mean[:, None], beta=scale, alpha=-2).flatten(0, 1)
+
+
+def _weight_gradient(
+    conv: nn.Conv2d, x: Tensor, padding: list[int], gradient: Tensor, stride: int
+) -> Tensor:
+    """The weight's gradient for one of every ``stride``-th row and column, ``(C_out, P)``."""
+    steps = [step * stride for step in conv.stride]
+    if stride > 1 and tuple(conv.kernel_size) == (1, 1) and padding == [0, 0]:
+        # What the convolution would pick out slowly: 1.3 against 0.5 ms for 256 to 64 channels.
+        x, steps = x[:, :, :: steps[0], :: steps[1]].contiguous(), [1, 1]
+    return torch.ops.aten.convolution_backward(
+        gradient,
         x,
         conv.weight.to(x.dtype),
         None,
-        [s * stride for s in conv.stride],
+        steps,
         padding,
         conv.dilation,
         False,
         [0, 0],
         conv.groups,
         [False, True, False],
-    )[1]
-    gradient = gradient.flatten(1).to(mean.dtype)
-    return gradient if rest is None else gradient.mul_(rest[:, None])
+    )[1].flatten(1)
 
 
 def _mean_patch(conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor) -> Tensor:

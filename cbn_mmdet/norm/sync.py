@@ -22,14 +22,12 @@ class Moments(NamedTuple):
         var: Biased variance of each channel, ``(C,)``.
         count: Number of positions per channel, ``M``; a tensor if it is a sum over processes.
         own_mean: Mean over the positions of this process alone, ``(C,)``.
-        own_var: Their biased variance, likewise.
     """
 
     mean: Tensor
     var: Tensor
     count: int | Tensor
     own_mean: Tensor
-    own_var: Tensor
 
     @property
     def unbiased_var(self) -> Tensor:
@@ -64,7 +62,7 @@ def joint_moments(own: Moments) -> Moments:
     share = counts / count.clamp_min(1)
     mean = (share * means).sum(0)
     var = (share * (variances + (means - mean).square())).sum(0)
-    return Moments(mean, var, count, own.own_mean, own.own_var)
+    return Moments(mean, var, count, own.own_mean)
 
 
 def joint_sum(*vectors: Tensor) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ class Entry(NamedTuple):
         mean: Tensor,
         var: Tensor,
         derivative: Derivative | None = None,
-        rest: tuple[Tensor, Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> Entry:
         """The entry of an iteration.
 
@@ -66,12 +66,12 @@ class Entry(NamedTuple):
             mean: ``(C,)``, less the bias if that is compensated.
             var: Biased variance, ``(C,)``.
             derivative: Derivatives in the weight, or None where nothing is to be compensated.
-            rest: What is left of mean and variance after the products with the weight of that
-                iteration, ``mean - m . w`` and ``var - h . w``, ``(C,)`` each; only needed with a
-                derivative.
+            weight: The weight of that iteration; only needed with a derivative.
         """
-        vectors = (mean, var) if derivative is None else (mean, *rest)
-        return cls(torch.stack(vectors), derivative)
+        if derivative is None:
+            return cls(torch.stack((mean, var)), None)
+        mean_at, var_at = dot(derivative, weight)
+        return cls(torch.stack((mean, mean - mean_at, var - var_at)), derivative)
 
 
 class Past(NamedTuple):
@@ -120,8 +120,16 @@ class _Known(NamedTuple):
 
     past: Past
     forward: int
-    weight: Tensor | None
-    version: int | None
+    weight: weakref.ref[Tensor] | None
+    version: int
+
+    def holds_for(self, weight: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether it is the past at this weight in this dtype."""
+        if self.past.mean.dtype != dtype or (weight is None) != (self.weight is None):
+            return False
+        return weight is None or (
+            self.weight() is weight and self.version == linking.version_of(weight)
+        )
 
 
 class Window:
@@ -185,6 +193,7 @@ class Window:
         )
 
     @classmethod
+    @torch.inference_mode(False)
     def from_state(
         cls, state: dict, feeder: nn.Module | None, device: torch.device | None
     ) -> Window:
@@ -246,25 +255,24 @@ class Window:
     def _past(self, weight: Tensor | None, dtype: torch.dtype) -> Past:
         """The past at today's weight.
 
-        The first window that a forward asks learns it for its companions as well. What it learnt
-        serves that forward alone, and its repetition in a backward pass.
+        The first window that a forward asks learns it for its companions as well, which serves
+        that forward alone.
         """
-        forward, known = linking.current_forward(), self._known
-        if not linking.is_recomputation():
-            if forward is None:
-                known = None
-            elif known is None or known.forward != forward:
+        forward = linking.current_forward()
+        # The repetition of a forward in a backward pass may follow others, at other weights.
+        if forward is not None and not linking.is_recomputation():
+            if self._known is None or self._known.forward != forward:
                 others = [each() for each in self._companions]
                 _learn([each for each in others if each not in (None, self)] + [self], forward)
-                known = self._known
-        if (
-            known is None
-            or known.weight is not weight
-            or known.version != _version(weight)
-            or known.past.mean.dtype != dtype
-        ):
-            return _pasts([self], [weight], dtype)[0]
-        return known.past
+            if self._known is not None and self._known.holds_for(weight, dtype):
+                return self._known.past
+        return _pasts([self], [weight], dtype)[0]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether what is held is of a weight of this size, and where it is."""
+        if self._h is None:
+            return True
+        return self._h[:, 0].numel() == weight.numel() and self._h.device == weight.device
 
     # Entries recorded in inference mode must serve a later forward with gradients.
     @torch.inference_mode(False)
@@ -293,20 +301,35 @@ def _learn(windows: list[Window], forward: int) -> None:
     """Computes the pasts of windows for a forward, those of one length together."""
     alike = defaultdict(list)
     for window in windows:
-        feeder = None if window.feeder is None else window.feeder()
-        weight = None
+        window._known = weight = None
         if window._h is not None:
-            weight = getattr(feeder, "weight", None)
-            if weight is None or weight.device != window.device:
-                continue
-        elif len(window) == 0:
-            continue
-        dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
-        alike[len(window), window.device, weight is None, dtype].append((window, weight))
+            feeder = None if window.feeder is None else window.feeder()
+            if not _keeps_weight(feeder) or not window.fits(feeder.weight):
+                continue  # left to its own layer
+            weight = feeder.weight
+        if len(window) > 0:
+            dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
+            alike[len(window), window.device, weight is None, dtype].append((window, weight))
     for (_, _, _, dtype), members in alike.items():
         pasts = _pasts(*zip(*members, strict=True), dtype)
         for (window, weight), past in zip(members, pasts, strict=True):
-            window._known = _Known(past, forward, weight, _version(weight))
+            if weight is None:
+                window._known = _Known(past, forward, None, 0)
+            else:
+                version = linking.version_of(weight)
+                window._known = _Known(past, forward, weakref.ref(weight), version)
+
+
+def _keeps_weight(conv: nn.Module | None) -> bool:
+    """Whether the weight is there before the convolution's forward as it will be in it.
+
+    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
+    """
+    return (
+        isinstance(conv, nn.Conv2d)
+        and type(conv).forward is nn.Conv2d.forward
+        and not conv._forward_pre_hooks
+    )
 
 
 def _pasts(
@@ -409,7 +432,3 @@ def _product_without_tf32(a: Tensor, b: Tensor, out: Tensor) -> None:
     an iteration, and ``m . w_t - m . w_{t-tau}`` would be lost.
     """
     torch.sum(a[:, :, None] * b[:, None], 3, out=out)
-
-
-def _version(weight: Tensor | None) -> int | None:
-    return None if weight is None else linking.version_of(weight)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cbn_mmdet.norm.cbn import stride_for
+
 
 class Past(NamedTuple):
     """A past iteration: mean and raw second moment, their derivatives, and the weight they had."""
@@ -30,7 +32,8 @@ class Reference:
         eps: Added to the variance.
         compensate: Whether past moments are moved to today's weights.
         flow: Whether gradients flow through past statistics; running statistics are the window's.
-        stride: Every n-th row and column tells the derivative of the variance.
+        stride: Every n-th row and column tells the derivative of the variance; None for the
+            layer's own choice.
         momentum: Of the running statistics.
         dtype: What the convolution's output is rounded to; the gradient passes by.
     """
@@ -42,7 +45,7 @@ class Reference:
         eps: float,
         compensate: bool,
         flow: bool,
-        stride: int = 1,
+        stride: int | None = 1,
         momentum: float | None = 0.1,
         dtype: torch.dtype | None = None,
     ):
@@ -128,8 +131,10 @@ class Reference:
         moves = self.compensate and self.conv.weight.requires_grad
         if moves:
             d_mu, d_nu = self.derivative(mu), self.derivative(nu)
-            if self.stride > 1:  # nu = v + mu^2, with the derivative of v on the coarser grid
-                y = self.output(x)[:, :, :: self.stride, :: self.stride]
+            y = self.output(x)
+            stride = self.stride or stride_for(y)
+            if stride > 1:  # nu = v + mu^2, with the derivative of v on the coarser grid
+                y = y[:, :, ::stride, ::stride]
                 d_var = self.derivative(y.var((0, 2, 3), correction=0))
                 d_nu = d_var + 2 * mu.detach()[:, None, None, None] * d_mu
         return Past(mu.detach(), nu.detach(), d_mu, d_nu, weight, moves)

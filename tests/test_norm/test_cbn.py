@@ -1,9 +1,11 @@
 """The layer: batch normalisation where it must be, the window's rules, and what nn.Module does."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import cbn_mmdet
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm import linking
-from cbn_mmdet.norm.window import Entry, dot
+from cbn_mmdet.norm.cbn import stride_for
 
 
 def pair(channels=4, **kwargs):
@@ -531,9 +533,9 @@ class TestLayersTogether:
     def test_as_each_alone(self, moves, calls, monkeypatch):
         """Even if a weight moves between the first layer's forward and its own layer's."""
 
-        def move(conv, args):
+        def move(norm, args, output):
             with torch.no_grad():
-                conv.weight *= 1.01
+                model[2].weight *= 1.01
 
         ends = []
         for alone in (False, True):
@@ -541,13 +543,100 @@ class TestLayersTogether:
                 monkeypatch.setattr(cbn_mmdet.norm.iteration, "accompany", lambda windows: None)
             model = self.build()
             if moves:
-                model[2].register_forward_pre_hook(move)
+                model[1].register_forward_hook(move)
             calls.clear()
             ends.append(self.train(model))
             # Of its own are the naive layer's, and that of the weight that moved.
             assert calls == ([1, 1, 1] if alone else [2, 1, 1] if moves else [2, 1]) * 5
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    def test_a_weight_set_within_the_forward(self, monkeypatch):
+        """As by layers that renormalise their weight, which raises no version."""
+
+        class Constrained(nn.Conv2d):
+            def forward(self, x):
+                self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+                return super().forward(x)
+
+        ends = []
+        for alone in (False, True):
+            if alone:
+                monkeypatch.setattr(cbn_mmdet.norm.iteration, "accompany", lambda windows: None)
+            model = self.build()
+            model[2] = Constrained(4, 8, 3, padding=1, groups=2)
+            nn.init.constant_(model[2].weight, 0.5)
+            link(model)
+            ends.append(self.train(model))
+        assert all(map(torch.equal, *ends))
+
+    def test_a_checkpoint_repeated_after_another_forward(self):
+        """Of other weights, set in a way that raises no version."""
+        grads = []
+        for checkpointed in (False, True):
+            model = self.build()
+            self.train(model)
+            x, target = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 8, 8)
+            y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+            kept = [parameter.data.clone() for parameter in model.parameters()]
+            for parameter in model.parameters():
+                parameter.data.mul_(0.7)
+            with torch.no_grad():
+                model(x)
+            for parameter, value in zip(model.parameters(), kept, strict=True):
+                parameter.data.copy_(value)
+            model.zero_grad()
+            (y * target).sum().backward()
+            grads.append([parameter.grad for parameter in model.parameters()])
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_a_companion_whose_weight_is_away(self, calls):
+        """Offloaded until its own block runs, say: it is left to its own layer."""
+        model = self.build()
+        full = {}
+
+        def release(conv, args, output):
+            full[conv], conv.weight.data = conv.weight.data, torch.empty(0)
+
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.randn(2, 3, 8, 8))
+                step(model)
+            expected = copy.deepcopy(window_state(model))
+            twin = copy.deepcopy(model)
+            link(twin)
+            load_window_state(twin, expected)
+            x = torch.randn(2, 3, 8, 8)
+            model[2].register_forward_pre_hook(
+                lambda conv, args: setattr(conv.weight, "data", full.pop(conv))
+            )
+            release(model[2], None, None)
+            torch.testing.assert_close(model(x), twin(x))
+
+    def test_forwards_of_parts_learn_their_own(self, calls):
+        """Where the linked model itself is not called, each part is a forward."""
+        model = self.build()
+        for _ in range(4):
+            calls.clear()
+            x = torch.randn(2, 3, 8, 8)
+            for layer in model:
+                x = layer(x)
+            x.sum().backward()
+            step(model)
+        assert calls == [1, 1, 1]
+
+    def test_nothing_keeps_a_weight_alive(self):
+        model = self.build()
+        self.train(model)
+        names = [name for name, _ in model.named_parameters()]
+        weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        x = torch.randn(2, 3, 8, 8)
+        torch.func.functional_call(model, dict(zip(names, weights, strict=True)), x)
+        gone = weakref.ref(weights[0])
+        del weights
+        gc.collect()
+        assert gone() is None
 
     def test_a_layer_that_is_gone(self, calls):
         model = self.build()
@@ -561,12 +650,59 @@ class TestLayersTogether:
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         step(model)
 
-    def test_checkpointing_repeats_what_was_learnt(self, calls):
+    def test_checkpointing_repeats_each_alone(self, calls):
         model = self.build()
         self.train(model)
         calls.clear()
         checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False).sum().backward()
-        assert calls == [2, 1]
+        assert calls == [2, 1, 1, 1, 1]
+
+
+class TestWhatChangesALayer:
+    """What a window holds is dropped where it is no longer of the layer as it is now."""
+
+    def test_compensation_is_turned_off(self):
+        model = linked()
+        iterate(model, 3)
+        model[1].compensate = False
+        iterate(model, 2)
+        assert len(model[1]._windows[0]) == 2 and model[1]._windows[0]._h is None
+
+    def test_the_weight_has_another_size(self):
+        model = linked()
+        iterate(model, 3)
+        model[0].weight = nn.Parameter(torch.randn(4, 3, 1, 1))
+        model[0].kernel_size, model[0].padding = (1, 1), (0, 0)
+        iterate(model, 2)
+        assert len(model[1]._windows[0]) == 2
+
+    def test_windows_loaded_in_inference_mode(self):
+        model = linked()
+        iterate(model, 3)
+        other = linked()
+        with torch.inference_mode():
+            load_window_state(other, window_state(model))
+        other(torch.randn(2, 3, 8, 8)).sum().backward()
+        step(other)
+
+
+@pytest.mark.parametrize(
+    "shape, stride",
+    [
+        ((1, 4, 64, 64), 4),
+        ((1, 4, 61, 64), 4),  # 16 rows of 16
+        ((1, 4, 60, 64), 2),  # 15
+        ((2, 4, 16, 16), 1),
+        ((4, 4, 16, 16), 2),
+        ((64, 4, 7, 7), 4),
+        ((1, 4, 1, 1), 1),
+        ((0, 4, 7, 7), 1),
+    ],
+)
+def test_the_default_stride_leaves_256_positions(shape, stride):
+    assert stride_for(torch.empty(shape)) == stride
+    if shape[0] and stride > 1:
+        assert torch.empty(shape)[:, 0, ::stride, ::stride].numel() >= 256
 
 
 class TestWindowInBfloat16:
@@ -716,20 +852,49 @@ class TestNotFinite:
                     one["vectors"], other["vectors"]
                 )
 
-    def test_an_overflowing_derivative_is_dropped(self):
-        """In half precision it can overflow although the activations do not."""
-        model = linked(window=3)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_an_overflowing_derivative_is_dropped(self, dtype):
+        """It can overflow although neither the activations do nor their variance."""
+        model = linked(window=3, window_dtype=dtype)
+        with torch.no_grad():
+            model[0].weight *= 1e-6
         iterate(model, 2)
-        model(torch.randn(2, 3, 8, 8))
-        record = model[1]._records[0]
-        derivative = record.entry.derivative
-        derivative.var[0, 0] = float("inf")
-        products = dot(derivative, model[0].weight)
-        entry = Entry.of(torch.zeros(4), torch.ones(4), derivative, products)
-        model[1]._records[0] = record._replace(entry=entry)
+        model(torch.randn(2, 3, 8, 8) * 1e23)
+        assert not model[1]._records[0].entry.derivative.var.isfinite().all()
+        self.assert_dropped(model)
+
+    def test_what_no_output_sees_is_dropped(self):
+        """NaN where a strided convolution never looks, but the mean of the patches does."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), CBN(4, window_size=3))
+        link(model)
+        for _ in range(2):
+            model(torch.randn(2, 3, 8, 8))
+            step(model)
+        x = torch.randn(2, 3, 8, 8)
+        x[0, 0, 7, 7] = float("nan")
+        assert model(x).isfinite().all()
+        self.assert_dropped(model)
+
+    def test_an_overflowing_estimate_is_dropped(self):
+        """The past can overflow at today's weights although the batch does not."""
+        model = linked(window=3)
+        for _ in range(2):
+            model(torch.randn(2, 3, 8, 8) * 1e6 + 1e6)
+            step(model)
+        with torch.no_grad():
+            model[0].weight *= 1e14
+        model(torch.randn(2, 3, 8, 8) * 1e-3)
+        self.assert_dropped(model)
+
+    def assert_dropped(self, model):
+        window, buffers = window_state(model), copy.deepcopy(model.state_dict())
+        window = copy.deepcopy(window)
         with pytest.warns(UserWarning, match="met NaN or infinite values"):
             step(model)
-        assert model[1]._windows[0]._h.isfinite().all()
+        assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
+        (after,), (before,) = window_state(model)["1"], window["1"]
+        assert after["count"] == before["count"]
+        assert torch.equal(after["h"], before["h"]) and torch.equal(after["m"], before["m"])
 
 
 class TestWindowState:

@@ -64,7 +64,7 @@ norms = st.fixed_dictionaries(
         window_size=st.sampled_from([3, 2, 4, 5, 1]),
         compensate=st.sampled_from([True, True, True, False]),
         backward=st.sampled_from(["window", "current"]),
-        derivative_stride=st.sampled_from([1, 1, 2]),
+        derivative_stride=st.sampled_from([1, 1, 2, None]),
     )
 )
 small = st.tuples(st.integers(1, 9), st.integers(1, 9))

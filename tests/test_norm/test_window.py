@@ -18,10 +18,9 @@ from cbn_mmdet.norm.window import (
 def entry_of(conv, x, stride=1):
     y = conv(x).detach()
     mean, var = batch_moments(y)
-    derivative, _ = batch_derivative(conv, x, y, mean, var, stride)
+    derivative = batch_derivative(conv, x, y, mean, stride)
     bias = 0 if conv.bias is None else conv.bias.detach()
-    of_mean, of_var = dot(derivative, conv.weight)
-    return Entry.of(mean - bias, var, derivative, (mean - bias - of_mean, var - of_var))
+    return Entry.of(mean - bias, var, derivative, conv.weight)
 
 
 def moved(conv, distance):

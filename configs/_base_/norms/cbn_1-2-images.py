@@ -2,4 +2,4 @@
 # gradient has to flow through them as well (README, "Does it help?").
 _base_ = "./cbn.py"
 
-norm_cfg = dict(window_size=8, backward="window", momentum=0.02)
+norm_cfg = dict(window_size=8, backward="window", derivative_stride=None, momentum=0.02)
