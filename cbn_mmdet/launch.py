@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS
 from mmengine.runner import BaseLoop, Runner, checkpoint
 from mmengine.utils import digit_version
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -46,6 +47,9 @@ START_ERRORS = (
 
 # What a system says when a disk, a quota or the largest allowed size of a file is used up.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_OTHER_NORMS = ("BN", "SyncBN", "GN", "LN", "IN")
 
 
 class UsageError(Exception):
@@ -124,6 +128,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read ``args.config`` and apply the options of :func:`add_launch_arguments` to it."""
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options)
+    check_norms(cfg)
     cfg.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or osp.join("work_dirs", name)
@@ -159,6 +164,32 @@ def merge_options(cfg: Config, options: dict) -> None:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise UsageError(f"--cfg-options: {error.args[0]}") from error
+
+
+def check_norms(cfg: Config) -> None:
+    """Refuse a norm that nobody registered, which mmcv would only call None."""
+    import mmcv.cnn  # noqa: F401  registers its norms
+
+    with MODELS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
+        for path, norm in _norm_settings(cfg.get("model") or {}, "model"):
+            kind = norm.get("type")
+            if isinstance(kind, str) and registry.get(kind) is None:
+                close = difflib.get_close_matches(kind, ["CBN", "SyncCBN", "BRN", *_OTHER_NORMS], 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UsageError(f"{path}.type: no norm is called {kind}{hint}")
+
+
+def _norm_settings(settings: object, path: str) -> Iterator[tuple[str, dict]]:
+    """Every ``norm_cfg`` within ``settings``, with its path."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key == "norm_cfg" and isinstance(value, dict):
+                yield f"{path}.{key}", value
+            else:
+                yield from _norm_settings(value, f"{path}.{key}")
+    elif isinstance(settings, (list, tuple)):
+        for index, value in enumerate(settings):
+            yield from _norm_settings(value, f"{path}[{index}]")
 
 
 def check_data(cfg: Config, split: str) -> None:

@@ -238,9 +238,12 @@ def latest_checkpoint(work_dir: str) -> str | None:
     Raises:
         UsageError: mmengine noted a checkpoint, and none is whole.
     """
-    names = {
-        name for form in ("epoch_*.pth", "iter_*.pth") for name in glob(form, root_dir=work_dir)
-    }
+    # Not what tools/publish.py puts beside them.
+    names = [
+        name
+        for name in glob("*.pth", root_dir=work_dir)
+        if re.fullmatch(r"(epoch|iter)_\d+\.pth", name)
+    ]
     paths = sorted((osp.join(work_dir, name) for name in names), key=osp.getmtime, reverse=True)
     noted = osp.basename(find_latest_checkpoint(work_dir) or "")
     if noted:

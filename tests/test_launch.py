@@ -39,6 +39,28 @@ def test_broken_config(tmp_path, text, message):
         launch.read_config(str(path))
 
 
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("neck=dict(norm_cfg=dict(type='CNB'))", r"model\.neck\.norm_cfg\.type: .* CNB; .* CBN\?"),
+        ("heads=[dict(), dict(norm_cfg=dict(type='Foo'))]", r"heads\[1\]\.norm_cfg.* called Foo$"),
+        ("neck=dict(norm_cfg=dict(type='SyncCBN'), head=dict(norm_cfg=None))", None),
+        ("norm_cfg=dict(type='GN', num_groups=2)", None),
+    ],
+)
+def test_mistyped_norm(tmp_path, setting, message):
+    path = tmp_path / "config.py"
+    path.write_text(f"default_scope = 'mmdet'\nmodel = dict({setting})\n")
+    args = argparse.Namespace(
+        config=str(path), cfg_options={}, launcher="none", work_dir=None, local_rank=0
+    )
+    if message is None:
+        launch.load_config(args)
+    else:
+        with pytest.raises(UsageError, match=message):
+            launch.load_config(args)
+
+
 def test_missing_config():
     with pytest.raises(UsageError, match="the config file none.py does not exist"):
         launch.read_config("none.py")

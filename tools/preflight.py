@@ -49,6 +49,7 @@ from cbn_mmdet.launch import (
     add_cfg_options,
     check_checkpoint,
     check_data,
+    check_norms,
     explained_errors,
     merge_options,
     read_config,
@@ -99,6 +100,7 @@ def main() -> None:
     epoch_length = check_batch(report, cfg, args, train_images)
     model = None
     with report.check("model") as ok:
+        check_norms(cfg)
         try:
             model = MODELS.build(copy.deepcopy(cfg.model))
         except Exception as error:  # a wrong setting of any part
