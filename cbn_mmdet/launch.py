@@ -48,8 +48,8 @@ START_ERRORS = (
 # What a system says when a disk, a quota or the largest allowed size of a file is used up.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
-_OTHER_NORMS = ("BN", "SyncBN", "GN", "LN", "IN")
+# What a mistyped norm may have meant.
+NORMS = ("CBN", "SyncCBN", "BRN", "BN", "SyncBN", "GN", "LN", "IN")
 
 
 class UsageError(Exception):
@@ -174,7 +174,7 @@ def check_norms(cfg: Config) -> None:
         for path, norm in _norm_settings(cfg.get("model") or {}, "model"):
             kind = norm.get("type")
             if isinstance(kind, str) and registry.get(kind) is None:
-                close = difflib.get_close_matches(kind, ["CBN", "SyncCBN", "BRN", *_OTHER_NORMS], 1)
+                close = difflib.get_close_matches(kind, NORMS, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise UsageError(f"{path}.type: no norm is called {kind}{hint}")
 

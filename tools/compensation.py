@@ -113,7 +113,8 @@ def main() -> None:
         runner.train()
     if not observer.rows:
         raise UsageError(
-            f"the run of {runner.max_iters} iterations ended before the first look, at {args.every}"
+            f"the run of {runner.max_iters} iterations ended before the first look, "
+            f"at {observer.every}"
         )
     report(observer, cfg.work_dir)
 
@@ -132,9 +133,8 @@ class Observer(Hook):
             raise UsageError(f"{args.config}: window_size is 1, which compensates nothing")
         self.names = self._choose(args.layers, layers)
         self.strides, self.bfloat16 = args.strides, args.bfloat16
-        # Looks must not overlap, and the last must come before the end.
-        args.every = args.every or max(self.past + 1, runner.max_iters // PROBES)
-        self.every = max(args.every, self.past + 1)
+        # What two looks keep must not overlap.
+        self.every = max(args.every or runner.max_iters // PROBES, self.past + 1)
         self.rows: list[dict] = []
         self.kept: dict[str, list[Kept]] = defaultdict(list)
         self.network = args.network

@@ -151,7 +151,7 @@ class Window:
     def clear(self) -> None:
         """Forgets everything and frees the memory."""
         self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
-        self._companions: list[weakref.ref[Window]] = []
+        self._company = _Company([self])
         self._known: _Known | None = None
         self._count = 0
         self._next = 0
@@ -261,11 +261,10 @@ class Window:
         forward = linking.current_forward()
         # The repetition of a forward in a backward pass may follow others, at other weights.
         if forward is not None and not linking.is_recomputation():
-            if self._known is None or self._known.forward != forward:
-                others = [each() for each in self._companions]
-                _learn([each for each in others if each not in (None, self)] + [self], forward)
-            if self._known is not None and self._known.holds_for(weight, dtype):
-                return self._known.past
+            self._company.learn(forward)
+            known = self._known
+            if known is not None and known.forward == forward and known.holds_for(weight, dtype):
+                return known.past
         return _pasts([self], [weight], dtype)[0]
 
     def fits(self, weight: Tensor) -> bool:
@@ -290,11 +289,26 @@ class Window:
             self._h = torch.zeros(h.shape[0], self.capacity, h.shape[1], **new)
 
 
+class _Company:
+    """Windows that grew in the same iteration and learn their pasts together."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._members = [weakref.ref(window) for window in windows]
+        self._forward: int | None = None  # the last that they learnt for
+
+    def learn(self, forward: int) -> None:
+        """Learns for a forward, once."""
+        if self._forward != forward:
+            self._forward = forward
+            members = [member() for member in self._members]
+            _learn([window for window in members if window is not None], forward)
+
+
 def accompany(windows: Sequence[Window]) -> None:
     """Makes windows that grew in the same iteration learn their pasts together."""
-    references = [weakref.ref(window) for window in windows]
+    company = _Company(windows)
     for window in windows:
-        window._companions = references
+        window._company = company
 
 
 def _learn(windows: list[Window], forward: int) -> None:
