@@ -3,8 +3,8 @@
 
 Importing the package registers the layers ``CBN``, ``SyncCBN`` and ``BRN`` in mmengine's root
 ``MODELS`` registry, where mmdet and the rest of the OpenMMLab family find them as
-``norm_cfg=dict(type='CBN')``, and ``CBNHook`` in ``HOOKS``. Without mmengine, the layers and their
-functions work in any torch training loop.
+``norm_cfg=dict(type='CBN')``, and ``CBNHook`` and ``PreciseStatsHook`` in ``HOOKS``. Without
+mmengine, the layers and their functions work in any torch training loop.
 """
 
 from importlib.util import find_spec
@@ -12,11 +12,14 @@ from importlib.util import find_spec
 from .norm import (
     BRN,
     CBN,
+    Diagnosis,
     SyncCBN,
+    diagnose,
     from_batchnorm,
     link,
     links,
     load_window_state,
+    precise_statistics,
     set_window,
     step,
     to_batchnorm,
@@ -28,11 +31,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BRN",
     "CBN",
+    "Diagnosis",
     "SyncCBN",
+    "diagnose",
     "from_batchnorm",
     "link",
     "links",
     "load_window_state",
+    "precise_statistics",
     "set_window",
     "step",
     "to_batchnorm",
@@ -42,9 +48,9 @@ __all__ = [
 if find_spec("mmengine") is not None:
     from mmengine.registry import MODELS
 
-    from .hooks import CBNHook
+    from .hooks import CBNHook, PreciseStatsHook
 
     MODELS.register_module(name="BRN", module=BRN)
     MODELS.register_module(name="CBN", module=CBN)
     MODELS.register_module(name="SyncCBN", module=SyncCBN)
-    __all__ += ["CBNHook"]
+    __all__ += ["CBNHook", "PreciseStatsHook"]

@@ -58,7 +58,7 @@ def test_options_are_the_layers():
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^`|]+?)`? \|", README, re.MULTILINE))
     for owner, names in (
         (CBN, "window_size backward momentum compensate derivative_stride sync window_dtype"),
-        (CBNHook, "burn_in by_epoch save_window"),
+        (CBNHook, "burn_in by_epoch save_window diagnose_every"),
     ):
         parameters = inspect.signature(owner).parameters
         for name in names.split():

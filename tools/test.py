@@ -6,7 +6,7 @@ import os.path as osp
 
 from mmengine.config import Config
 
-import cbn_mmdet  # noqa: F401  (registers CBN, for configs that do not import it)
+from cbn_mmdet import PreciseStatsHook  # the import registers CBN as well
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
     CarefulRunner,
@@ -30,6 +30,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("config", help="the config file")
     parser.add_argument("checkpoint", help="the checkpoint to evaluate")
     add_launch_arguments(parser)
+    parser.add_argument(
+        "--precise-stats",
+        type=int,
+        metavar="N",
+        help="first estimate all running statistics anew from N training images",
+    )
     parser.add_argument("--out", metavar="FILE.pkl", help="write the detections to a pickle file")
     parser.add_argument("--show", action="store_true", help="show the detections in a window")
     parser.add_argument(
@@ -46,6 +52,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     check_data(cfg, "test")
+    hook = precise_stats(cfg, args.precise_stats)
     check_checkpoint(args.checkpoint)
     cfg.resume = False
     cfg.load_from = args.checkpoint
@@ -56,7 +63,22 @@ def main() -> None:
     check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
     with explained_damage(cfg), explained_errors(*BUILD_ERRORS):
-        CarefulRunner.from_cfg(cfg).test()
+        runner = CarefulRunner.from_cfg(cfg)
+        if hook:
+            runner.load_or_resume()
+            runner.model.train()
+            hook.estimate(runner)
+        runner.test()
+
+
+def precise_stats(cfg: Config, num_images: int | None) -> PreciseStatsHook | None:
+    """What estimates the statistics; its images are those of the training."""
+    if num_images is None:
+        return None
+    if num_images < 1:
+        raise UsageError(f"--precise-stats {num_images}: takes at least 1 image")
+    check_data(cfg, "train")
+    return PreciseStatsHook(num_images)
 
 
 def write_detections(cfg: Config, path: str) -> None:

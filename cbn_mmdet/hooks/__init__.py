@@ -2,5 +2,6 @@
 """mmengine hooks."""
 
 from .cbn_hook import CBNHook
+from .precise_stats_hook import PreciseStatsHook
 
-__all__ = ["CBNHook"]
+__all__ = ["CBNHook", "PreciseStatsHook"]

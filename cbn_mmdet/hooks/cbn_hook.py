@@ -15,7 +15,8 @@ from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ..norm import link, load_window_state, set_window, window_state
+from ..norm import diagnose, link, load_window_state, set_window, window_state
+from ..norm.diagnostics import LARGE_CLAMPED, LARGE_CORRECTION, Diagnosis
 from ..norm.iteration import cbn_layers, end_iteration
 
 
@@ -40,6 +41,16 @@ class CBNHook(Hook):
       negative and were cut to zero. Much above 0 means that the weights move too fast for the
       window: lengthen the burn-in or narrow the window.
 
+    and every ``diagnose_every`` iterations, of what :func:`cbn_mmdet.diagnose` tells of each layer,
+
+    - ``cbn/correction`` and ``cbn/worst_correction``: by how many standard deviations the
+      compensation moves past means, in the mean over the layers and in the worst of them, whose
+      name the log has;
+    - ``cbn/noise``: how many standard deviations the last batch's means are from the window's.
+
+    It warns once, by a layer's name, when more than 5 % of its past variances are cut to zero or
+    its correction is above 0.3.
+
     Args:
         burn_in: Length of the burn-in, at least 0, less than the run.
         by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False).
@@ -47,6 +58,8 @@ class CBNHook(Hook):
             as ``cbn_window_iter_{iteration}_rank{rank}.pth``, for a resume from it to start with.
             The last two stay, each of ``window_size - 1`` times the size of the weights that CBN
             follows.
+        diagnose_every: Iterations from one diagnosis to the next, 0 for none. Each reads all
+            windows once.
 
     Raises:
         ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
@@ -56,26 +69,37 @@ class CBNHook(Hook):
     # Before whatever reads the running statistics after an iteration, EMAHook for one.
     priority = "ABOVE_NORMAL"
 
-    def __init__(self, burn_in: int = 3, by_epoch: bool = True, save_window: bool = False) -> None:
-        if not isinstance(burn_in, numbers.Integral) or isinstance(burn_in, bool) or burn_in < 0:
-            raise ValueError(
-                "CBNHook: burn_in must be a whole number of epochs (or of iterations with "
-                f"by_epoch=False), at least 0, got {burn_in!r}."
-            )
+    def __init__(
+        self,
+        burn_in: int = 3,
+        by_epoch: bool = True,
+        save_window: bool = False,
+        diagnose_every: int = 0,
+    ) -> None:
+        for name, value, of in (
+            ("burn_in", burn_in, "epochs (or of iterations with by_epoch=False)"),
+            ("diagnose_every", diagnose_every, "iterations (0 for no diagnosis)"),
+        ):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"CBNHook: {name} must be a whole number of {of}, at least 0, got {value!r}."
+                )
         for name, value in (("by_epoch", by_epoch), ("save_window", save_window)):
             if not isinstance(value, bool):
                 raise ValueError(f"CBNHook: {name} must be True or False, got {value!r}.")
         self.burn_in = burn_in
         self.by_epoch = by_epoch
         self.save_window = save_window
+        self.diagnose_every = diagnose_every
         self._full_window = 1
         self._saves = False  # once training has begun
         self._checkpoint: str | None = None
         self._checked_modes = False
+        self._warned_of_doubt = False
 
     def before_train(self, runner) -> None:
         """Links the model and checks the burn-in against the length of the run."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         if link(model) == 0:
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
@@ -115,15 +139,23 @@ class CBNHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         clamped, warning = end_iteration(model)
         if warning:
             runner.logger.warning(f"CBNHook: {warning}")
         if get_world_size() > 1:
             _average_running_statistics(model)
-        hub = MessageHub.get_current_instance()
-        hub.update_scalar("train/cbn/window_size", self._in_force(runner))
-        hub.update_scalar("train/cbn/clamped", 0.0 if clamped is None else clamped.item())
+        fraction = 0.0 if clamped is None else clamped.item()
+        _log("window_size", self._in_force(runner))
+        _log("clamped", fraction)
+        is_time = self.diagnose_every > 0 and (runner.iter + 1) % self.diagnose_every == 0
+        is_suspicious = fraction > LARGE_CLAMPED and not self._warned_of_doubt
+        if is_time or is_suspicious:
+            found = diagnose(model)
+            if found:
+                self._warn_of_doubt(runner, found)
+            if found and is_time:
+                _log_diagnosis(runner, found)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Writes the windows before the checkpoint, so that a death between the two spoils none.
@@ -152,7 +184,7 @@ class CBNHook(Hook):
         saved = dict(
             checkpoint=checkpoint,
             world_size=get_world_size(),
-            windows=window_state(_unwrapped(runner.model)),
+            windows=window_state(unwrapped(runner.model)),
         )
         path = _window_path(runner, runner.iter if iteration is None else iteration)
         try:
@@ -176,7 +208,7 @@ class CBNHook(Hook):
         reasons = [why for why in all_gather_object(self._fill_window(runner)) if why]
         if not reasons:
             return
-        set_window(_unwrapped(runner.model), 1)  # a change forgets what some have loaded
+        set_window(unwrapped(runner.model), 1)  # a change forgets what some have loaded
         self._hold(runner)
         runner.logger.warning(
             f"CBNHook: the windows start empty, as {reasons[0]}. They fill within "
@@ -197,14 +229,14 @@ class CBNHook(Hook):
             if saved[name] != now:
                 return f"{path} is of {name} {saved[name]}, the run of {name} {now}"
         try:
-            load_window_state(_unwrapped(runner.model), saved["windows"])
+            load_window_state(unwrapped(runner.model), saved["windows"])
         except ValueError as error:
             return str(error)
         return None
 
     def _warn_of_idle_layers(self, runner) -> None:
         """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
-        layers = cbn_layers(_unwrapped(runner.model))
+        layers = cbn_layers(unwrapped(runner.model))
         idle = [name for name, layer in layers.items() if not layer.training]
         if idle:
             runner.logger.warning(
@@ -214,12 +246,45 @@ class CBNHook(Hook):
                 "backbone; to keep them frozen, leave their norm at BN."
             )
 
+    def _warn_of_doubt(self, runner, found: dict[str, Diagnosis]) -> None:
+        doubtful = [name for name in found if found[name].is_doubtful]
+        if not doubtful or self._warned_of_doubt:
+            return
+        self._warned_of_doubt = True
+        name = max(doubtful, key=lambda name: found[name].correction)
+        runner.logger.warning(
+            f"CBNHook: the weights move too fast for the window: '{name}' is the worst of "
+            f"{len(doubtful)} CBN layers (of {len(found)}) whose past means are moved by more than "
+            f"{LARGE_CORRECTION} standard deviations (its: {found[name].correction:.2f}) or of "
+            f"whose past variances more than {LARGE_CLAMPED:.0%} are cut to zero (its: "
+            f"{found[name].clamped:.0%}). Lengthen burn_in, narrow window_size, or lower the "
+            "learning rate."
+        )
+
     def _hold(self, runner) -> None:
-        set_window(_unwrapped(runner.model), self._in_force(runner))
+        set_window(unwrapped(runner.model), self._in_force(runner))
 
     def _in_force(self, runner) -> int:
         done = runner.epoch if self.by_epoch else runner.iter
         return 1 if done < self.burn_in else self._full_window
+
+
+def _log(name: str, value: float) -> None:
+    MessageHub.get_current_instance().update_scalar(f"train/cbn/{name}", value)
+
+
+def _log_diagnosis(runner, found: dict[str, Diagnosis]) -> None:
+    corrections = {name: each.correction for name, each in found.items()}
+    worst = max(corrections, key=corrections.__getitem__)
+    correction = sum(corrections.values()) / len(found)
+    noise = sum(each.noise for each in found.values()) / len(found)
+    _log("correction", correction)
+    _log("worst_correction", corrections[worst])
+    _log("noise", noise)
+    runner.logger.info(
+        f"CBNHook: correction {correction:.4f}, worst {corrections[worst]:.4f} in '{worst}'; noise "
+        f"{noise:.4f}; {len(found)} layers, in standard deviations."
+    )
 
 
 def _average_running_statistics(model) -> None:
@@ -247,7 +312,8 @@ def _window_path(runner, iteration: int | str) -> str:
     return osp.join(runner.work_dir, f"cbn_window_iter_{iteration}_rank{get_rank()}.pth")
 
 
-def _unwrapped(model):
+def unwrapped(model):
+    """The model inside of any wrapper, DDP's say."""
     while is_model_wrapper(model):
         model = model.module
     return model

@@ -4,16 +4,21 @@
 from .brn import BRN
 from .cbn import CBN, SyncCBN
 from .convert import from_batchnorm, to_batchnorm
+from .diagnostics import Diagnosis, diagnose
 from .iteration import link, links, load_window_state, set_window, step, window_state
+from .population import precise_statistics
 
 __all__ = [
     "BRN",
     "CBN",
+    "Diagnosis",
     "SyncCBN",
+    "diagnose",
     "from_batchnorm",
     "link",
     "links",
     "load_window_state",
+    "precise_statistics",
     "set_window",
     "step",
     "to_batchnorm",

@@ -83,6 +83,7 @@ class Past(NamedTuple):
         size: ``T``.
         mean: Mean of ``mu_hat``, ``(C,)``.
         var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
+        means: ``mu_hat`` of each iteration, ``(C, T)``.
         positive: ``c``: whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as
             all that follows, where nothing is compensated.
         offset: ``mu_hat - c delta``, ``(C, T)``.
@@ -93,10 +94,25 @@ class Past(NamedTuple):
     size: int
     mean: Tensor
     var: Tensor
+    means: Tensor
     positive: Tensor | None = None
     offset: Tensor | None = None
     half: Tensor | None = None
     derivative: Derivative | None = None
+
+
+class Look(NamedTuple):
+    """What a window holds, for diagnostics.
+
+    Attributes:
+        past: The past iterations at today's weight.
+        recorded: Their means as they were recorded, ``(C, T)``.
+        newest: Which of them is the last.
+    """
+
+    past: Past
+    recorded: Tensor
+    newest: int
 
 
 class Estimate(NamedTuple):
@@ -267,6 +283,18 @@ class Window:
                 return known.past
         return _pasts([self], [weight], dtype)[0]
 
+    @torch.no_grad()
+    def look(self, weight: Tensor | None) -> Look:
+        """The past iterations, of which there is one at least, as of now.
+
+        Args:
+            weight: Today's weight of the convolution; only read if entries carry derivatives.
+        """
+        dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
+        past = _pasts([self], [None if self._h is None else weight], dtype)[0]
+        newest = (self._next - 1) % self.capacity
+        return Look(past, self._vectors[: self._count, 0].to(dtype).T, newest)
+
     def fits(self, weight: Tensor) -> bool:
         """Whether what is held is of a weight of this size, and where it is."""
         if self._h is None:
@@ -381,7 +409,7 @@ def _pasts(
     parts = zip(
         *(
             [None] * len(windows) if each is None else each.split(channels)
-            for each in (mean, var, positive, offset, half)
+            for each in (mean, var, means, positive, offset, half)
         ),
         derivatives,
         strict=True,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from cbn_mmdet import CBN, CBNHook, links, window_state
+from cbn_mmdet import CBN, CBNHook, diagnose, links, window_state
 
 LENGTH = 4  # iterations of an epoch
 _runs = itertools.count()
@@ -48,7 +49,8 @@ class Watch(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         model = getattr(runner.model, "module", runner.model)
         norm = model.body[1]
-        self.seen.append((norm.window, len(norm._windows[0]) if norm._windows else 0))
+        if isinstance(norm, CBN):
+            self.seen.append((norm.window, len(norm._windows[0]) if norm._windows else 0))
 
 
 def runner(work_dir, hook, norm=None, epochs=4, loop=None, **kwargs):
@@ -66,7 +68,9 @@ def runner(work_dir, hook, norm=None, epochs=4, loop=None, **kwargs):
         optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01)),
         default_hooks=dict(
             logger=dict(type="LoggerHook", interval=1),
-            checkpoint=dict(type="CheckpointHook", interval=1),
+            checkpoint=dict(
+                type="CheckpointHook", interval=1, by_epoch=not loop or loop["by_epoch"]
+            ),
         ),
         custom_hooks=[*([hook] if hook else []), watch],
         # A name that no other runner of this process has, a resumed one included.
@@ -243,7 +247,7 @@ def test_validation_alone_writes_no_windows(tmp_path):
 def test_what_is_logged(tmp_path):
     run, _ = runner(
         tmp_path,
-        dict(type="CBNHook", burn_in=1),
+        dict(type="CBNHook", burn_in=1, diagnose_every=2),
         epochs=2,
         visualizer=dict(
             type="Visualizer",
@@ -256,15 +260,29 @@ def test_what_is_logged(tmp_path):
     rows = [json.loads(line) for line in scalars.read_text().splitlines()]
     assert [row["cbn/window_size"] for row in rows] == [1] * LENGTH + [3] * LENGTH
     assert all(0 <= row["cbn/clamped"] <= 1 for row in rows)
+    diagnosed = ("cbn/correction", "cbn/worst_correction", "cbn/noise")
+    assert [[name in row for name in diagnosed] for row in rows] == (
+        [[False] * 3] * (LENGTH + 1) + [[True] * 3] * (LENGTH - 1)
+    )
+    found = diagnose(run.model)["body.1"]  # the last iteration's
+    assert [rows[-1][name] for name in diagnosed] == pytest.approx(
+        [found.correction, found.correction, found.noise], rel=1e-3
+    )
     (log,) = tmp_path.rglob("*.log")
-    assert "cbn/window_size: 3  cbn/clamped: 0.0000" in log.read_text()
+    log = log.read_text()
+    assert "cbn/window_size: 3  cbn/clamped: 0.0000" in log
+    assert (
+        len(re.findall(r"CBNHook: correction 0\.\d+, worst 0\.\d+ in 'body.1'; noise ", log)) == 2
+    )
+    assert "move too fast" not in log
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = tmp_path.rglob("events.out.tfevents*")
     tensorboard = EventAccumulator(str(events.parent))
     tensorboard.Reload()
-    assert {"cbn/window_size", "cbn/clamped"} <= set(tensorboard.Tags()["scalars"])
+    logged = {"cbn/window_size", "cbn/clamped", *diagnosed}
+    assert logged <= set(tensorboard.Tags()["scalars"])
 
 
 def test_what_is_clamped_is_logged(tmp_path):
@@ -281,6 +299,10 @@ def test_what_is_clamped_is_logged(tmp_path):
     (scalars,) = tmp_path.rglob("scalars.json")
     rows = [json.loads(line) for line in scalars.read_text().splitlines()]
     assert rows[0]["cbn/clamped"] == 0 and rows[1]["cbn/clamped"] == 1
+    (log,) = tmp_path.rglob("*.log")
+    (warning,) = [line for line in log.read_text().splitlines() if "move too fast" in line]
+    assert "WARNING - CBNHook: the weights move too fast for the window: 'body.1' is" in warning
+    assert re.search(r"more than 5% are cut to zero \(its: \d+%\)\. Lengthen burn_in", warning)
 
 
 @pytest.mark.parametrize("burn_in", [0, 3])
@@ -317,6 +339,12 @@ def test_bad_burn_in(value):
         CBNHook(burn_in=value)
 
 
+@pytest.mark.parametrize("value", [-1, 1.5, "3", None, True])
+def test_bad_interval(value):
+    with pytest.raises(ValueError, match="diagnose_every must be a whole number of iterations"):
+        CBNHook(diagnose_every=value)
+
+
 @pytest.mark.parametrize("name", ["by_epoch", "save_window"])
 def test_bad_switch(name):
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 'epoch'"):
@@ -342,8 +370,6 @@ def test_burn_in_not_shorter_than_the_run(tmp_path, hook, message):
 
 def test_no_cbn_in_the_model(tmp_path):
     run, _ = runner(tmp_path, dict(type="CBNHook"), norm=nn.BatchNorm2d(4))
-    run.model.body[1].window = 1  # for Watch
-    run.model.body[1]._windows = []
     run.train()
     (log,) = tmp_path.rglob("*.log")
     assert "WARNING - CBNHook: the model contains no CBN layer" in log.read_text()
@@ -372,7 +398,6 @@ def test_evaluation_leaves_the_window_alone(tmp_path):
 
 def test_a_run_without_cbn_may_be_shorter_than_the_burn_in(tmp_path):
     run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=3), norm=nn.GroupNorm(1, 4), epochs=1)
-    run.model.body[1].window, run.model.body[1]._windows = 1, []  # for Watch
     run.train()
 
 

@@ -1,0 +1,149 @@
+# Licensed under the Apache License, Version 2.0.
+"""Statistics for evaluation, estimated anew from training images."""
+
+from __future__ import annotations
+
+import bisect
+import numbers
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Subset
+
+from ..norm import precise_statistics
+from .cbn_hook import unwrapped
+
+
+@HOOKS.register_module()
+class PreciseStatsHook(Hook):
+    """Replaces running statistics by those of training images, with the weights at rest.
+
+    It does so after the last iteration before an evaluation, so that the checkpoint of that time
+    has the same statistics, and works for every batch normalisation that trains: CBN, BRN, BN and
+    SyncBN (see :func:`cbn_mmdet.precise_statistics`). Training goes on as if nothing had happened,
+    but for BRN, which corrects towards the running statistics. A model that ``EMAHook`` averages
+    is not touched.
+
+    Args:
+        num_images: Number of training images, over all processes; fewer if the data set has fewer.
+            They are the same each time, evenly spread over the data set, and pass through the
+            training's own pipeline, in batches of its size. Each costs a forward pass.
+        every_evaluation: Whether to do it before each evaluation in the training, or (False) only
+            at its end.
+
+    Raises:
+        ValueError: An argument is not of its kind, or (at the start of training) the data set has
+            no length.
+    """
+
+    # After CBNHook, which ends the iteration, and before what writes checkpoints.
+    priority = "NORMAL"
+
+    def __init__(self, num_images: int = 300, every_evaluation: bool = True) -> None:
+        is_whole = isinstance(num_images, numbers.Integral) and not isinstance(num_images, bool)
+        if not is_whole or num_images < 1:
+            raise ValueError(
+                "PreciseStatsHook: num_images must be a whole number of at least 1, got "
+                f"{num_images!r}."
+            )
+        if not isinstance(every_evaluation, bool):
+            raise ValueError(
+                f"PreciseStatsHook: every_evaluation must be True or False, got "
+                f"{every_evaluation!r}."
+            )
+        self.num_images = num_images
+        self.every_evaluation = every_evaluation
+
+    def before_train(self, runner) -> None:
+        """Checks that images can be picked from the data set."""
+        dataset = runner.train_loop.dataloader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                "PreciseStatsHook: picks images all over the data set, but "
+                f"{type(dataset).__name__} has no length. Remove the hook, or train on a data set "
+                "that has one."
+            )
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """In a loop that counts iterations, estimates if an evaluation, or the end, follows."""
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            self._estimate_if_due(runner, runner.iter + 1, runner.max_iters)
+
+    def after_train_epoch(self, runner) -> None:
+        """In a loop that counts epochs, likewise."""
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            self._estimate_if_due(runner, runner.epoch + 1, runner.max_epochs)
+
+    def estimate(self, runner) -> None:
+        """Estimates now, in a runner whose train loop was built."""
+        started = time.monotonic()
+        model = unwrapped(runner.model)
+        loader = runner.train_loop.dataloader
+        length = len(loader.dataset)
+        count = min(self.num_images, length)
+        chosen = [i * length // count for i in range(count)][get_rank() :: get_world_size()]
+        batches = DataLoader(
+            Subset(loader.dataset, chosen),
+            batch_size=loader.batch_size or loader.batch_sampler.batch_size,
+            collate_fn=loader.collate_fn,
+        )
+        shown = track(
+            batches,
+            description="population statistics",
+            console=Console(stderr=True),
+            disable=get_rank() > 0 or not Console(stderr=True).is_terminal,
+            transient=True,
+        )
+        with _random_state_kept():
+            names = precise_statistics(model, shown, lambda batch: _forward(model, batch))
+        runner.logger.info(
+            f"PreciseStatsHook: statistics of {len(names)} layers from {count} images in "
+            f"{time.monotonic() - started:.1f} s."
+        )
+
+    def _estimate_if_due(self, runner, done: int, length: int) -> None:
+        if done == length or (self.every_evaluation and _is_evaluated(runner, done)):
+            self.estimate(runner)
+
+
+def _is_evaluated(runner, done: int) -> bool:
+    """Whether the loop evaluates after so many epochs, or iterations."""
+    loop = runner.train_loop
+    if runner.val_loop is None or done < loop.val_begin:
+        return False
+    interval = loop.val_interval
+    if loop.dynamic_milestones:
+        # As the loop does itself, once it counts this epoch or iteration.
+        interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, done + 1) - 1]
+    return done % interval == 0
+
+
+def _forward(model, batch) -> None:
+    data = model.data_preprocessor(batch, True)
+    if isinstance(data, dict):
+        model(**data, mode="loss")
+    else:
+        model(*data, mode="loss")
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leaves the generators of random numbers, which pipelines and samplers use, as they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
