@@ -15,7 +15,6 @@ torch and rich alone, the others MMDetection.
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import io
 import json
@@ -44,7 +43,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cbn_mmdet import BRN, CBN, link, step
+from cbn_mmdet import CBN, link, step
+from cbn_mmdet.norm.names import NORMS, build_norm, norm_cfg, replace_norms
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -69,13 +69,6 @@ R50 = [
     for norm in ("bn", "bn-all")
 ]
 DIGITS = osp.join(CONFIGS, "digits", "faster-rcnn_r18_fpn_bn-all_1xb1_digits.py")
-NORMS = {
-    "BN": nn.BatchNorm2d,
-    "GN": lambda channels, num_groups: nn.GroupNorm(math.gcd(num_groups, channels), channels),
-    "SyncBN": nn.SyncBatchNorm,
-    "BRN": BRN,
-    "CBN": CBN,
-}
 AUTOGRAD, FLOOR = "autograd", "BN + weight gradient"
 NAIVE = "CBN(compensate=False)"
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
@@ -216,7 +209,7 @@ def norm(text: str) -> str:
     """Check that a norm can be built; its name is all that is kept."""
     try:
         if text not in (AUTOGRAD, FLOOR):
-            build_norm(text, 32)
+            build_norm(norm_cfg(text), 32)
     except (SyntaxError, AttributeError, KeyError) as error:
         raise argparse.ArgumentTypeError(
             f"takes {', '.join(NORMS)} or {AUTOGRAD}, or CBN(derivative_stride=2), got {text}"
@@ -224,22 +217,6 @@ def norm(text: str) -> str:
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"cannot build {text}: {error}") from error
     return text
-
-
-def norm_cfg(text: str) -> dict:
-    """Read a norm's ``norm_cfg`` from its name."""
-    call = ast.parse(text if text.endswith(")") else f"{text}()", mode="eval").body
-    if call.args:
-        raise ValueError("its arguments need their names")
-    groups = {"num_groups": 32} if call.func.id == "GN" else {}
-    given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-    return {"type": call.func.id, **groups, **given}
-
-
-def build_norm(text: str, channels: int) -> nn.Module:
-    """Build a norm layer from its name."""
-    cfg = norm_cfg(text)
-    return NORMS[cfg.pop("type")](channels, **cfg)
 
 
 def main() -> None:
@@ -472,7 +449,7 @@ def build_layer(text: str, shape: Shape) -> nn.Sequential:
     torch.manual_seed(0)
     conv = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, padding=shape.kernel // 2, bias=False)
     own = {AUTOGRAD: TextbookCBN, FLOOR: WeightGradientBN}
-    norm = own[text](conv) if text in own else build_norm(text, shape.c_out)
+    norm = own[text](conv) if text in own else build_norm(norm_cfg(text), shape.c_out)
     model = nn.Sequential(conv, norm)
     if has_cbn(model):
         link(model)
@@ -718,19 +695,6 @@ def build_detector(cfg: Config, name: str, args: argparse.Namespace) -> nn.Modul
         model = MODELS.build(settings)
     model.init_weights()
     return model.to(args.device)
-
-
-def replace_norms(settings: dict, cfg: dict) -> int:
-    """Put ``cfg`` in the place of each ``norm_cfg`` that trains; returns how many there were."""
-    count = 0
-    for key, value in settings.items():
-        if key == "norm_cfg" and value and value.get("requires_grad", True):
-            settings[key] = dict(cfg, requires_grad=True)
-            count += 1
-        else:
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            count += sum(replace_norms(part, cfg) for part in parts if isinstance(part, dict))
-    return count
 
 
 def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict], str]:
