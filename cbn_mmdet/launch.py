@@ -40,6 +40,7 @@ OPTIONAL_SETTINGS = {
 BUILD_ERRORS = ("unexpected keyword argument", "registry", "BRN: ", "CBN: ", "CBNHook: ")
 START_ERRORS = (
     "CBNHook: ",
+    "PreciseStatsHook: ",
     "CBN layer ",
     "BRN layer ",
     "DataLoader.__init__() got an unexpected keyword argument",

@@ -144,3 +144,20 @@ def test_results_of_other_settings_or_damaged(evidence, tmp_path):
     path.write_text("{")
     with pytest.raises(UsageError, match=f"{path} is damaged: delete it"):
         evidence.read_results(path, {})
+
+
+def test_the_page_has_the_results_kept_beside_it(evidence, root):
+    """Each cell of its first table."""
+    page = (root / "docs" / "evidence.md").read_text().replace("**", "")
+    saved = json.loads((root / "docs" / "evidence" / "classifier.json").read_text())
+    settings = dict(evidence.CLASSIFIER, shorten=1.0)
+    assert saved["settings"] == settings
+    named = [dict(row, norm=evidence.LABELS.get(row["norm"], row["norm"])) for row in saved["runs"]]
+    found = 0
+    for (label, _, key), groups in evidence.grouped(named, "accuracy").items():
+        kind = ", precise statistics" if key == "precise" else ""
+        cells = [evidence.summary(groups[batch], "accuracy") for batch in sorted(groups)]
+        assert all(cell.endswith(" (5)") for cell in cells) and len(cells) == 6
+        row = " | ".join(cell.removesuffix(" (5)") for cell in cells)
+        found += f"| {label}{kind} | {row} |" in page
+    assert found == 9

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, CBNHook, SyncCBN, link, links, set_window, step
+from cbn_mmdet import BRN, CBN, CBNHook, PreciseStatsHook, SyncCBN, link, links, set_window, step
 from cbn_mmdet.launch import BUILD_ERRORS
 
 same_every_time = settings(max_examples=80, deadline=None, derandomize=True)
@@ -87,6 +87,11 @@ OPTIONS = {
         "burn_in": lambda value: is_whole(value, 0),
         "by_epoch": is_switch,
         "save_window": is_switch,
+        "diagnose_every": lambda value: is_whole(value, 0),
+    },
+    PreciseStatsHook: {
+        "num_images": lambda value: is_whole(value, 1),
+        "every_evaluation": is_switch,
     },
 }
 ALL_OPTIONS = [(made, option) for made, options in OPTIONS.items() for option in options]
@@ -115,7 +120,7 @@ class TestOptions:
     @same_every_time
     @given(value=junk)
     def test_any_value(self, made, option, value):
-        needed = {} if made is CBNHook else dict(num_features=4)
+        needed = {} if made in (CBNHook, PreciseStatsHook) else dict(num_features=4)
         is_legal = OPTIONS[made][option](value)
         if option == "num_features" and is_legal and value > 1000:
             return  # a matter of memory

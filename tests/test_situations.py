@@ -575,10 +575,9 @@ class TestResume:
 
     @pytest.mark.parametrize("before, after", [("BN", "CBN"), ("CBN", "BN"), ("CBN", "naive")])
     def test_load_from_a_checkpoint_of_another_norm(self, before, after, tmp_path):
-        # The window of a layer that is no CBN is 1, for the helper that watches it.
-        bn = nn.BatchNorm2d(4)
-        bn.window, bn._windows = 1, []
-        norms = dict(BN=bn, CBN=CBN(4, window_size=3), naive=CBN(4, compensate=False))
+        norms = dict(
+            BN=nn.BatchNorm2d(4), CBN=CBN(4, window_size=3), naive=CBN(4, compensate=False)
+        )
         hook, first = dict(type="CBNHook", burn_in=0), tmp_path / "first"
         run, _ = runner(first, hook, norm=norms[before], epochs=1)
         run.train()

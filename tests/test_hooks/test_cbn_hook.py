@@ -49,8 +49,8 @@ class Watch(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         model = getattr(runner.model, "module", runner.model)
         norm = model.body[1]
-        if isinstance(norm, CBN):
-            self.seen.append((norm.window, len(norm._windows[0]) if norm._windows else 0))
+        held = len(norm._windows[0]) if isinstance(norm, CBN) and norm._windows else 0
+        self.seen.append((getattr(norm, "window", 1), held))
 
 
 def runner(work_dir, hook, norm=None, epochs=4, loop=None, **kwargs):
