@@ -37,7 +37,14 @@ OPTIONAL_SETTINGS = {
 
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
-BUILD_ERRORS = ("unexpected keyword argument", "registry", "BRN: ", "CBN: ", "CBNHook: ")
+BUILD_ERRORS = (
+    "unexpected keyword argument",
+    "registry",
+    "BRN: ",
+    "CBN: ",
+    "CBNHook: ",
+    "PreciseStatsHook: ",
+)
 START_ERRORS = (
     "CBNHook: ",
     "PreciseStatsHook: ",
