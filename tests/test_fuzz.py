@@ -4,6 +4,7 @@ Each ends in one message that names the option, or the layer, what it was handed
 """
 
 import inspect
+import sys
 import os
 
 import pytest
@@ -50,7 +51,7 @@ def is_whole(value, least):
     return type(value) is int and value >= least
 
 
-def is_number(value, least, most=float("1e308")):
+def is_number(value, least, most=sys.float_info.max):
     return type(value) in (int, float) and least <= value <= most
 
 
