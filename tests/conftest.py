@@ -1,8 +1,11 @@
 """What several test modules share."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,5 +98,38 @@ def run(*command, cwd=ROOT, check=True, **kwargs):
 
 @pytest.fixture(scope="session")
 def tool():
-    """Runs one of ``tools/`` as a user does."""
-    return lambda name, *args, **kwargs: run(sys.executable, f"tools/{name}", *args, **kwargs)
+    """Runs one of ``tools/`` as a user does, but for the seconds that its imports take.
+
+    Each run is a process of its own, forked from one that has imported the frameworks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
+
+    def run_tool(name, *args, check=True, env=None):
+        command = [f"tools/{name}", *map(str, args)]
+        with tempfile.NamedTemporaryFile("r") as output:
+            env = dict(os.environ) if env is None else env
+            process = context.Process(target=be_tool, args=(command, env, output.name))
+            process.start()
+            process.join(600)
+            if process.exitcode is None:
+                process.kill()
+            said = output.read()
+        if process.exitcode is None or (check and process.exitcode != 0):
+            raise AssertionError(f"{command} ended with {process.exitcode}:\n{said[-5000:]}")
+        return subprocess.CompletedProcess(command, process.exitcode, said)
+
+    return run_tool
+
+
+def be_tool(command, env, output):
+    """Becomes a tool: the whole life of a process."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = command
+    sys.path.insert(0, str(ROOT / "tools"))
+    runpy.run_path(command[0], run_name="__main__")
