@@ -15,7 +15,10 @@ import torch
 pytestmark = pytest.mark.slow
 
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
-SHORT = "train_cfg = dict(max_epochs=3)"
+SHORT = (
+    "train_cfg = dict(max_epochs=3)\n"
+    "custom_hooks = [dict(type='CBNHook', burn_in=1, diagnose_every=2)]"
+)
 
 
 def scalars(work_dir):
@@ -94,10 +97,10 @@ def test_report(trained, tool):
     output = tool("report.py", work_dir).stdout
     assert "COCO evaluation of epoch 3" in output
     assert re.search(r"coco/bbox_mAP: +\d\.\d{3}", output)
-    for name in ("log", "checkpoint", "loss and AP", "detections"):
+    for name in ("log", "checkpoint", "loss and AP", "window", "detections"):
         (path,) = re.findall(rf"^{name}: +(.+)$", output, re.MULTILINE)
         assert os.path.getsize(path) > 1000
-    for name in ("curves.png", "detections.png"):
+    for name in ("curves.png", "window.png", "detections.png"):
         assert (work_dir / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,5 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""Report on a training run: its COCO table, its curves, and what the detector sees."""
+"""Report on a training run: its COCO table, its curves, and what the detector sees.
+
+A run of CBNHook(diagnose_every=N) has a plot of how well the window suits it, too.
+"""
 
 import argparse
 import os.path as osp
@@ -42,7 +45,9 @@ COLOURS = matplotlib.colormaps["tab10"].colors
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work_dir", help="the work dir of tools/train.py")
     return parser.parse_args()
 
@@ -60,6 +65,10 @@ def main() -> None:
     check_writable(work_dir, "the work dir")
     curves = osp.join(work_dir, "curves.png")
     plot_curves(training, evaluations, curves)
+    diagnosed = [record for record in training if "cbn/noise" in record]
+    window = osp.join(work_dir, "window.png")
+    if diagnosed:
+        plot_window(diagnosed, window)
     detections = osp.join(work_dir, "detections.png")
     with explained_damage(cfg):
         draw_detections(cfg, checkpoint, detections)
@@ -71,6 +80,8 @@ def main() -> None:
     print_path("log", osp.join(run, f"{osp.basename(run)}.log"))
     print_path("checkpoint", checkpoint)
     print_path("loss and AP", curves)
+    if diagnosed:
+        print_path("window", window)
     print_path("detections", detections)
 
 
@@ -91,6 +102,23 @@ def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> Non
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_window(diagnosed: list[dict], path: str) -> None:
+    """Plot what CBNHook found of the window: corrections and noise, and what was clamped."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [record["step"] for record in diagnosed]
+    for name in ("correction", "worst_correction", "noise"):
+        left.plot(steps, [record[f"cbn/{name}"] for record in diagnosed], label=f"cbn/{name}")
+    left.set(xlabel="iteration", ylabel="standard deviations", yscale="log")
+    left.legend()
+    right.plot(steps, [record["cbn/clamped"] for record in diagnosed])
+    right.set(xlabel="iteration", ylabel="cbn/clamped", ylim=(0, None))
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
