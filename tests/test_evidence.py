@@ -5,6 +5,7 @@ import re
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
+from conftest import ROOT
 
 from cbn_mmdet.launch import UsageError
 
@@ -146,18 +147,24 @@ def test_results_of_other_settings_or_damaged(evidence, tmp_path):
         evidence.read_results(path, {})
 
 
-def test_the_page_has_the_results_kept_beside_it(evidence, root):
-    """Each cell of its first table."""
-    page = (root / "docs" / "evidence.md").read_text().replace("**", "")
-    saved = json.loads((root / "docs" / "evidence" / "classifier.json").read_text())
-    settings = dict(evidence.CLASSIFIER, shorten=1.0)
-    assert saved["settings"] == settings
-    named = [dict(row, norm=evidence.LABELS.get(row["norm"], row["norm"])) for row in saved["runs"]]
-    found = 0
-    for (label, _, key), groups in evidence.grouped(named, "accuracy").items():
-        kind = ", precise statistics" if key == "precise" else ""
-        cells = [evidence.summary(groups[batch], "accuracy") for batch in sorted(groups)]
-        assert all(cell.endswith(" (5)") for cell in cells) and len(cells) == 6
-        row = " | ".join(cell.removesuffix(" (5)") for cell in cells)
-        found += f"| {label}{kind} | {row} |" in page
-    assert found == 9
+KEPT = ROOT / "docs" / "evidence"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in KEPT.glob("*.json")])
+def test_the_page_has_the_results_kept_beside_it(name, evidence):
+    """Each row that the command prints of what is kept, in all its cells."""
+    page = KEPT.with_suffix(".md").read_text().replace("**", "")
+    saved = json.loads((KEPT / f"{name}.json").read_text())
+    study = evidence.STUDIES[name]
+    assert saved["settings"] == dict(study.settings, shorten=1.0)
+    rows = [dict(row, norm=evidence.LABELS.get(row["norm"], row["norm"])) for row in saved["runs"]]
+    batches = sorted({row["batch"] for row in rows})
+    printed = 0
+    for (label, burn_in, key), groups in evidence.grouped(rows, study.figure).items():
+        label += "" if burn_in is None else f", burn-in {burn_in}"
+        label += ", precise statistics" if key == "precise" else ""
+        cells = [evidence.summary(groups[batch], study.figure) for batch in batches]
+        row = " | ".join([label, *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)])
+        assert f"| {row} |" in page
+        printed += 1
+    assert printed > 5

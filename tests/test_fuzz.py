@@ -4,8 +4,8 @@ Each ends in one message that names the option, or the layer, what it was handed
 """
 
 import inspect
-import sys
 import os
+import sys
 
 import pytest
 import torch

@@ -2,10 +2,11 @@
 """Compare norms at small batches: what CBN gains, and which of its settings matter.
 
 classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
-to 32 images, detector the Faster R-CNN of configs/digits at 1, 2 and 4 images per step; ablation
-trains that detector with other windows and burn-ins. Each adds its results to FOLDER/NAME.json,
-prints them as a table and plots them to FOLDER/NAME.png. What the file has is not run again, so an
-interrupted command goes on where it stopped, and one with more --seeds adds to what is there.
+to 32 images, and momentum trains it with other momenta of CBN's running statistics. detector trains
+the Faster R-CNN of configs/digits at 1, 2 and 4 images per step, and ablation does with other
+windows and burn-ins. Each adds its results to FOLDER/NAME.json, prints them as a table and plots
+them to FOLDER/NAME.png. What the file has is not run again, so an interrupted command goes on where
+it stopped, and one with more --seeds adds to what is there.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='current'), say.
 CBN(compensate=False) is the paper's naive CBN.
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import os.path as osp
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -57,6 +59,7 @@ NAIVE, CURRENT = "CBN(compensate=False)", "CBN(backward='current')"
 SMALL_GN = "GN(num_groups=8)"
 LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", "CBN": "CBN, window", SMALL_GN: "GN"}
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
+MOMENTA = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 # What all norms share. Learning rates follow the batch linearly; running statistics average over
 # 50 images, as many at each batch until that is the usual momentum of 0.1.
@@ -112,7 +115,7 @@ def parse_args() -> argparse.Namespace:
     add("--folder", default="docs/evidence", help="of results and plots (docs/evidence)")
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
-    text = "seeds of each norm and batch (5 for classifier; 3 for detector at a batch of 1, else 2)"
+    text = "seeds of each (5 for classifier and momentum, else 3; 2 for detector at 2 and 4 images)"
     add("--seeds", type=positive, metavar="N", help=text)
     text = "share of the images that are seen, for a quick look; kept with the results"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
@@ -431,9 +434,9 @@ def grouped(rows: list[dict], figure: str) -> dict[tuple, dict[int, list[float]]
 
 
 def natural(row: dict) -> tuple:
-    """What sorts window_size=16 behind window_size=4, and burn-ins."""
-    digits = "".join(each if each.isdigit() else " " for each in row["norm"]).split()
-    return tuple(map(int, digits)), row["norm"], row["burn_in"] or 0
+    """What sorts window_size=16 behind window_size=4, momentum=0.1 behind 0.02, and burn-ins."""
+    numbers = re.findall(r"\d+(?:\.\d+)?", row["norm"])
+    return tuple(map(float, numbers)), row["norm"], row["burn_in"] or 0
 
 
 def summary(values: list[float], figure: str) -> str:
@@ -508,6 +511,14 @@ STUDIES = {
     "classifier": Study(
         [*ALL[:-1], SMALL_GN],
         [1, 2, 4, 8, 16, 32],
+        {1: 5},
+        CLASSIFIER,
+        train_classifier,
+        "accuracy",
+    ),
+    "momentum": Study(
+        [f"CBN(momentum={momentum})" for momentum in MOMENTA],
+        [1, 2, 4, 8],
         {1: 5},
         CLASSIFIER,
         train_classifier,
