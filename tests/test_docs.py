@@ -1,4 +1,4 @@
-"""The program of docs/pytorch.md runs as it stands and prints what the page says."""
+"""What the pages say is so: programs, commands, options, links, messages, names of tests."""
 
 import re
 
@@ -60,6 +60,57 @@ def test_links_between_pages():
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), f"{page.name}: {path}"
             assert not anchor or anchor in headings[target], f"{page.name}: {path}#{anchor}"
+
+
+# What runs each command of the README and the pages: a script that is kept, or a test with
+# another config, or fewer images, than the page has.
+RUN_BY = {
+    r"make test( PYTEST_ARGS=.*)?": ".ci/run",
+    "make train": "test_training.py",  # its recipe's three commands
+    "make sweep": "test_configs.py",
+    "make variants": "test_training.py",  # likewise
+    "make coco-check CONFIG=.*": "test_preflight.py::test_coco",
+    r"python -m cbn_mmdet\.datasets\.digits .*": "test_datasets/test_digits.py",
+    r"python tools/train\.py .*": "test_training.py",
+    r"python tools/test\.py .*": "test_training.py::test_test",
+    r"python tools/report\.py .*": "test_training.py::test_report",
+    r"python tools/publish\.py .*": "test_publish.py",
+    r"python tools/tables\.py .*": "test_tables.py",
+    r"python tools/compensation\.py .*": "test_compensation.py",
+    r"python tools/evidence\.py (classifier|momentum) ?": "test_evidence.py::test_classifier",
+    r"python tools/evidence\.py detector ?": "test_evidence.py::test_detector",
+    r"python tools/evidence\.py ablation ?": "test_evidence.py::test_ablation",
+    r"python tools/benchmark\.py layer .*": "test_benchmark.py::test_layer",
+    r"python tools/benchmark\.py step .*": "test_benchmark.py::test_step",
+    r"python tools/benchmark\.py inference .*": "test_benchmark.py::test_inference",
+    r"python tools/benchmark\.py memory .*": "test_benchmark.py::test_memory",
+    r"python tools/benchmark\.py growth .*": "test_benchmark.py::test_growth",
+    r"python tools/benchmark\.py count .*": "test_benchmark.py::test_count",
+    r"tools/dist_train\.sh .*": "test_distributed.py",
+    r"tools/dist_test\.sh .*": "test_distributed.py",
+    # Setting up, which the Makefile's recipe does likewise.
+    r"(python -m )?pip install .*|source .*": "Makefile",
+    r'python -c "import .*': "Makefile",
+}
+
+
+def test_commands_are_run_by_something():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "configs/digits/README.md"]
+    used = set()
+    for page in pages:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.sub(r"(^|\s+)#.*", "", line).strip()
+                if re.fullmatch(r"|for .*; do|done|\w+=\S+", command):
+                    continue
+                found = {pattern for pattern in RUN_BY if re.fullmatch(pattern, command)}
+                assert found, f"{page.name}: {command}"
+                used |= found
+    assert used == set(RUN_BY)
+    for runner in RUN_BY.values():
+        path, _, name = runner.partition("::")
+        text = (ROOT / ("tests" if path.endswith(".py") else "") / path).read_text()
+        assert not name or f"def {name}(" in text, runner
 
 
 def test_commands_are_the_projects():

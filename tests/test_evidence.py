@@ -18,6 +18,15 @@ def rows(folder, name):
     return json.loads((folder / f"{name}.json").read_text())["runs"]
 
 
+@pytest.fixture(scope="module")
+def evidence(root):
+    """The tool as a module."""
+    spec = spec_from_file_location("evidence", root / "tools" / "evidence.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_classifier(tool, tmp_path):
     """Ends with all figures, adds to them, and does not run again what it has."""
     args = ["classifier", *SHORT, "--folder", tmp_path, "--batches", 8, 32]
@@ -53,7 +62,7 @@ KINDS = ("", ", precise statistics")
 
 @pytest.fixture(scope="module")
 def detected(tool, tmp_path_factory):
-    """The smallest study of the detector: 8 images, 6 epochs."""
+    """The smallest study of the detector: 20 images, 4 epochs."""
     folder = tmp_path_factory.mktemp("evidence")
     args = ["--folder", folder, "--work-dir", folder / "runs", "--data", folder]
     args += ["--batches", 2, "--seeds", 1, "--norms", "CBN"]
@@ -65,34 +74,24 @@ def test_detector(detected):
     (row,) = rows(folder, "detector")
     assert 0 <= row["ap"] <= 1 and 0 <= row["precise"] <= 1
     assert re.search(r"^\| CBN, window, precise statistics +\| 0\.\d{3} \(1\)", printed, re.M)
-    log = next(folder.glob("runs/0.02/CBN_2_None_0/precise/*/*.log")).read_text()
-    assert "PreciseStatsHook: statistics of 32 layers from 8 images in " in log
+    log = next(folder.glob("runs/detector/0.02/CBN_2_None_0/precise/*/*.log")).read_text()
+    assert "PreciseStatsHook: statistics of 32 layers from 20 images in " in log
 
 
-def test_ablation(detected, tool):
+def test_ablation(evidence, tool, tmp_path):
     """Of results that are there."""
-    folder, _ = detected
-    (row,) = rows(folder, "detector")
-    settings = json.loads((folder / "detector.json").read_text())["settings"]
+    settings = dict(evidence.ABLATION, shorten=0.02)
+    row = dict(batch=2, seed=0)
     norms = [f"CBN(window_size={k})" for k in (1, 2, 4, 8, 16)]
     runs = [dict(row, norm=norm, burn_in=1, ap=0.1) for norm in norms]
     runs += [dict(row, norm=norms[3], burn_in=burn_in, ap=0.2) for burn_in in (0, 3, 5)]
-    (folder / "ablation.json").write_text(json.dumps(dict(settings=settings, runs=runs)))
-    args = ["--folder", folder, "--batches", 2, "--seeds", 1]
+    (tmp_path / "ablation.json").write_text(json.dumps(dict(settings=settings, runs=runs)))
+    args = ["--folder", tmp_path, "--batches", 2, "--seeds", 1]
     printed = tool("evidence.py", "ablation", *SHORT, *args).stdout
     table = re.findall(r"^\| CBN\(window_size=(\d+)\), burn-in (\d) +\| 0\.(\d)00", printed, re.M)
     eight = [("8", burn_in, "1" if burn_in == "1" else "2") for burn_in in "0135"]
     assert table == [*((k, "1", "1") for k in "124"), *eight, ("16", "1", "1")]
-    assert (folder / "ablation.png").stat().st_size > 10_000
-
-
-@pytest.fixture(scope="module")
-def evidence(root):
-    """The tool as a module."""
-    spec = spec_from_file_location("evidence", root / "tools" / "evidence.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
 
 def test_settings_reach_the_detector(evidence, monkeypatch, digits):
@@ -101,17 +100,18 @@ def test_settings_reach_the_detector(evidence, monkeypatch, digits):
         evidence, "build_digits", lambda folder, **sizes: built.update(sizes) or digits
     )
     job = evidence.Job("CBN(window_size=4)", 4, 7, 3)
-    cfg = evidence.detector_config(job, dict(shorten=0.5, data="data"))
+    cfg = evidence.detector_config(job, dict(evidence.DETECTOR, shorten=0.5, data="data"))
     norm = cfg.model.backbone.norm_cfg
     assert norm == dict(type="CBN", window_size=4, momentum=0.08, requires_grad=True)
     assert cfg.model.neck.norm_cfg == cfg.model.roi_head.bbox_head.norm_cfg == norm
     assert cfg.custom_hooks == [dict(type="CBNHook", burn_in=3)]
     assert cfg.train_dataloader.batch_size == 4
     assert cfg.train_dataloader.dataset.data_root == f"{digits}/"
-    assert (built["num_train"], built["num_val"]) == (200, 100)
+    assert (built["num_train"], built["num_val"]) == (500, 100)
     assert cfg.randomness.seed == 7
-    cfg = evidence.detector_config(evidence.Job("BRN", 1, 0), dict(shorten=1.0, data="data"))
-    assert cfg.model.neck.norm_cfg.momentum == 0.02 and cfg.model.neck.norm_cfg.warmup == 133
+    options = dict(evidence.DETECTOR, shorten=1.0, data="data")
+    cfg = evidence.detector_config(evidence.Job("BRN", 1, 0), options)
+    assert cfg.model.neck.norm_cfg.momentum == 0.02 and cfg.model.neck.norm_cfg.warmup == 222
     assert cfg.custom_hooks == []
 
 

@@ -64,7 +64,8 @@ MOMENTA = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 # What all norms share. Learning rates follow the batch linearly; running statistics average over
 # 50 images, as many at each batch until that is the usual momentum of 0.1.
 CLASSIFIER = dict(train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
-DETECTOR = dict(train_images=400, val_images=200, epochs=6, burn_in=1, lr_at_2=0.02)
+DETECTOR = dict(train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
+ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
 MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
 POPULATION = 300  # images of which the statistics for evaluation are estimated anew
 
@@ -172,12 +173,12 @@ def plan(args: argparse.Namespace, study: Study) -> list[Job]:
             if seed >= (args.seeds or study.seeds.get(batch, min(study.seeds.values()))):
                 continue
             if args.study == "ablation" and not args.norms:
-                default = DETECTOR["burn_in"]
+                default = ABLATION["burn_in"]
                 pairs = {(f"CBN(window_size={k})", default): None for k in WINDOWS}
                 pairs.update({("CBN(window_size=8)", burn_in): None for burn_in in BURN_INS})
                 jobs += [Job(name, batch, seed, burn_in) for name, burn_in in pairs]
             else:
-                burn_in = DETECTOR["burn_in"] if args.study == "ablation" else None
+                burn_in = ABLATION["burn_in"] if args.study == "ablation" else None
                 jobs += [Job(name, batch, seed, burn_in) for name in args.norms or study.norms]
     return jobs
 
@@ -219,7 +220,8 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
         ) as pool,
     ):
         task = bar.add_task(args.study, total=len(jobs), completed=len(jobs) - len(missing))
-        options = dict(shorten=args.shorten, work_dir=args.work_dir, data=args.data)
+        work_dir = osp.join(args.work_dir, args.study, f"{args.shorten:g}")
+        options = dict(settings, work_dir=work_dir, data=args.data)
         running = {pool.submit(study.train, job, options): job for job in missing}
         try:
             for done in as_completed(running):
@@ -261,11 +263,11 @@ def render(glyphs: np.ndarray, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(images[:, None]).float()
 
 
-def classifier_data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels for training, one of each glyph, and for testing, five of each."""
+def classifier_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels for training, one of each of ``count`` glyphs, and for testing."""
     digits = load_digits()
     split, rng = split_glyphs(), np.random.default_rng(seed)
-    chosen = rng.permutation(split["train"])[: CLASSIFIER["train_glyphs"]]
+    chosen = rng.permutation(split["train"])[:count]
     tested = np.tile(split["val"], 5)
     data = []
     for indices in (chosen, tested):
@@ -288,19 +290,19 @@ def classifier(settings: dict) -> nn.Sequential:
 
 def train_classifier(job: Job, options: dict) -> dict:
     """Train once; returns the accuracy in percent, with both kinds of statistics."""
-    images, labels, test_images, test_labels = classifier_data(job.seed)
+    images, labels, test_images, test_labels = classifier_data(job.seed, options["train_glyphs"])
     torch.manual_seed(job.seed)
-    seen = round(CLASSIFIER["images_seen"] * options["shorten"])
+    seen = round(options["images_seen"] * options["shorten"])
     steps = seen // job.batch
     model = classifier(with_defaults(norm_cfg(job.norm), job.batch, steps))
-    rate = CLASSIFIER["lr_at_32"] * job.batch / 32
+    rate = options["lr_at_32"] * job.batch / 32
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, steps, pct_start=0.1, cycle_momentum=False
     )
     link(model)
     window = max([getattr(layer, "window_size", 1) for layer in model])
-    burn_in = round(CLASSIFIER["burn_in_images"] * options["shorten"]) // job.batch
+    burn_in = round(options["burn_in_images"] * options["shorten"]) // job.batch
     order = torch.cat([torch.randperm(len(images)) for _ in range(seen // len(images) + 1)])
     for number in range(steps):
         set_window(model, 1 if number < burn_in else window)
@@ -344,7 +346,7 @@ def train_detector(job: Job, options: dict) -> dict:
     name = f"{job.norm}_{job.batch}_{job.burn_in}_{job.seed}".translate(
         str.maketrans("(=',) ", "-" * 6)
     )
-    work_dir = osp.join(options["work_dir"], f"{options['shorten']:g}", name)
+    work_dir = osp.join(options["work_dir"], name)
     os.makedirs(work_dir, exist_ok=True)
     path = osp.join(work_dir, "config.py")
     cfg.dump(path)
@@ -363,9 +365,9 @@ def train_detector(job: Job, options: dict) -> dict:
 
 def detector_config(job: Job, options: dict) -> Config:
     """The digits detector with the norm of the job."""
-    epochs = DETECTOR["epochs"]
+    epochs = options["epochs"]
     count, held_out = (
-        round(DETECTOR[split] * options["shorten"]) for split in ("train_images", "val_images")
+        round(options[split] * options["shorten"]) for split in ("train_images", "val_images")
     )
     folder = osp.join(options["data"], f"digits_{count}_{held_out}")
     root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
@@ -379,8 +381,8 @@ def detector_config(job: Job, options: dict) -> Config:
     cfg.train_dataloader.update(batch_size=job.batch)
     cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
     cfg.param_scheduler[1].update(end=epochs, milestones=[epochs - 1])
-    cfg.optim_wrapper.optimizer.lr = DETECTOR["lr_at_2"]  # auto_scale_lr does the rest
-    burn_in = DETECTOR["burn_in"] if job.burn_in is None else job.burn_in
+    cfg.optim_wrapper.optimizer.lr = options["lr_at_2"]  # auto_scale_lr does the rest
+    burn_in = options["burn_in"] if job.burn_in is None else job.burn_in
     cfg.custom_hooks = [dict(type="CBNHook", burn_in=burn_in)] if "CBN" in job.norm else []
     cfg.default_hooks.checkpoint.update(max_keep_ckpts=1)
     cfg.randomness = dict(seed=job.seed)
@@ -465,7 +467,7 @@ def plot_batches(rows: list[dict], figure: str, path: str) -> None:
 def plot_ablation(rows: list[dict], figure: str, path: str) -> None:
     """Plot the results over the window, and over the burn-in."""
     canvas, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    default = DETECTOR["burn_in"]
+    default = ABLATION["burn_in"]
     for batch in sorted({row["batch"] for row in rows}):
         windows, burn_ins = defaultdict(list), defaultdict(list)
         for row in rows:
@@ -480,7 +482,7 @@ def plot_ablation(rows: list[dict], figure: str, path: str) -> None:
     panels[0].set(xscale="log", xlabel=f"window_size (burn-in {default})", ylabel=AXES[figure])
     panels[0].set_xticks(WINDOWS, WINDOWS)
     panels[0].minorticks_off()
-    epochs = DETECTOR["epochs"]
+    epochs = ABLATION["epochs"]
     panels[1].set(xlabel=f"burn-in, of {epochs} epochs (window_size 8)")
     finish(canvas, panels, path)
 
@@ -525,7 +527,7 @@ STUDIES = {
         "accuracy",
     ),
     "detector": Study(ALL, [1, 2, 4], {1: 3, 2: 2, 4: 2}, DETECTOR, train_detector, "ap"),
-    "ablation": Study([], [1, 2], {1: 3}, DETECTOR, train_detector, "ap"),
+    "ablation": Study([], [1, 2], {1: 3}, ABLATION, train_detector, "ap"),
 }
 
 

@@ -100,7 +100,8 @@ class CBNHook(Hook):
     def before_train(self, runner) -> None:
         """Links the model and checks the burn-in against the length of the run."""
         model = unwrapped(runner.model)
-        if link(model) == 0:
+        linked = link(model)
+        if linked == 0:
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
                 "norm_cfg=dict(type='CBN') where the model should use it, or remove the hook. "
@@ -118,6 +119,10 @@ class CBNHook(Hook):
             )
         self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
         self._hold(runner)
+        runner.logger.info(
+            f"CBNHook: {linked} CBN layers, whose window of {self._full_window} opens after "
+            f"{self.burn_in} {unit}."
+        )
         self._saves, self._checkpoint = self.save_window, _last_checkpoint()
         if self._saves and runner.iter > 0:
             self._load_window(runner)

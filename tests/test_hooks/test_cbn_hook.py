@@ -270,6 +270,7 @@ def test_what_is_logged(tmp_path):
     )
     (log,) = tmp_path.rglob("*.log")
     log = log.read_text()
+    assert "CBNHook: 1 CBN layers, whose window of 3 opens after 1 epochs." in log
     assert "cbn/window_size: 3  cbn/clamped: 0.0000" in log
     assert (
         len(re.findall(r"CBNHook: correction 0\.\d+, worst 0\.\d+ in 'body.1'; noise ", log)) == 2
