@@ -80,22 +80,6 @@ def small_config(digits):
     return write
 
 
-def run(*command, cwd=ROOT, check=True, **kwargs):
-    """Runs a command of this environment and returns it with its output."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        **kwargs,
-    )
-    if check and done.returncode != 0:
-        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-5000:]}")
-    return done
-
-
 @pytest.fixture(scope="session")
 def tool():
     """Runs one of ``tools/`` as a user does, but for the seconds that its imports take.
@@ -105,11 +89,11 @@ def tool():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
 
-    def run_tool(name, *args, check=True, env=None):
-        command = [f"tools/{name}", *map(str, args)]
+    def run_tool(name, *args, check=True, cwd=ROOT, env=None):
+        command = [str(ROOT / "tools" / name), *map(str, args)]
         with tempfile.NamedTemporaryFile("r") as output:
             env = dict(os.environ) if env is None else env
-            process = context.Process(target=be_tool, args=(command, env, output.name))
+            process = context.Process(target=be_tool, args=(command, cwd, env, output.name))
             process.start()
             process.join(600)
             if process.exitcode is None:
@@ -122,9 +106,9 @@ def tool():
     return run_tool
 
 
-def be_tool(command, env, output):
+def be_tool(command, cwd, env, output):
     """Becomes a tool: the whole life of a process."""
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     with open(output, "w") as file:

@@ -304,7 +304,7 @@ def test_a_seed_that_failed_counts(tmp_path, tool):
         (["a", "--configs", "b"], "--configs b: there is no */metafile.yml in it"),
     ],
 )
-def test_errors_teach(arguments, message, tmp_path, root):
+def test_errors_teach(arguments, message, tmp_path, tool):
     write_run(tmp_path / "a", STEP, {"coco/bbox_mAP": 0.4, "step": 1})
     write_run(tmp_path / "b", STEP)
     write_run(tmp_path / "iterations", dict(loss=1.0, step=1), {"coco/bbox_mAP": 0.4, "step": 1})
@@ -314,12 +314,7 @@ def test_errors_teach(arguments, message, tmp_path, root):
     }.items():
         (tmp_path / name / "any").mkdir(parents=True)
         (tmp_path / name / "any" / "metafile.yml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, root / "tools" / "tables.py", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = tool("tables.py", *arguments, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    *_, line = done.stdout.splitlines()
     assert line.startswith("tables.py: error: ") and message in line
