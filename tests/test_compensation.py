@@ -66,6 +66,7 @@ def test_a_training(tool, small_config, tmp_path):
     table = re.findall(r"^\| (\d) +((?:\| [\d.]+% +){4})\|$", printed, re.MULTILINE)
     assert [int(back) for back, _ in table] == list(range(1, 8))
     assert "all weights" not in printed
+    assert "There is no COCO evaluation yet" in tool("report.py", tmp_path / "run").stdout
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def main() -> None:
     training, evaluations = read_scalars(work_dir)
     checkpoint = find_checkpoint(work_dir)
     cfg = read_config(osp.join(run, "vis_data", "config.py"))
+    has_images = cfg.get("val_dataloader") is not None
     check_data(cfg, "val")
     check_data(cfg, "test")
 
@@ -70,8 +71,9 @@ def main() -> None:
     if diagnosed:
         plot_window(diagnosed, window)
     detections = osp.join(work_dir, "detections.png")
-    with explained_damage(cfg):
-        draw_detections(cfg, checkpoint, detections)
+    if has_images:
+        with explained_damage(cfg):
+            draw_detections(cfg, checkpoint, detections)
 
     if evaluations:
         print_table(evaluations[-1], time_unit(training))
@@ -82,7 +84,8 @@ def main() -> None:
     print_path("loss and AP", curves)
     if diagnosed:
         print_path("window", window)
-    print_path("detections", detections)
+    if has_images:
+        print_path("detections", detections)
 
 
 def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> None:
