@@ -400,6 +400,7 @@ class TestNoPositions:
     @pytest.mark.parametrize("window", [1, 3])
     @pytest.mark.parametrize("training", [True, False])
     def test_mask_head_without_regions(self, window, training):
+        init_default_scope("mmdet")
         torch.manual_seed(0)
         head = FCNMaskHead(
             num_convs=2, in_channels=4, conv_out_channels=4, num_classes=3, norm_cfg=NORM
