@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import os.path as osp
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -55,19 +56,21 @@ DIGITS = osp.join(
     osp.dirname(TOOLS), "configs", "digits", "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
 )
 NAIVE, CURRENT = "CBN(compensate=False)", "CBN(backward='current')"
-# Of the classifier's 32 to 128 channels, GN's usual 32 groups would leave 1 to 4 in each.
+# Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
 SMALL_GN = "GN(num_groups=8)"
 LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", "CBN": "CBN, window", SMALL_GN: "GN"}
+LABELS["GN"] = "GN(num_groups=32)"
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
 
 # What all norms share. Learning rates follow the batch linearly; running statistics average over
 # 50 images, as many at each batch until that is the usual momentum of 0.1.
-CLASSIFIER = dict(train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
-DETECTOR = dict(train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
-ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
 MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
 POPULATION = 300  # images of which the statistics for evaluation are estimated anew
+SHARED = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM, population=POPULATION)
+CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
+DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
+ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
 
 
 class Job(NamedTuple):
@@ -155,12 +158,16 @@ def main() -> None:
     results = read_results(path, settings)
     jobs = plan(args, study)
     run_missing(args, study, jobs, results, path, settings)
-    rows = [dict(row, norm=LABELS.get(row["norm"], row["norm"])) for row in results.values()]
-    report(args.study, study, rows)
-    plot = plot_ablation if args.study == "ablation" else plot_batches
-    plot(rows, study.figure, osp.join(args.folder, f"{args.study}.png"))
+    rows = list(results.values())
+    labelled = [dict(row, norm=LABELS.get(row["norm"], row["norm"])) for row in rows]
+    report(args.study, study, labelled)
+    plot = osp.join(args.folder, f"{args.study}.png")
+    if args.study == "ablation":
+        plot_ablation(rows, study.figure, plot)
+    else:
+        plot_batches(labelled, study.figure, plot)
     print(f"figures: {path}")
-    print(f"plot: {osp.join(args.folder, args.study)}.png")
+    print(f"plot: {plot}")
 
 
 def plan(args: argparse.Namespace, study: Study) -> list[Job]:
@@ -191,11 +198,12 @@ def read_results(path: str, settings: dict) -> dict[Job, dict]:
         with open(path) as file:
             saved = json.load(file)
         rows = {Job(*(row[key] for key in Job._fields)): row for row in saved["runs"]}
+        measured = saved["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: delete it, or take another --folder") from error
-    if saved["settings"] != settings:
+    if measured != settings:
         raise UsageError(
-            f"{path} has results of other settings, {saved['settings']}, than these, {settings}: "
+            f"{path} has results of other settings, {measured}, than these, {settings}: "
             "take another --folder, or delete it"
         )
     return rows
@@ -226,6 +234,7 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
         try:
             for done in as_completed(running):
                 job = running[done]
+                results.update(read_results(path, settings))  # another command may add to it
                 results[job] = {**job._asdict(), **done.result()}
                 write_results(path, settings, results)
                 bar.advance(task)
@@ -347,8 +356,10 @@ def train_detector(job: Job, options: dict) -> dict:
         str.maketrans("(=',) ", "-" * 6)
     )
     work_dir = osp.join(options["work_dir"], name)
-    os.makedirs(work_dir, exist_ok=True)
     path = osp.join(work_dir, "config.py")
+    if osp.isfile(path) and Config.fromfile(path).to_dict() != cfg.to_dict():
+        shutil.rmtree(work_dir)  # of other settings: not to be resumed
+    os.makedirs(work_dir, exist_ok=True)
     cfg.dump(path)
     run = osp.join(work_dir, "run")
     call("train.py", path, "--resume", "--work-dir", run)
@@ -357,8 +368,7 @@ def train_detector(job: Job, options: dict) -> dict:
         test = osp.join(work_dir, "precise")
         precise = "--precise-stats", str(POPULATION)
         call("test.py", path, latest_checkpoint(run), "--work-dir", test, *precise)
-        (written,) = glob(osp.join(test, "*", "*.json"))[-1:]
-        with open(written) as file:
+        with open(sorted(glob(osp.join(test, "*", "*.json")))[-1]) as file:
             result["precise"] = json.load(file).get("coco/bbox_mAP", 0.0)
     return result
 
@@ -471,8 +481,9 @@ def plot_ablation(rows: list[dict], figure: str, path: str) -> None:
     for batch in sorted({row["batch"] for row in rows}):
         windows, burn_ins = defaultdict(list), defaultdict(list)
         for row in rows:
-            if row["batch"] == batch:
-                size = norm_cfg(row["norm"]).get("window_size", 8)
+            found = re.fullmatch(r"CBN\(window_size=(\d+)\)", row["norm"])
+            if row["batch"] == batch and found:
+                size = int(found[1])
                 if row["burn_in"] == default:
                     windows[size].append(row[figure])
                 if size == 8:
@@ -508,10 +519,10 @@ AXES = {
     "accuracy": "test accuracy, %",
     "ap": "box AP",
 }
-ALL = ["BN", "BRN", NAIVE, CURRENT, "CBN", "GN"]
+ALL = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
 STUDIES = {
     "classifier": Study(
-        [*ALL[:-1], SMALL_GN],
+        ALL,
         [1, 2, 4, 8, 16, 32],
         {1: 5},
         CLASSIFIER,
