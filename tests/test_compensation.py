@@ -22,15 +22,15 @@ def measure(tool, small_config, folder, rate, *args):
     done = tool(
         "compensation.py",
         small_config(folder, DIGITS, extra),
-        "--work-dir",
-        folder / "run",
         *args,
         "--cfg-options",
+        f"work_dir={folder}/run",
         f"optim_wrapper.optimizer.lr={rate}",
         "auto_scale_lr.enable=False",
     )
-    rows = json.loads((folder / "run/compensation.json").read_text())["rows"]
-    assert (folder / "run/compensation.png").stat().st_size > 10_000
+    assert not (folder / "run").exists()  # where a training of the config would be
+    rows = json.loads((folder / "run_compensation/compensation.json").read_text())["rows"]
+    assert (folder / "run_compensation/compensation.png").stat().st_size > 10_000
     return done.stdout, rows
 
 
@@ -66,7 +66,9 @@ def test_a_training(tool, small_config, tmp_path):
     table = re.findall(r"^\| (\d) +((?:\| [\d.]+% +){4})\|$", printed, re.MULTILINE)
     assert [int(back) for back, _ in table] == list(range(1, 8))
     assert "all weights" not in printed
-    assert "There is no COCO evaluation yet" in tool("report.py", tmp_path / "run").stdout
+    assert (
+        "There is no COCO evaluation yet" in tool("report.py", tmp_path / "run_compensation").stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ today's weights they tell the true mean and variance that a CBN layer estimates:
 of that convolution alone, which is what the first-order compensation aims at, and with today's
 weights of the whole network (the same images, normalised with the windows of that time), which is
 what it stands for. Beside them are the compensated statistics and the naive ones, those of the
-time. Writes compensation.json and compensation.png to the work dir.
+time. It trains anew, in a work dir of its own (work_dirs/CONFIG_NAME_compensation), and writes
+compensation.json and compensation.png there.
 
 The error of a variance is the sum over channels of |estimate - truth| over the sum of the truth;
 the error of a mean is that of |estimate - truth| over the sum of the true standard deviations.
@@ -102,6 +103,8 @@ def main() -> None:
         raise UsageError(f"--strides {min(args.strides)}: takes whole numbers of at least 1")
     if args.launcher != "none":
         raise UsageError("--launcher: runs in one process, as each has statistics of its own")
+    if args.work_dir is None:
+        cfg.work_dir += "_compensation"  # the training of this config may be in the other
     check_data(cfg, "train")
     check_writable(cfg.work_dir, "--work-dir")
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
@@ -136,7 +139,8 @@ class Observer(Hook):
         # What two looks keep must not overlap.
         self.every = max(args.every or runner.max_iters // PROBES, self.past + 1)
         self.rows: list[dict] = []
-        self.kept: dict[str, list[Kept]] = defaultdict(list)
+        # One for each of the batches, None where the convolution did not run or got no region.
+        self.kept: dict[str, list[Kept | None]] = defaultdict(list)
         self.network = args.network
         self.batches: list[tuple] = []  # data, windows, the size in force, random state
         self._handles: list = []
@@ -177,9 +181,11 @@ class Observer(Hook):
                 continue  # has not run, or follows something else with compensate=False
 
             def keep(conv, args, output, name=name, layer=layer) -> None:
-                # Of several calls in one forward, the first.
-                if len(self.kept[name]) < len(self.batches):
-                    self.kept[name].append(self._keep(layer, conv, args[0], output))
+                kept = self.kept[name]
+                kept += [None] * (len(self.batches) - 1 - len(kept))
+                if len(kept) < len(self.batches):  # of several calls in one forward, the first
+                    has_values = output.numel() > 0
+                    kept.append(self._keep(layer, conv, args[0], output) if has_values else None)
 
             self._handles.append(feeder.register_forward_hook(keep))
 
@@ -216,8 +222,11 @@ class Observer(Hook):
         rate = next(iter(runner.optim_wrapper.get_lr().values()))[0]
         for name, all_kept in self.kept.items():
             conv = runner.model.get_submodule(name).feeder
+            all_kept += [None] * (len(self.batches) - len(all_kept))
             for back, kept in enumerate(reversed(all_kept), 1):
-                truths = {"layer": batch_moments(conv(kept.input))}
+                if kept is None:
+                    continue
+                truths = {"layer": batch_moments(conv(kept.input.to(conv.weight.dtype)))}
                 if whole is not None and name in whole[-back]:
                     truths["network"] = whole[-back][name]
                 estimates = {NAIVE: (kept.mean, kept.var)}
@@ -250,7 +259,8 @@ class Observer(Hook):
             if conv in names:
 
                 def note(conv, args, output, name=names[conv]) -> None:
-                    moments.setdefault(name, batch_moments(output))
+                    if name not in moments and output.numel() > 0:
+                        moments[name] = batch_moments(output)
 
                 twin.get_submodule(conv_name).register_forward_hook(note)
         seen = []

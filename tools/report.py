@@ -60,8 +60,8 @@ def main() -> None:
     checkpoint = find_checkpoint(work_dir)
     cfg = read_config(osp.join(run, "vis_data", "config.py"))
     has_images = cfg.get("val_dataloader") is not None
-    check_data(cfg, "val")
-    check_data(cfg, "test")
+    if has_images:
+        check_data(cfg, "val")
 
     check_writable(work_dir, "the work dir")
     curves = osp.join(work_dir, "curves.png")

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from cbn_mmdet import PreciseStatsHook  # the import registers CBN as well
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
+    START_ERRORS,
     CarefulRunner,
     UsageError,
     add_launch_arguments,
@@ -62,7 +63,7 @@ def main() -> None:
         draw_detections(cfg, args)
     check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
-    with explained_damage(cfg), explained_errors(*BUILD_ERRORS):
+    with explained_damage(cfg), explained_errors(*BUILD_ERRORS, *START_ERRORS):
         runner = CarefulRunner.from_cfg(cfg)
         if hook:
             runner.load_or_resume()

@@ -48,8 +48,10 @@ class CBNHook(Hook):
       name the log has;
     - ``cbn/noise``: how many standard deviations the last batch's means are from the window's.
 
-    It warns once, by a layer's name, when more than 5 % of its past variances are cut to zero or
-    its correction is above 0.3.
+    It warns once, by the name of the worst layer, when a diagnosis finds more than 5 % of a layer's
+    past variances cut to zero, or its correction above 0.3; without ``diagnose_every`` it makes one
+    when more than 5 % of all layers' are cut. In distributed training these figures are those of
+    rank 0; of NaN or infinite values each process tells by itself.
 
     Args:
         burn_in: Length of the burn-in, at least 0, less than the run.
@@ -59,7 +61,7 @@ class CBNHook(Hook):
             The last two stay, each of ``window_size - 1`` times the size of the weights that CBN
             follows.
         diagnose_every: Iterations from one diagnosis to the next, 0 for none. Each reads all
-            windows once.
+            windows once. It takes a ``window_size`` of 3 or more.
 
     Raises:
         ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
@@ -119,6 +121,11 @@ class CBNHook(Hook):
             )
         self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
         self._hold(runner)
+        if self.diagnose_every > 0 and self._full_window < 3:
+            runner.logger.warning(
+                f"CBNHook: diagnose_every={self.diagnose_every} has nothing to tell of a "
+                f"window_size of {self._full_window}: it takes 3 or more."
+            )
         runner.logger.info(
             f"CBNHook: {linked} CBN layers, whose window of {self._full_window} opens after "
             f"{self.burn_in} {unit}."
@@ -147,7 +154,9 @@ class CBNHook(Hook):
         model = unwrapped(runner.model)
         clamped, warning = end_iteration(model)
         if warning:
-            runner.logger.warning(f"CBNHook: {warning}")
+            # mmengine keeps what is no error of the other processes to itself.
+            log = runner.logger.warning if get_rank() == 0 else runner.logger.error
+            log(f"CBNHook: {warning}")
         if get_world_size() > 1:
             _average_running_statistics(model)
         fraction = 0.0 if clamped is None else clamped.item()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from ..norm import precise_statistics
+from ..norm.population import trained_batch_norms
 from .cbn_hook import unwrapped
 
 
@@ -31,19 +32,20 @@ class PreciseStatsHook(Hook):
     It does so after the last iteration before an evaluation, so that the checkpoint of that time
     has the same statistics, and works for every batch normalisation that trains: CBN, BRN, BN and
     SyncBN (see :func:`cbn_mmdet.precise_statistics`). Training goes on as if nothing had happened,
-    but for BRN, which corrects towards the running statistics. A model that ``EMAHook`` averages
-    is not touched.
+    but for BRN, which corrects towards the running statistics. The averaged model of ``EMAHook``,
+    which is what is evaluated then, keeps its own statistics: a warning says so.
 
     Args:
-        num_images: Number of training images, over all processes; fewer if the data set has fewer.
-            They are the same each time, evenly spread over the data set, and pass through the
-            training's own pipeline, in batches of its size. Each costs a forward pass.
+        num_images: Number of training images, over all processes, each of which takes the same
+            number (down to one); fewer if the data set has fewer. They are the same each time,
+            evenly spread over the data set, and pass through the training's own pipeline, in
+            batches of its size. Each costs a forward pass.
         every_evaluation: Whether to do it before each evaluation in the training, or (False) only
             at its end.
 
     Raises:
         ValueError: An argument is not of its kind, or (at the start of training) the data set has
-            no length.
+            no length, or no batch normalisation trains.
     """
 
     # After CBNHook, which ends the iteration, and before what writes checkpoints.
@@ -65,13 +67,20 @@ class PreciseStatsHook(Hook):
         self.every_evaluation = every_evaluation
 
     def before_train(self, runner) -> None:
-        """Checks that images can be picked from the data set."""
+        """Checks that there are images to pick, and layers to gain from them."""
         dataset = runner.train_loop.dataloader.dataset
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 "PreciseStatsHook: picks images all over the data set, but "
                 f"{type(dataset).__name__} has no length. Remove the hook, or train on a data set "
                 "that has one."
+            )
+        unwrapped(runner.model).train()  # as the loop is about to do: it tells what is frozen
+        _check_layers(runner.model)
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            runner.logger.warning(
+                "PreciseStatsHook: EMAHook evaluates averaged weights, whose statistics stay as "
+                "they are: what this hook estimates is seen only where they are not used."
             )
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -87,11 +96,14 @@ class PreciseStatsHook(Hook):
     def estimate(self, runner) -> None:
         """Estimates now, in a runner whose train loop was built."""
         started = time.monotonic()
+        _check_layers(runner.model)
         model = unwrapped(runner.model)
         loader = runner.train_loop.dataloader
         length = len(loader.dataset)
-        count = min(self.num_images, length)
-        chosen = [i * length // count for i in range(count)][get_rank() :: get_world_size()]
+        # As many for each process: the losses of some heads wait for the other processes.
+        world = get_world_size()
+        count = max(min(self.num_images, length) // world, 1) * world
+        chosen = [i * length // count for i in range(count)][get_rank() :: world]
         batches = DataLoader(
             Subset(loader.dataset, chosen),
             batch_size=loader.batch_size or loader.batch_sampler.batch_size,
@@ -114,6 +126,15 @@ class PreciseStatsHook(Hook):
     def _estimate_if_due(self, runner, done: int, length: int) -> None:
         if done == length or (self.every_evaluation and _is_evaluated(runner, done)):
             self.estimate(runner)
+
+
+def _check_layers(model) -> None:
+    if not trained_batch_norms(unwrapped(model)):
+        raise ValueError(
+            "PreciseStatsHook: no batch normalisation of the model trains, so there are no running "
+            "statistics to estimate: they are frozen (norm_eval, frozen_stages), or its norm is "
+            "another. Remove the hook."
+        )
 
 
 def _is_evaluated(runner, done: int) -> bool:

@@ -50,13 +50,13 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
         model: A linked model, between two iterations.
 
     Returns:
-        By the name of the layer. Layers whose window holds fewer than two iterations, in a burn-in
-        say, are left out; of a layer with several windows (one for each call in a forward), the
-        means over them are given.
+        By the name of the layer. Layers whose window holds fewer than two iterations besides the
+        current one (in a burn-in, or with a ``window_size`` below 3) are left out; of a layer with
+        several windows (one for each call in a forward), the means over them are given.
     """
     figures = {}
     for name, layer in cbn_layers(model).items():
-        looks = [_figures(window, layer.eps) for window in layer._windows if len(window) > 1]
+        looks = [_figures(window, layer.eps) for window in layer._windows if _can_tell(window)]
         if looks:
             figures[name] = torch.stack(looks).mean(0)
     if not figures:
@@ -65,6 +65,14 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
         [each.to(next(iter(figures.values())).device) for each in figures.values()]
     )
     return {name: Diagnosis(*row) for name, row in zip(figures, together.tolist(), strict=True)}
+
+
+def _can_tell(window: Window) -> bool:
+    """Whether it holds enough, and the convolution that it belongs to is still there."""
+    feeder = None if window.feeder is None else window.feeder()
+    if feeder is None:
+        return len(window) > 1 and not window.is_of_weight
+    return len(window) > 1 and window.fits(feeder.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:

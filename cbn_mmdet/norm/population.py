@@ -38,7 +38,8 @@ def precise_statistics(
 
     Layers that do not train in the model's present mode are left alone, frozen ones that is; so
     are all modes, weights, windows and gradients. In distributed training all processes call this,
-    each with batches of its own, of which some may have none.
+    each with batches of its own, of which some may have none; as many each, if the forward itself
+    waits for the other processes.
 
     Args:
         model: Any model with batch normalisation: ``CBN``, ``BRN``, ``nn.BatchNorm*d`` or
@@ -53,11 +54,7 @@ def precise_statistics(
     Raises:
         ValueError: No layer trains.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
-    }
+    layers = trained_batch_norms(model)
     if not layers:
         raise ValueError(
             "precise_statistics: no batch normalisation with running statistics is in training "
@@ -88,6 +85,15 @@ def precise_statistics(
             stacklevel=2,
         )
     return done
+
+
+def trained_batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalisations whose running statistics the model's present mode updates."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    }
 
 
 class _Population:

@@ -192,6 +192,11 @@ class Window:
         return None if self._vectors is None else self._vectors.device
 
     @property
+    def is_of_weight(self) -> bool:
+        """Whether the entries have derivatives in a convolution's weight."""
+        return self._h is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         tensors = (self._vectors, self._m, self._h)

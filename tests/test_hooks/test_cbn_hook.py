@@ -286,6 +286,16 @@ def test_what_is_logged(tmp_path):
     assert logged <= set(tensorboard.Tags()["scalars"])
 
 
+def test_a_window_too_narrow_for_a_diagnosis(tmp_path):
+    hook = dict(type="CBNHook", burn_in=0, diagnose_every=1)
+    run, _ = runner(tmp_path, hook, norm=CBN(4, window_size=2), epochs=1)
+    run.train()
+    (log,) = tmp_path.rglob("*.log")
+    assert (
+        "diagnose_every=1 has nothing to tell of a window_size of 2: it takes 3" in log.read_text()
+    )
+
+
 def test_what_is_clamped_is_logged(tmp_path):
     """Weights that change sign between two iterations leave no valid past variance."""
 

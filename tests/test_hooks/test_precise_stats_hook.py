@@ -157,3 +157,41 @@ def test_a_data_set_without_length(tmp_path):
     run.train_loop.dataloader = torch.utils.data.DataLoader(Endless())
     with pytest.raises(ValueError, match="Endless has no length"):
         PreciseStatsHook().before_train(run)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False)])
+def test_nothing_to_estimate_is_said_before_training(tmp_path, norm):
+    with pytest.raises(ValueError, match="^PreciseStatsHook: no batch normalisation of the model"):
+        train(tmp_path, PreciseStatsHook(), norm=norm)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_averaged_weights_are_warned_of(tmp_path):
+    run = train(tmp_path)
+    run.register_hook(dict(type="EMAHook"))
+    PreciseStatsHook().before_train(run)
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert "PreciseStatsHook: EMAHook evaluates averaged weights" in log
+
+
+@pytest.mark.parametrize("images, shares", [(3, [[0], [1], [2], [3]]), (9, None)])
+def test_each_process_sees_as_many_images(images, shares, tmp_path, monkeypatch):
+    """Heads whose loss waits for the other processes would else hang."""
+    seen = []
+
+    class Watched(Noise):
+        def __getitem__(self, index):
+            seen[-1].append(index)
+            return super().__getitem__(index)
+
+    seen.append([])
+    run = train(tmp_path, dataset=Watched())
+    run.model.train()
+    seen.clear()
+    monkeypatch.setattr("cbn_mmdet.hooks.precise_stats_hook.get_world_size", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr("cbn_mmdet.hooks.precise_stats_hook.get_rank", lambda rank=rank: rank)
+        seen.append([])
+        PreciseStatsHook(num_images=images).estimate(run)
+    assert len({len(each) for each in seen}) == 1
+    assert shares is None or seen == shares

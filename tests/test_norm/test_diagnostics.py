@@ -69,6 +69,12 @@ def test_too_few_iterations():
     assert diagnose(nn.Conv2d(1, 1, 1)) == {}
 
 
+def test_a_convolution_that_is_gone():
+    model, _ = train(CBN(4, window_size=4), 4)
+    model[0] = nn.Conv2d(2, 4, 3)
+    assert diagnose(model) == {}
+
+
 def test_it_changes_nothing():
     ends = []
     for looks in (False, True):
