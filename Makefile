@@ -1,7 +1,6 @@
 ## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
 ## make train   build the digits data set, train on it, and report; no GPU needed
-## make norms   train the digits detector at one image per step with each norm, two seeds (an hour)
-## make variants   the same with each derivative_stride and window_dtype, at 1 and 2 images
+## make variants   train the digits detector with each derivative_stride and window_dtype
 ## make test    lint, then run the whole test suite with coverage
 ## make lint    check style and formatting
 ## make sweep   train every COCO config for two steps on the CPU (not part of `make test`)
@@ -33,7 +32,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }
 
-.PHONY: help .venv train norms variants sweep coco-check test lint clean
+.PHONY: help .venv train variants sweep coco-check test lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -94,13 +93,6 @@ TRAIN_EACH = OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
   'set -- {}; dir=$$1; config=$$2; shift 2; mkdir -p $$(dirname $$dir); \
   $(RUN) tools/train.py $$config --resume --work-dir $$dir --cfg-options "$$@" >$$dir.log 2>&1 || \
   { echo "failed: see $$dir.log" >&2; exit 1; }'
-
-norms: $(READY)
-	$(RUN) -m cbn_mmdet.datasets.digits data/digits
-	for seed in 0 1; do for config in configs/digits/*_1xb1_digits.py; do \
-	  echo "work_dirs/norms/$$(basename $$config .py)_seed$$seed $$config randomness.seed=$$seed"; \
-	done; done | $(TRAIN_EACH)
-	$(RUN) tools/tables.py work_dirs/norms/*/
 
 VARIANTS = derivative_stride=1 derivative_stride=2 derivative_stride=4 window_dtype=bfloat16
 variants: $(READY)
