@@ -119,7 +119,7 @@ def parse_args() -> argparse.Namespace:
     add("--folder", default="docs/evidence", help="of results and plots (docs/evidence)")
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
-    text = "seeds of each (5 for classifier and momentum, else 3; 2 for detector at 2 and 4 images)"
+    text = "seeds of each (5 for classifier, else 3; 2 for detector at 2 and 4 images)"
     add("--seeds", type=positive, metavar="N", help=text)
     text = "share of the images that are seen, for a quick look; kept with the results"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
@@ -532,7 +532,7 @@ STUDIES = {
     "momentum": Study(
         [f"CBN(momentum={momentum})" for momentum in MOMENTA],
         [1, 2],
-        {1: 5},
+        {1: 3},
         CLASSIFIER,
         train_classifier,
         "accuracy",
