@@ -363,7 +363,11 @@ def train_detector(job: Job, options: dict) -> dict:
     cfg.dump(path)
     run = osp.join(work_dir, "run")
     call("train.py", path, "--resume", "--work-dir", run)
-    result = dict(ap=read_run(run).evaluations[-1]["coco/bbox_mAP"])
+    evaluations = read_run(run).evaluations
+    if not evaluations:  # it was interrupted between its last checkpoint and the evaluation
+        call("test.py", path, latest_checkpoint(run), "--work-dir", run)
+        evaluations = read_run(run).evaluations
+    result = dict(ap=evaluations[-1]["coco/bbox_mAP"])
     if job.norm in ("BN", "CBN"):
         test = osp.join(work_dir, "precise")
         precise = "--precise-stats", str(POPULATION)
