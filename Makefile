@@ -110,7 +110,7 @@ coco-check: $(READY)
 	$(RUN) tools/preflight.py $(CONFIG) $(CHECK_ARGS)
 
 test: lint
-	$(RUN) -m pytest -n $(MAX_JOBS) --dist loadfile \
+	$(RUN) -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder \
 	  --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
 
 sweep: $(READY)
