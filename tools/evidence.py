@@ -466,7 +466,7 @@ def summary(values: list[float], figure: str) -> str:
 
 def plot_batches(rows: list[dict], figure: str, path: str) -> None:
     """Plot the results over the batch."""
-    canvas, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    canvas, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
     for (label, _, key), groups in grouped(rows, figure).items():
         if key == "precise":
             continue
@@ -511,10 +511,11 @@ def draw(axes, groups: dict[int, list[float]], label: str) -> None:
 
 
 def finish(canvas, panels: Iterable, path: str) -> None:
-    """Add legends, and write the file."""
+    """Add a legend, and write the file."""
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend()
+    # Beside the panels, where it hides no point; they have the same lines.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     canvas.savefig(path, dpi=100)
     plt.close(canvas)
 
