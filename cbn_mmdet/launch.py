@@ -118,6 +118,13 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing have in common."""
     parser.add_argument("--work-dir", help="where logs and results go (work_dirs/CONFIG_NAME)")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -32,6 +33,18 @@ def computes_in_float16():
 needs_float16 = pytest.mark.skipif(
     not computes_in_float16(), reason="this torch does not compute in float16 on the CPU"
 )
+
+
+def run_on_full_disk(limit, *command):
+    """Runs Python on a disk that is full, for which a largest size of a file, in bytes, stands."""
+    return subprocess.run(
+        [sys.executable, *command],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        # Coverage would write a larger file than this.
+        env={key: value for key, value in os.environ.items() if not key.startswith("COV")},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,36 +97,37 @@ def small_config(digits):
 def tool():
     """Runs one of ``tools/`` as a user does, but for the seconds that its imports take.
 
-    Each run is a process of its own, forked from one that has imported the frameworks.
+    Each run is a process of its own, forked from one that has imported the frameworks. What it says
+    is in stdout, unless its errors are asked for apart.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
 
-    def run_tool(name, *args, check=True, cwd=ROOT, env=None):
+    def run_tool(name, *args, check=True, cwd=ROOT, env=None, apart=False):
         command = [str(ROOT / "tools" / name), *map(str, args)]
-        with tempfile.NamedTemporaryFile("r") as output:
+        with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
             env = dict(os.environ) if env is None else env
-            process = context.Process(target=be_tool, args=(command, cwd, env, output.name))
+            streams = output.name, (errors if apart else output).name
+            process = context.Process(target=be_tool, args=(command, cwd, env, streams))
             process.start()
             process.join(600)
             if process.exitcode is None:
                 process.kill()
-            said = output.read()
+            said, complaints = output.read(), errors.read()
         if process.exitcode is None or (check and process.exitcode != 0):
             raise AssertionError(f"{command} ended with {process.exitcode}:\n{said[-5000:]}")
-        return subprocess.CompletedProcess(command, process.exitcode, said)
+        return subprocess.CompletedProcess(command, process.exitcode, said, complaints)
 
     return run_tool
 
 
-def be_tool(command, cwd, env, output):
+def be_tool(command, cwd, env, streams):
     """Becomes a tool: the whole life of a process."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    with open(output, "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
     sys.path.insert(0, str(ROOT / "tools"))
     runpy.run_path(command[0], run_name="__main__")

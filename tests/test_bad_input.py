@@ -1,13 +1,11 @@
 """What is damaged, missing, full or of another model ends in one line that says how to mend it."""
 
 import os
-import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run_on_full_disk
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -40,14 +38,8 @@ def damage(path, target):
 
 def test_full_disk_leaves_no_half_of_a_data_set(tmp_path):
     """A limit on the size of files stands for the disk: only the annotations exceed it."""
-    limit = 60_000
-    done = subprocess.run(
-        [sys.executable, builder.__file__, tmp_path / "digits", "--train", "100", "--val", "1"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        # Coverage would write a larger file than this.
-        env={key: value for key, value in os.environ.items() if not key.startswith("COV")},
-        capture_output=True,
-        text=True,
+    done = run_on_full_disk(
+        60_000, builder.__file__, tmp_path / "digits", "--train", "100", "--val", "1"
     )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()

@@ -95,18 +95,23 @@ RUN_BY = {
 }
 
 
-def test_commands_are_run_by_something():
+def commands():
+    """Each line of the pages' commands, without comment, and the name of its page."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "configs/digits/README.md"]
-    used = set()
     for page in pages:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                command = re.sub(r"(^|\s+)#.*", "", line).strip()
-                if re.fullmatch(r"|for .*; do|done|\w+=\S+", command):
-                    continue
-                found = {pattern for pattern in RUN_BY if re.fullmatch(pattern, command)}
-                assert found, f"{page.name}: {command}"
-                used |= found
+                yield page.name, re.sub(r"(^|\s+)#.*", "", line).strip()
+
+
+def test_commands_are_run_by_something():
+    used = set()
+    for page, command in commands():
+        if re.fullmatch(r"|for .*; do|done|\w+=\S+", command):
+            continue
+        found = {pattern for pattern in RUN_BY if re.fullmatch(pattern, command)}
+        assert found, f"{page}: {command}"
+        used |= found
     assert used == set(RUN_BY)
     for runner in RUN_BY.values():
         path, _, name = runner.partition("::")
@@ -117,12 +122,9 @@ def test_commands_are_run_by_something():
 def test_commands_are_the_projects():
     """Each tool and each of its options, each target of make, that a page or the README names."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                line = line.split("#")[0]
-                assert set(re.findall(r"^make ([\w-]+)", line)) <= targets, line
-                for tool, rest in re.findall(r"python (?:\S*/)?(tools/\w+\.py)(.*)", line):
-                    text = (ROOT / tool).read_text() + (ROOT / "cbn_mmdet/launch.py").read_text()
-                    for option in re.findall(r"(?<=\s)--[a-z0-9-]+", rest):
-                        assert f'"{option}"' in text, line
+    for page, command in commands():
+        assert set(re.findall(r"^make ([\w-]+)", command)) <= targets, f"{page}: {command}"
+        for tool, rest in re.findall(r"python (?:\S*/)?(tools/\w+\.py)(.*)", command):
+            text = (ROOT / tool).read_text() + (ROOT / "cbn_mmdet/launch.py").read_text()
+            for option in re.findall(r"(?<=\s)--[a-z0-9-]+", rest):
+                assert f'"{option}"' in text, f"{page}: {command}"

@@ -174,14 +174,13 @@ def test_the_page_has_the_results_kept_beside_it(name, evidence):
     saved = json.loads((KEPT / f"{name}.json").read_text())
     study = evidence.STUDIES[name]
     assert saved["settings"] == dict(study.settings, shorten=1.0)
-    rows = [dict(row, norm=evidence.LABELS.get(row["norm"], row["norm"])) for row in saved["runs"]]
-    batches = sorted({row["batch"] for row in rows})
+    batches = sorted({row["batch"] for row in saved["runs"]})
     printed = 0
-    for (label, burn_in, key), groups in evidence.grouped(rows, study.figure).items():
-        label += "" if burn_in is None else f", burn-in {burn_in}"
-        label += ", precise statistics" if key == "precise" else ""
-        cells = [evidence.summary(groups[batch], study.figure) for batch in batches]
-        row = " | ".join([label, *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)])
+    for group, values in evidence.grouped(saved["runs"], study.figure).items():
+        cells = [evidence.summary(values[batch], study.figure) for batch in batches]
+        row = " | ".join(
+            [evidence.title(*group), *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)]
+        )
         assert f"| {row} |" in page
         printed += 1
     assert printed > 5

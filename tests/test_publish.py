@@ -2,14 +2,13 @@
 
 import os
 import pickle
-import resource
 import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_on_full_disk
 from mmengine.config import Config
 
 from cbn_mmdet.launch import UsageError
@@ -208,14 +207,7 @@ class TestErrors:
         path = tmp_path / "epoch_1.pth"
         torch.save(dict(meta={}, state_dict=dict(weight=torch.ones(2**16))), path)
         small = path.stat().st_size // 2  # the largest file that the tool may write
-        done = subprocess.run(
-            [sys.executable, ROOT / "tools" / "publish.py", path],
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)),
-            # Coverage would write a larger file than this.
-            env={key: value for key, value in os.environ.items() if not key.startswith("COV")},
-            capture_output=True,
-            text=True,
-        )
+        done = run_on_full_disk(small, ROOT / "tools" / "publish.py", path)
         assert done.returncode == 2
         assert f"error: {tmp_path / 'epoch_1_bn.pth'} cannot be written" in done.stderr
         assert os.listdir(tmp_path) == ["epoch_1.pth"]

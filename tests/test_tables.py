@@ -314,7 +314,7 @@ def test_errors_teach(arguments, message, tmp_path, tool):
     }.items():
         (tmp_path / name / "any").mkdir(parents=True)
         (tmp_path / name / "any" / "metafile.yml").write_text(text)
-    done = tool("tables.py", *arguments, check=False, cwd=tmp_path)
+    done = tool("tables.py", *arguments, check=False, cwd=tmp_path, apart=True)
     assert done.returncode == 2
-    *_, line = done.stdout.splitlines()
+    (line,) = done.stderr.splitlines()
     assert line.startswith("tables.py: error: ") and message in line

@@ -26,7 +26,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from glob import glob
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -47,7 +46,7 @@ from torch import Tensor, nn
 
 from cbn_mmdet import link, precise_statistics, set_window, step
 from cbn_mmdet.datasets import build_digits, split_glyphs
-from cbn_mmdet.launch import UsageError, check_writable, run_tool
+from cbn_mmdet.launch import UsageError, check_writable, positive, run_tool
 from cbn_mmdet.norm.names import build_norm, norm_cfg, replace_norms
 from cbn_mmdet.runs import latest_checkpoint, read_run
 
@@ -130,13 +129,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, got {text}")
-    return int(text)
-
-
 def norm(text: str) -> str:
     """Check that a norm can be built; its name is all that is kept."""
     try:
@@ -159,13 +151,10 @@ def main() -> None:
     jobs = plan(args, study)
     run_missing(args, study, jobs, results, path, settings)
     rows = list(results.values())
-    labelled = [dict(row, norm=LABELS.get(row["norm"], row["norm"])) for row in rows]
-    report(args.study, study, labelled)
+    report(args.study, study, rows)
+    draw_all = plot_ablation if args.study == "ablation" else plot_batches
     plot = osp.join(args.folder, f"{args.study}.png")
-    if args.study == "ablation":
-        plot_ablation(rows, study.figure, plot)
-    else:
-        plot_batches(labelled, study.figure, plot)
+    draw_all(rows, study.figure, plot)
     print(f"figures: {path}")
     print(f"plot: {plot}")
 
@@ -174,19 +163,17 @@ def plan(args: argparse.Namespace, study: Study) -> list[Job]:
     """All trainings that are asked for, seed by seed, so that early results compare all norms."""
     batches = args.batches or study.batches
     most = args.seeds or max(study.seeds.values())
+    burn_in = ABLATION["burn_in"] if args.study == "ablation" else None
+    variants = [(name, burn_in) for name in args.norms or study.norms]
+    if not variants:  # the ablation's own, which cross at a window of 8
+        variants = [(f"CBN(window_size={k})", burn_in) for k in WINDOWS]
+        variants += [("CBN(window_size=8)", other) for other in BURN_INS if other != burn_in]
     jobs = []
     for seed in range(most):
         for batch in batches:
             if seed >= (args.seeds or study.seeds.get(batch, min(study.seeds.values()))):
                 continue
-            if args.study == "ablation" and not args.norms:
-                default = ABLATION["burn_in"]
-                pairs = {(f"CBN(window_size={k})", default): None for k in WINDOWS}
-                pairs.update({("CBN(window_size=8)", burn_in): None for burn_in in BURN_INS})
-                jobs += [Job(name, batch, seed, burn_in) for name, burn_in in pairs]
-            else:
-                burn_in = ABLATION["burn_in"] if args.study == "ablation" else None
-                jobs += [Job(name, batch, seed, burn_in) for name in args.norms or study.norms]
+            jobs += [Job(name, batch, seed, burn_in) for name, burn_in in variants]
     return jobs
 
 
@@ -363,18 +350,20 @@ def train_detector(job: Job, options: dict) -> dict:
     cfg.dump(path)
     run = osp.join(work_dir, "run")
     call("train.py", path, "--resume", "--work-dir", run)
-    evaluations = read_run(run).evaluations
-    if not evaluations:  # it was interrupted between its last checkpoint and the evaluation
+    if not read_run(run).evaluations:  # interrupted between the last checkpoint and its evaluation
         call("test.py", path, latest_checkpoint(run), "--work-dir", run)
-        evaluations = read_run(run).evaluations
-    result = dict(ap=evaluations[-1]["coco/bbox_mAP"])
+    result = dict(ap=last_ap(run))
     if job.norm in ("BN", "CBN"):
         test = osp.join(work_dir, "precise")
         precise = "--precise-stats", str(POPULATION)
         call("test.py", path, latest_checkpoint(run), "--work-dir", test, *precise)
-        with open(sorted(glob(osp.join(test, "*", "*.json")))[-1]) as file:
-            result["precise"] = json.load(file).get("coco/bbox_mAP", 0.0)
+        result["precise"] = last_ap(test)
     return result
+
+
+def last_ap(work_dir: str) -> float:
+    """The box AP of the last evaluation that a training, or a test, left in its work dir."""
+    return read_run(work_dir).evaluations[-1]["coco/bbox_mAP"]
 
 
 def detector_config(job: Job, options: dict) -> Config:
@@ -427,26 +416,28 @@ def report(name: str, study: Study, rows: list[dict]) -> None:
         title=f"{name}: {study.figure}, mean ± standard deviation (seeds)",
         box=box.MARKDOWN,
     )
-    for (label, burn_in, key), groups in grouped(rows, study.figure).items():
-        parts = [label]
-        if burn_in is not None:
-            parts.append(f"burn-in {burn_in}")
-        if key == "precise":
-            parts.append("precise statistics")
-        cells = [summary(groups.get(batch, []), study.figure) for batch in batches]
-        table.add_row(", ".join(parts), *cells)
+    for group, values in grouped(rows, study.figure).items():
+        cells = [summary(values.get(batch, []), study.figure) for batch in batches]
+        table.add_row(title(*group), *cells)
     Console(width=200).print(table)
 
 
 def grouped(rows: list[dict], figure: str) -> dict[tuple, dict[int, list[float]]]:
     """The values of all seeds by norm, burn-in and kind of statistics, and then by batch."""
     groups = defaultdict(lambda: defaultdict(list))
-    order = {label: number for number, label in enumerate(["BN", "BRN", *LABELS.values()])}
+    order = {name: number for number, name in enumerate(["BN", "BRN", *LABELS])}
     for row in sorted(rows, key=lambda row: (order.get(row["norm"], 9), natural(row))):
+        label = LABELS.get(row["norm"], row["norm"])
         for key in (figure, "precise"):
             if key in row:
-                groups[row["norm"], row["burn_in"], key][row["batch"]].append(row[key])
+                groups[label, row["burn_in"], key][row["batch"]].append(row[key])
     return groups
+
+
+def title(label: str, burn_in: int | None, key: str) -> str:
+    """What a table calls a group of :func:`grouped`."""
+    parts = [label, *([] if burn_in is None else [f"burn-in {burn_in}"])]
+    return ", ".join([*parts, "precise statistics"] if key == "precise" else parts)
 
 
 def natural(row: dict) -> tuple:

@@ -52,6 +52,7 @@ from cbn_mmdet.launch import (
     check_norms,
     explained_errors,
     merge_options,
+    positive,
     read_config,
     run_tool,
 )
@@ -77,13 +78,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-run", action="store_true", help="leave out training and evaluation")
     parser.add_argument("--verbose", action="store_true", help="show mmengine's log and tracebacks")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, got {text}")
-    return int(text)
 
 
 def main() -> None:
