@@ -103,14 +103,14 @@ def tool():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
 
-    def run_tool(name, *args, check=True, cwd=ROOT, env=None, apart=False):
+    def run_tool(name, *args, check=True, cwd=ROOT, env=None, apart=False, limit=600):
         command = [str(ROOT / "tools" / name), *map(str, args)]
         with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
             env = dict(os.environ) if env is None else env
             streams = output.name, (errors if apart else output).name
             process = context.Process(target=be_tool, args=(command, cwd, env, streams))
             process.start()
-            process.join(600)
+            process.join(limit)
             if process.exitcode is None:
                 process.kill()
             said, complaints = output.read(), errors.read()

@@ -28,7 +28,6 @@ from cbn_mmdet.datasets import build_digits
 # What a kill waits for to change, in turn; None is a random moment.
 AIMS = (None, "epoch_*.pth", "last_checkpoint")
 ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 6
 # What torch draws in an iteration must not depend on the draws before a resume: SeedIterations.
 CONFIG = """
 _base_ = "{root}/configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
@@ -51,19 +50,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", type=int, default=20, help="how many kills (20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of their moments (0)")
+    parser.add_argument("--epochs", type=int, default=6, help="length of a training (6)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        kill_and_resume(Path(folder), args.times, random.Random(args.seed))
+        kill_and_resume(Path(folder), args.times, random.Random(args.seed), args.epochs)
 
 
-def kill_and_resume(folder, times, moments):
+def kill_and_resume(folder, times, moments, epochs):
     """Kills trainings `times` times in all, and lets each come to its end."""
     began = time.monotonic()
     data = build_digits(folder / "digits", num_train=12, num_val=4, progress=False)
     config = folder / "config.py"
-    config.write_text(CONFIG.format(root=ROOT, data=data, epochs=EPOCHS))
+    config.write_text(CONFIG.format(root=ROOT, data=data, epochs=epochs))
     start = time.monotonic()
-    expected = finish(train(config, folder / "undisturbed"), folder / "undisturbed")
+    expected = finish(train(config, folder / "undisturbed"), folder / "undisturbed", epochs)
     length = time.monotonic() - start
 
     kills = halves = trainings = 0
@@ -79,7 +79,7 @@ def kill_and_resume(folder, times, moments):
             halves += len(half)
             print(f"kill {kills}" + "".join(f", which left half of {name}" for name in half))
             process = train(config, work_dir)
-        found = finish(process, work_dir)
+        found = finish(process, work_dir, epochs)
         differing = [name for name in expected if not torch.equal(expected[name], found[name])]
         if differing:
             sys.exit(f"training {trainings} differs, in {differing[0]} first")
@@ -138,12 +138,12 @@ def changed(work_dir, pattern):
         return None  # mmengine deletes the oldest checkpoint before it writes another
 
 
-def finish(process, work_dir):
+def finish(process, work_dir, epochs):
     """Waits for a training to end, and reads its weights."""
     if process.wait() != 0:
         output = (work_dir / "output.txt").read_text()
         sys.exit(f"a training failed:\n{output[-3000:]}")
-    path = work_dir / f"epoch_{EPOCHS}.pth"
+    path = work_dir / f"epoch_{epochs}.pth"
     return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
 
 

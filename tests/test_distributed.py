@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,25 @@ def finish(process, status=0, limit=300):
 def launch(root, script, *args, status=0, limit=300, **kwargs):
     """Runs one of the scripts to its end."""
     return finish(start(root, script, *args, **kwargs), status, limit)
+
+
+def on_two_ranks(tool, root, *args, cwd, limit=300):
+    """Trains in two processes as torchrun would start them, but without waiting for imports."""
+    torchrun = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    torchrun.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(root / "tests"))
+
+    def train(rank):
+        env = {**os.environ, **torchrun, "RANK": rank, "LOCAL_RANK": rank}
+        return tool("train.py", *args, "--launcher", "pytorch", cwd=cwd, env=env, limit=limit)
+
+    with ThreadPoolExecutor(2) as pool:
+        return "".join(rank.stdout for rank in list(pool.map(train, "01")))
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def norm(kind, *parts):
@@ -232,9 +252,9 @@ def test_ranks_stay_equal(uninterrupted):
 @pytest.mark.parametrize(
     "kind, find_unused", [("CBN", True), ("SyncCBN", False), ("SyncCBN", True)]
 )
-def test_ranks_stay_equal_in_other_settings(kind, find_unused, root, uninterrupted, tmp_path):
-    launch(
-        *(root, "dist_train.sh", uninterrupted / "config.py", 2, "--work-dir", "work"),
+def test_ranks_stay_equal_in_other_settings(kind, find_unused, root, tool, uninterrupted, tmp_path):
+    on_two_ranks(
+        *(tool, root, uninterrupted / "config.py", "--work-dir", "work"),
         *("--cfg-options", f"find_unused_parameters={find_unused}"),
         *norm(kind, "backbone", "neck", "roi_head.bbox_head"),
         cwd=tmp_path,
@@ -243,14 +263,15 @@ def test_ranks_stay_equal_in_other_settings(kind, find_unused, root, uninterrupt
 
 
 @pytest.mark.slow
-def test_sync_gradients_are_those_of_the_union(root, small_config, tmp_path):
-    config = small_config(tmp_path, CBN1, ONE_STEP).name
-    for processes in (2, 1):
-        launch(
-            *(root, "dist_train.sh", config, processes, "--work-dir", f"work{processes}"),
-            *("--cfg-options", f"train_dataloader.batch_size={4 // processes}"),
-            cwd=tmp_path,
-        )
+def test_sync_gradients_are_those_of_the_union(root, tool, small_config, tmp_path):
+    config = small_config(tmp_path, CBN1, ONE_STEP)
+
+    def args(ranks):
+        size = f"train_dataloader.batch_size={4 // ranks}"
+        return config, "--work-dir", f"work{ranks}", "--cfg-options", size
+
+    on_two_ranks(tool, root, *args(2), cwd=tmp_path)
+    tool("train.py", *args(1), cwd=tmp_path)
     two, one = (load(tmp_path / f"work{processes}" / "epoch_1.pth") for processes in (2, 1))
     for name, expected in one.items():
         limit = 1e-4 * expected.abs().max()
@@ -259,7 +280,7 @@ def test_sync_gradients_are_those_of_the_union(root, small_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, heads", [("CBN", 1), ("SyncCBN", 1), ("SyncCBN", 2)])
-def test_rank_without_regions(kind, heads, root, digits, small_config, tmp_path):
+def test_rank_without_regions(kind, heads, root, tool, digits, small_config, tmp_path):
     """Rank 1 sees only images without objects: its mask head, or both heads, get no region."""
     annotations = json.loads((digits / "annotations" / "instances_train.json").read_text())
     with_objects = {image["id"] for image in annotations["images"][::2]}
@@ -277,8 +298,8 @@ def test_rank_without_regions(kind, heads, root, digits, small_config, tmp_path)
     if heads == 2:
         # No background either. mmdet then has no loss for the classes, whose layer goes unused.
         options += ["model.train_cfg.rcnn.sampler.neg_pos_ub=0", "find_unused_parameters=True"]
-    launch(
-        *(root, "dist_train.sh", config, 2, "--work-dir", "work", "--cfg-options", *options),
+    on_two_ranks(
+        *(tool, root, config, "--work-dir", "work", "--cfg-options", *options),
         cwd=tmp_path,
         limit=180,
     )
@@ -329,13 +350,13 @@ def test_resume_with_windows(killed, root, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_without_windows(killed, root, uninterrupted, tmp_path):
+def test_resume_without_windows(killed, root, tool, uninterrupted, tmp_path):
     """All start empty if one does, with fewer statistics at first; and it is said so."""
     work_dir = tmp_path / "work"
     without = shutil.ignore_patterns("cbn_window_*_rank1.pth")
     shutil.copytree(killed[0] / "work", work_dir, ignore=without)
-    output = launch(
-        *(root, "dist_train.sh", uninterrupted / "config.py", 2, "--work-dir", "work"),
+    output = on_two_ranks(
+        *(tool, root, uninterrupted / "config.py", "--work-dir", "work"),
         *("--resume", "--cfg-options", "custom_hooks.0.save_window=True"),
         cwd=tmp_path,
     )
@@ -345,12 +366,6 @@ def test_resume_without_windows(killed, root, uninterrupted, tmp_path):
     resumed, expected = steps(work_dir)[19], steps(uninterrupted / "work")[19]
     assert losses(resumed) != pytest.approx(losses(expected), rel=1e-3)
     assert_same_on_both_ranks(work_dir)
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.mark.slow
