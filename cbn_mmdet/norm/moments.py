@@ -93,23 +93,26 @@ def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
     against 0.8 (two threads). Where the mean is far from 0 it would lose digits, and is not used.
     """
     mean = y.mean((0, 2, 3))
-    var = channel_sums(y, y, mean, torch.ones_like(mean), 0.0)[0] / (y.numel() // y.shape[1])
+    one = torch.ones_like(mean)
+    var = channel_sums(y, y, mean, one, 0.0, one)[0] / (y.numel() // y.shape[1])
     if (mean.square() > _FAR * var).any():
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     return mean, var
 
 
 def channel_sums(
-    grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float
+    grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float, r: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own.
 
-    ``x_hat`` is ``(y - mean) / sqrt(var + eps)``.
+    ``x_hat`` is ``(y - mean) r``, where ``r`` is ``1 / sqrt(var + eps)``.
     """
     if y.numel() == 0:  # the kernel divides by the number of positions
         return torch.zeros_like(mean), torch.zeros_like(mean)
+    # The kernel of the CPU reads mean and var as the running statistics, that of a GPU mean and r
+    # as those of a forward; the latter also wants a scale, for the dtype of its results alone.
     return torch.ops.aten.native_batch_norm_backward(
-        grad, y, None, mean, var, None, None, False, eps, [False, True, True]
+        grad, y, r, mean, var, mean, r, False, eps, [False, True, True]
     )[1:]
 
 

@@ -95,8 +95,8 @@ class _Normalize(Function):
             if dtype != mean.dtype:
                 # Terms that nearly cancel: rounding each to half precision would leave a residue.
                 grad, y = grad.to(mean.dtype), y.to(mean.dtype)
-            grad_gamma, grad_beta = channel_sums(grad, y, mean, var, ctx.eps)
             r = (var + ctx.eps).rsqrt_()
+            grad_gamma, grad_beta = channel_sums(grad, y, mean, var, ctx.eps, r)
             scale = r if gamma is None else r * gamma
             share = scale / -ctx.size
             through_mean = share * grad_beta  # U / k

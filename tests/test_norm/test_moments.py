@@ -6,9 +6,10 @@ from conftest import computes_in_float16, needs_float16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbn_mmdet.norm import moments
-from cbn_mmdet.norm.moments import batch_derivative, batch_moments, is_plain
+from cbn_mmdet.norm.moments import batch_derivative, batch_moments, channel_sums, is_plain
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -204,3 +205,33 @@ def test_what_is_no_plain_convolution():
     for other in (2 * y, y + y.std(), y.flip(1), striped, y[:, :, :4], y[:, :, ::2, ::2], y[:, :2]):
         assert not is_plain(conv, x, other)
     assert not is_plain(conv, x[:, :2], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channel_sums(dtype):
+    grad, y = torch.randn(2, 3, 4, 5, 6, dtype=dtype)
+    mean, var = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)
+    r = (var + 1e-3).rsqrt()
+    of_x_hat, alone = channel_sums(grad, y, mean, var, 1e-3, r)
+    x_hat = (y - mean[:, None, None]) * r[:, None, None]
+    torch.testing.assert_close(of_x_hat, (grad * x_hat).sum((0, 2, 3)))
+    torch.testing.assert_close(alone, grad.sum((0, 2, 3)))
+
+
+def test_channel_sums_hand_over_what_the_kernel_of_a_gpu_reads():
+    """It takes no scale and no saved statistics for an error; that of the CPU reads neither."""
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "batch_norm_backward" in str(function):
+                calls.append(args)
+            return function(*args, **(kwargs or {}))
+
+    y, mean, var = torch.randn(2, 4, 5, 6), torch.zeros(4), torch.rand(4)
+    with Watch():
+        channel_sums(y, y, mean, var, 0.0, var.rsqrt())
+    (given,) = calls
+    assert [given[3].data_ptr(), given[5].data_ptr()] == [mean.data_ptr()] * 2
+    torch.testing.assert_close(given[6], given[4].rsqrt())
+    assert given[2].dtype == mean.dtype and given[2].shape == mean.shape
