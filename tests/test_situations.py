@@ -8,6 +8,8 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import needs_float16
 from mmdet.models import FCNMaskHead, FCOSHead, ResNet, RetinaHead, RetinaSepBNHead
 from mmdet.registry import MODELS
@@ -16,6 +18,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.optim import OptimWrapper
 from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from mmengine.utils import digit_version
 from test_hooks.test_cbn_hook import LENGTH, Net, Noise, runner
 from test_norm.reference import Reference
 from test_norm.test_linking import loss_of, total
@@ -24,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_mmdet.norm.cbn
-from cbn_mmdet import CBN, link, links, set_window, step, window_state
+from cbn_mmdet import CBN, diagnose, link, links, set_window, step, window_state
 
 NORM = dict(type="CBN", window_size=3, derivative_stride=1)
 HALF = [pytest.param(torch.float16, marks=needs_float16), torch.bfloat16]
@@ -670,6 +673,65 @@ class TestLongRuns:
 def resident_bytes():
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+WORLD = 2
+
+
+def shard(rank, folder):
+    """Trains with weights that are spread over the processes, on the data of :func:`steps_of`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    model = blocks()
+    for module in (*model, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    outputs, diagnosis = steps_of(model)
+    torch.save((outputs, diagnosis), f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), CBN(8, window_size=4), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), CBN(8, window_size=4), nn.ReLU()),
+    )
+
+
+def steps_of(model):
+    """The outputs of some steps, the same data for each process, and the number of diagnoses."""
+    link(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for _ in range(6):
+        y = model(torch.randn(2, 3, 9, 9, generator=generator))
+        (y * torch.randn(y.shape, generator=generator)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step(model)
+        outputs.append(y.detach())
+    return outputs, len(diagnose(model))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version("2.6"),
+    reason="no fully_shard before torch 2.6",
+)
+def test_weights_that_are_spread_over_processes(tmp_path):
+    """As if they were not; diagnose leaves their layers out, for it finds parts of them."""
+    mp.spawn(shard, (str(tmp_path),), nprocs=WORLD)
+    expected, diagnosed = steps_of(blocks())
+    assert diagnosed == 2
+    for rank in range(WORLD):
+        outputs, diagnosed = torch.load(tmp_path / f"{rank}.pth")
+        torch.testing.assert_close(outputs, expected)
+        assert diagnosed == 0
 
 
 class TestOtherLoops:

@@ -277,12 +277,12 @@ class CBN(NormLayer):
             if linking.is_recomputation():
                 return self._recompute(input)
             conv, conv_input = self._resolve(input)
+            call = self._next_call()
             if self.window == 1:
                 self._keep_running_stats()
                 if not self._is_spread():
                     return super().forward(input)
                 conv = conv_input = None
-            call = self._next_call()
             moments = self._moments(input)
             if moments is None:  # no region in the batch: nothing to learn or to record
                 return self._batch_norm(input)
@@ -320,6 +320,8 @@ class CBN(NormLayer):
         return self.sync and sync.is_distributed()
 
     def _estimate(self, call: int, moments: Moments, conv: nn.Conv2d | None) -> Estimate:
+        if self.window == 1:
+            return Estimate(moments.mean, moments.var, 1, None)
         window = self._window_of(call)
         if conv is None:
             if window.feeder is not None:  # compensate was turned off
@@ -342,7 +344,9 @@ class CBN(NormLayer):
     ) -> Tensor:
         dtype = estimate.mean.dtype
         past = estimate.past
-        through_window = self.backward == "window" and past is not None and conv is not None
+        # Of a convolution that ran without gradients the weight gets none this way either.
+        learns = y.requires_grad and conv is not None
+        through_window = self.backward == "window" and past is not None and learns
         return normalize(
             y,
             None if self.weight is None else self.weight.to(dtype),
@@ -435,18 +439,21 @@ class CBN(NormLayer):
 
     def _recompute(self, input: Tensor) -> Tensor:
         """The same output again, for activation checkpointing: nothing is recorded twice."""
-        moments = None
+        if self.window_size > 1 and self._call > 0:  # in a burn-in, too, before its time is lost
+            raise RuntimeError(
+                f"{self._title}: was called {self._call + 1} times in one forward, and activation "
+                "checkpointing repeats the calls in another order, so they cannot be told apart. "
+                "Turn checkpointing off (with_cp=False) around this layer."
+            )
+        moments = conv = None
         if self.window > 1 or self._is_spread():
             moments = self._moments(input)
         if moments is None:
             return self._batch_norm(input)
-        if self.window > 1 and len(self._windows) > 1:
-            raise RuntimeError(
-                f"{self._title}: was called {len(self._windows)} times in one forward, and "
-                "activation checkpointing repeats the calls in another order, so they cannot be "
-                "told apart. Turn checkpointing off (with_cp=False) around this layer."
-            )
-        conv = self.feeder if self.compensate and self.window > 1 else None
+        if self.window > 1:
+            # Not the layer's own feeder, which an evaluation in between may have changed.
+            feeder = self._window_of(0).feeder
+            conv = None if feeder is None else feeder()
         return self._normalize(input, self._estimate(0, moments, conv), moments, conv)
 
     def _batch_norm(self, input: Tensor) -> Tensor:
@@ -502,7 +509,7 @@ class CBN(NormLayer):
     @torch.no_grad()
     def _verify(self, conv: nn.Conv2d, x: Tensor, y: Tensor) -> None:
         """Refuses, once, a convolution that does not compute ``weight * x + bias``."""
-        if self._verified is not None and self._verified() is conv:
+        if any(verified() is conv for verified in self._verified):
             return
         if not y.any() or not y.isfinite().all():  # nothing to be seen in this batch
             return
@@ -511,7 +518,7 @@ class CBN(NormLayer):
                 f"is fed by {linking.name_of(conv)}, whose output is not the plain convolution "
                 "of its weight (a standardised or modulated one, say)"
             )
-        self._verified = weakref.ref(conv)
+        self._verified.append(weakref.ref(conv))
 
     def _note_feeder(self, input: Tensor) -> linking.Signature | None:
         signature = linking.signature_of(input)
@@ -602,5 +609,5 @@ def _fresh_state() -> dict:
         _call=0,
         _recorded_version=None,
         _feeder=None,
-        _verified=None,
+        _verified=[],  # convolutions
     )

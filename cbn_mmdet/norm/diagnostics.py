@@ -68,11 +68,12 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
 
 
 def _can_tell(window: Window) -> bool:
-    """Whether it holds enough, and the convolution that it belongs to is still there."""
+    """Whether it holds enough, and the weight that it belongs to is still there, and whole."""
     feeder = None if window.feeder is None else window.feeder()
     if feeder is None:
         return len(window) > 1 and not window.is_of_weight
-    return len(window) > 1 and window.fits(feeder.weight)
+    is_whole = type(feeder.weight) is nn.Parameter  # between iterations, FSDP's are not
+    return len(window) > 1 and is_whole and window.fits(feeder.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:

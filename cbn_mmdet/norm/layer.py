@@ -31,8 +31,8 @@ class NormLayer(_BatchNorm):
         if input.dim() != 4:
             raise ValueError(
                 f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
-                f"dimensions. {self.kind} takes the output of an nn.Conv2d alone: use "
-                "nn.BatchNorm1d or 3d, or another norm here."
+                f"dimensions. {self.kind} normalises maps alone: use nn.BatchNorm1d or 3d, or "
+                "another norm here."
             )
         if input.shape[1] != self.num_features:
             raise ValueError(

@@ -198,6 +198,8 @@ def _leave(module: nn.Module, args: tuple, output: object) -> None:
 
 @torch.compiler.disable
 def _release(*_: object) -> None:
+    if _here.running:  # a watched model within another, which is not at its end
+        return
     for signature in list(_here.signatures.values()):
         signature.input = None
 

@@ -370,10 +370,12 @@ def _learn(windows: list[Window], forward: int) -> None:
 def _keeps_weight(conv: nn.Module | None) -> bool:
     """Whether the weight is there before the convolution's forward as it will be in it.
 
-    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
+    A subclass or a hook may set ``weight.data`` first, which nothing would tell of, and a weight
+    that is spread over processes (FSDP) is gathered first.
     """
     return (
         isinstance(conv, nn.Conv2d)
+        and type(conv.weight) is nn.Parameter
         and type(conv).forward is nn.Conv2d.forward
         and not conv._forward_pre_hooks
     )

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import cbn_mmdet
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
-from cbn_mmdet.norm import linking
 from cbn_mmdet.norm.cbn import stride_for
 
 
@@ -258,10 +257,10 @@ class TestWindow:
         model.zero_grad()
         conv, norm = model
         if frozen == "input":
-            y = conv(x).detach()
-            linking._sign(conv, (x,), {}, y)
-            (norm(y) * target).sum().backward()  # what is left flows through the window
-            assert conv.weight.grad is not None
+            with torch.no_grad():
+                y = conv(x)
+            (norm(y) * target).sum().backward()
+            assert conv.weight.grad is None and conv.bias.grad is None  # nor through the window
             torch.testing.assert_close(norm.weight.grad, expected["1.weight"])
             return
         conv.weight.requires_grad_(False)
@@ -277,10 +276,11 @@ class TestWindow:
         link(model)
         model[1].weight.data.zero_()
         model(torch.randn(2, 3, 5, 5))
-        assert model[2]._verified is None
+        assert model[2]._verified == []
         nn.init.normal_(model[1].weight)
         model(torch.randn(2, 3, 5, 5))
-        assert model[2]._verified() is model[1]
+        (verified,) = model[2]._verified
+        assert verified() is model[1]
 
     def test_step_tells_what_was_clamped(self):
         model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2))
@@ -421,6 +421,22 @@ class TestWindow:
                     model[0].weight *= 1.01
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b)
+
+    def test_an_evaluation_before_the_repetition(self):
+        """The layer looked at by itself, in evaluation, loses neither window nor past."""
+        torch.manual_seed(0)
+        model = linked()
+        iterate(model, 4)
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        gradients = []
+        for looked_at in (False, True):
+            y = checkpoint(model, x, use_reentrant=False)
+            if looked_at:
+                model.eval()[1](torch.randn(2, 4, 8, 8))
+                model.train()
+            gradients.append(torch.autograd.grad(y.square().sum(), [x, model[0].weight]))
+        assert len(model[1]._windows[0]) == 3
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
     def test_loading_weights_forgets(self):
         model = linked()
@@ -980,9 +996,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="'1' .*num_features=4.* 5 channels"):
             model(torch.randn(2, 3, 4, 4))
 
+    @pytest.mark.parametrize("in_force", [1, 4])
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_checkpointed_calls_that_cannot_be_told_apart(self, reentrant):
+    def test_checkpointed_calls_that_cannot_be_told_apart(self, reentrant, in_force):
+        """Also in a burn-in, before its time is lost."""
         model = linked()
+        set_window(model, in_force)
 
         class Twice(nn.Module):
             def __init__(self):

@@ -1,5 +1,6 @@
 """Which convolution feeds which CBN: plain models, stock mmdet detectors, and what is refused."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -53,6 +54,29 @@ class TestPlainModels:
         link(model)
         train_once(model, torch.randn(2, 4, 5, 5))
         assert links(model) == {"norms.0": "convs.2", "norms.1": "convs.0", "norms.2": "convs.1"}
+
+    def test_a_linked_part_does_not_end_the_forward(self):
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), CBN(4))
+        link(model[0])
+        link(model)
+        train_once(model, torch.randn(2, 3, 8, 8))
+        assert links(model) == {"1": "0.0"}
+
+    def test_a_copy_that_runs_within_the_forward(self):
+        """A teacher, say: copies carry the hooks."""
+
+        class Student(nn.Sequential):
+            def forward(self, x):
+                y = self[0](x)
+                self.teacher[0](x)
+                return self[1](y)
+
+        model = Student(nn.Conv2d(3, 4, 3), CBN(4))
+        link(model)
+        model.__dict__["teacher"] = [copy.deepcopy(nn.Sequential(*model)).eval()]
+        link(model.teacher[0])
+        train_once(model, torch.randn(2, 3, 8, 8))
+        assert links(model) == {"1": "0"}
 
     def test_one_convolution_feeds_several_norms(self):
         class Fork(nn.Module):

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cbn_mmdet import CBN, SyncCBN, link, step
+from cbn_mmdet import CBN, SyncCBN, link, set_window, step, window_state
 
 WORLD = 2
 MOVES = 4
@@ -71,7 +71,9 @@ def worker(rank, folder):
         world_size=WORLD,
         timeout=timedelta(seconds=60),
     )
-    torch.save({name: train(rank, **case) for name, case in CASES.items()}, f"{folder}/{rank}.pth")
+    seen = {name: train(rank, **case) for name, case in CASES.items()}
+    seen["burn-in"] = burn_in(rank)
+    torch.save(seen, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
@@ -94,6 +96,16 @@ def train(rank, layer, sizes, recompute, forget=None):
         seen.append((out.detach(), gradients, buffers))
         move(model[0], iteration)
     return seen
+
+
+def burn_in(rank):
+    """What the windows hold after an iteration in which they are closed."""
+    model = build(window=3)
+    link(model)
+    set_window(model, 1)
+    model(batch(rank, 0, (2, 3))).sum().backward()
+    step(model)
+    return window_state(model)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +213,10 @@ def test_equals_the_union(ranks, name, recompute):
         for index, expected in enumerate(gradients, 1):
             total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
             torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_burn_in_leaves_no_window(ranks):
+    assert [each["burn-in"] for each in ranks] == [{"1": []}] * WORLD
 
 
 def test_windows_of_unequal_length(ranks):
