@@ -137,7 +137,7 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
         (("train.py", "CONFIG", "--amp"), "--amp needs a GPU"),
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.burn_in=-1"),
-            "burn_in must be a whole number of epochs",
+            "burn_in must be a whole number of at least 0",
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "model.backbone.norm_cfg.window_size=0"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 import os.path as osp
 from glob import glob
@@ -18,6 +17,7 @@ from mmengine.registry import HOOKS
 from ..norm import diagnose, link, load_window_state, set_window, window_state
 from ..norm.diagnostics import LARGE_CLAMPED, LARGE_CORRECTION, Diagnosis
 from ..norm.iteration import cbn_layers, end_iteration
+from ..norm.layer import check_count
 
 
 @HOOKS.register_module()
@@ -78,14 +78,11 @@ class CBNHook(Hook):
         save_window: bool = False,
         diagnose_every: int = 0,
     ) -> None:
-        for name, value, of in (
-            ("burn_in", burn_in, "epochs (or of iterations with by_epoch=False)"),
+        for name, value, meaning in (
+            ("burn_in", burn_in, "epochs (or iterations with by_epoch=False)"),
             ("diagnose_every", diagnose_every, "iterations (0 for no diagnosis)"),
         ):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-                raise ValueError(
-                    f"CBNHook: {name} must be a whole number of {of}, at least 0, got {value!r}."
-                )
+            check_count("CBNHook", name, value, meaning, least=0)
         for name, value in (("by_epoch", by_epoch), ("save_window", save_window)):
             if not isinstance(value, bool):
                 raise ValueError(f"CBNHook: {name} must be True or False, got {value!r}.")

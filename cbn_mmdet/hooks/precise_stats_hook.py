@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import bisect
-import numbers
 import random
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
 from ..norm import precise_statistics
+from ..norm.layer import check_count
 from ..norm.population import trained_batch_norms
 from .cbn_hook import unwrapped
 
@@ -32,8 +32,9 @@ class PreciseStatsHook(Hook):
     It does so after the last iteration before an evaluation, so that the checkpoint of that time
     has the same statistics, and works for every batch normalisation that trains: CBN, BRN, BN and
     SyncBN (see :func:`cbn_mmdet.precise_statistics`). Training goes on as if nothing had happened,
-    but for BRN, which corrects towards the running statistics. The averaged model of ``EMAHook``,
-    which is what is evaluated then, keeps its own statistics: a warning says so.
+    but for BRN, which corrects towards the running statistics, and for a head that counts its
+    forwards outside of buffers, as Dynamic R-CNN's does. The averaged model of ``EMAHook``, which
+    is what is evaluated then, keeps its own statistics: a warning says so.
 
     Args:
         num_images: Number of training images, over all processes, each of which takes the same
@@ -52,12 +53,7 @@ class PreciseStatsHook(Hook):
     priority = "NORMAL"
 
     def __init__(self, num_images: int = 300, every_evaluation: bool = True) -> None:
-        is_whole = isinstance(num_images, numbers.Integral) and not isinstance(num_images, bool)
-        if not is_whole or num_images < 1:
-            raise ValueError(
-                "PreciseStatsHook: num_images must be a whole number of at least 1, got "
-                f"{num_images!r}."
-            )
+        check_count("PreciseStatsHook", "num_images", num_images, "images of all processes")
         if not isinstance(every_evaluation, bool):
             raise ValueError(
                 f"PreciseStatsHook: every_evaluation must be True or False, got "

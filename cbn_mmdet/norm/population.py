@@ -37,9 +37,9 @@ def precise_statistics(
     batches are small.)
 
     Layers that do not train in the model's present mode are left alone, frozen ones that is; so
-    are all modes, weights, windows and gradients. In distributed training all processes call this,
-    each with batches of its own, of which some may have none; as many each, if the forward itself
-    waits for the other processes.
+    are all modes, weights, windows, gradients and other buffers. In distributed training all
+    processes call this, each with batches of its own, of which some may have none; as many each, if
+    the forward itself waits for the other processes.
 
     Args:
         model: Any model with batch normalisation: ``CBN``, ``BRN``, ``nn.BatchNorm*d`` or
@@ -61,6 +61,13 @@ def precise_statistics(
             "mode. Call model.train() first; layers in evaluation mode are taken as frozen."
         )
     populations = {name: _Population(layer) for name, layer in layers.items()}
+    # Some losses count what they have seen.
+    others = [
+        (module, name, buffer, buffer.clone())
+        for module in set(model.modules()).difference(layers.values())
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     hooks = []
     done = []
     try:
@@ -73,6 +80,8 @@ def precise_statistics(
     finally:
         for hook in hooks:
             hook.remove()
+        for module, name, buffer, before in others:
+            module._buffers[name] = buffer.copy_(before)
         for name, layer in layers.items():
             layer.training = True
             if name not in done:

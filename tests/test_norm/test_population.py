@@ -92,6 +92,27 @@ def test_the_model_is_left_as_found():
     assert str(windows) == str(window_state(model))
 
 
+def test_what_others_count_is_left_as_found():
+    """As losses for long-tailed classes do, in buffers that they change or replace."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("changed", torch.zeros(()))
+            self.register_buffer("replaced", torch.zeros(()))
+
+        def forward(self, x):
+            self.changed += len(x)
+            self.replaced = self.replaced + len(x)
+            return x
+
+    model = nn.Sequential(Counts(), *network(nn.BatchNorm2d))
+    before = list(model[0].buffers())
+    assert precise_statistics(model, images().split(4)) == ["2", "5"]
+    for found, expected in zip(model[0].buffers(), before, strict=True):
+        assert found is expected and found == 0
+
+
 def test_an_error_puts_everything_back():
     model, data = network(nn.BatchNorm2d), images()
 
