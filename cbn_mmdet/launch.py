@@ -11,6 +11,7 @@ import os.path as osp
 import re
 import sys
 import tempfile
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -289,9 +290,11 @@ def explained_loading(path: str) -> Iterator[None]:
     """Turn whatever prevents a checkpoint from being loaded into a UsageError."""
     try:
         yield
-    except UsageError:
+    except (UsageError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file can fail in any way
+        if _is_a_mistake_in_a_hook(error):
+            raise
         message = str(error)
         if "do not match exactly" in message:
             raise UsageError(f"{path} is of another model: {_mismatch(message)}") from error
@@ -303,6 +306,14 @@ def explained_loading(path: str) -> Iterator[None]:
             ) from error
         why = f"{type(error).__name__}: {message.partition(chr(10))[0]}".rstrip(": ")
         raise UsageError(f"{path} is not a checkpoint, or was cut short ({why})") from error
+
+
+def _is_a_mistake_in_a_hook(error: Exception) -> bool:
+    """Whether code of the user's is to blame, which the runner calls with what it has loaded."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AttributeError | NameError | ImportError) and any(
+        frame.name == "call_hook" for frame in frames
+    )
 
 
 def _refused_code(error: BaseException | None) -> str | None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import run_on_full_disk
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from cbn_mmdet.datasets import digits as builder
-from cbn_mmdet.launch import UsageError, check_checkpoint
+from cbn_mmdet.launch import CarefulRunner, UsageError, check_checkpoint
 from cbn_mmdet.runs import latest_checkpoint, read_run, read_scalars
 
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
@@ -118,6 +120,23 @@ def test_checkpoints_that_are_none(tmp_path):
     damage(whole, path)
     with pytest.raises(UsageError, match=r"or was cut short \(BadZipFile: its .+ is damaged\)"):
         check_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no attribute"), torch.cuda.OutOfMemoryError("out of memory")]
+)
+def test_a_good_checkpoint_is_not_blamed(error, tmp_path):
+    """For a mistake in a hook that is called once it was read, or for a small GPU."""
+
+    class Mistaken(Hook):
+        def after_load_checkpoint(self, runner, checkpoint):
+            raise error
+
+    path, model = tmp_path / "good.pth", nn.Linear(2, 2)
+    torch.save(dict(state_dict=model.state_dict()), path)
+    runner = CarefulRunner(model, str(tmp_path), custom_hooks=[Mistaken()])
+    with pytest.raises(type(error), match=str(error)):
+        runner.load_checkpoint(str(path))
 
 
 # The tools.

@@ -20,6 +20,7 @@ train_cfg = dict(max_epochs=1)
 custom_hooks = [
     dict(type="CBNHook", burn_in=2, by_epoch=False),
     dict(type="EMAHook", momentum=0.5),
+    dict(type="PreciseStatsHook", num_images=2),
 ]
 model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 """

@@ -15,6 +15,7 @@ from torch import nn
 from cbn_mmdet.launch import UsageError, check_checkpoint, explained_loading, run_tool
 
 LAYERS = ("CBN", "SyncCBN", "BRN")
+HOOKS = ("CBNHook", "PreciseStatsHook")
 # What a norm_cfg of BN can have: BN's own arguments, and what mmengine and mmcv read.
 BN_KEYS = {*inspect.signature(nn.BatchNorm2d).parameters, "type", "requires_grad", "_scope_"}
 
@@ -90,10 +91,10 @@ def read_plain_config(text: str) -> dict:
 
 
 def with_batchnorm(cfg: dict) -> dict:
-    """The same config with BN for the layers of this package, and without its hook and import."""
+    """The same config with BN for the layers of this package, and without its hooks and import."""
     cfg = _with_batchnorm(cfg)
     if cfg.get("custom_hooks"):
-        cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) != "CBNHook"]
+        cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) not in HOOKS]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
     rest = [name for name in imports if name.partition(".")[0] != "cbn_mmdet"]
