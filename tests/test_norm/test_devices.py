@@ -1,0 +1,166 @@
+"""The layers on each device that is there, against themselves in float64 on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cbn_mmdet import (
+    BRN,
+    CBN,
+    diagnose,
+    link,
+    load_window_state,
+    precise_statistics,
+    set_window,
+    step,
+    to_batchnorm,
+    window_state,
+)
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+# Large maps and small ones, for which other kernels are chosen.
+SIZES = [(2, 40, 36), (3, 9, 9), (1, 40, 36), (2, 9, 9)]
+LAYERS = {
+    "window": dict(),
+    "current": dict(backward="current"),
+    "naive": dict(compensate=False),
+    "bfloat16 window": dict(window_dtype="bfloat16"),
+    "stride 2": dict(derivative_stride=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Not TF32, whose rounding is half precision's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def build(norm, dtype=torch.float64, bias=True, **layer):
+    torch.manual_seed(0)
+    layer = dict(layer, momentum=0.3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        norm(8, **layer),
+        nn.Tanh(),  # whose derivative, unlike ReLU's, does not jump with the last digit
+        nn.Conv2d(8, 12, 3, stride=2, groups=2, padding=1, bias=bias),
+        norm(12, **layer),
+    )
+    return model.to(dtype)
+
+
+def images(number):
+    """One iteration's, in float64 on the CPU."""
+    count, *size = SIZES[number % len(SIZES)]
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(count, 3, *size, dtype=torch.float64, generator=generator)
+    return (1 + number % 3) * x + number % 2
+
+
+def train(model, device, half=None, channels_last=False, repeat=False, burn_in=2, count=8):
+    """Trains for some iterations; returns outputs, gradients and buffers of each, in float64."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    link(model)
+    dtype = next(model.parameters()).dtype
+    seen = []
+    for number in range(count):
+        if any(isinstance(layer, CBN) for layer in model):
+            set_window(model, 1 if number < burn_in else 4)
+        x = images(number).to(device, dtype, memory_format=layout).requires_grad_()
+        with torch.autocast(device, half, enabled=half is not None):
+            y = checkpoint(model, x, use_reentrant=False) if repeat else model(x)
+        generator = torch.Generator().manual_seed(1000 + number)
+        head = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+        model.zero_grad()
+        (y * head.to(device, dtype)).sum().backward()
+        step(model)
+        gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
+        found = [y.detach(), *gradients, *model.buffers()]
+        seen.append([each.to("cpu", torch.float64, copy=True) for each in found])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                move = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+                parameter.add_(0.03 * move.to(device, parameter.dtype))
+    return seen
+
+
+def assert_close(found, expected, tolerance):
+    """To a share of the largest number of each tensor."""
+    for iteration, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            limit = tolerance * max(1.0, float(other.abs().max()))
+            where = f"iteration {iteration}, tensor {place}"
+            torch.testing.assert_close(
+                one, other, rtol=0, atol=limit, msg=lambda text, where=where: f"{where}: {text}"
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("repeat", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_cbn(name, repeat, channels_last, device):
+    expected = train(build(CBN, **LAYERS[name]), "cpu")
+    model = build(CBN, torch.float32, **LAYERS[name])
+    found = train(model, device, repeat=repeat, channels_last=channels_last)
+    assert_close(found, expected, 2e-3 if name == "bfloat16 window" else 2e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_brn(dtype, device):
+    limits = dict(warmup=2, r_end=6, d_end=6)
+    found = train(build(BRN, dtype, **limits), device)
+    assert_close(found, train(build(BRN, **limits), "cpu"), 2e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast(name, channels_last, device):
+    """To the rounding of bfloat16, and of float16 on a GPU. (A bias has no gradient but that.)"""
+    expected = train(build(CBN, bias=False, **LAYERS[name]), "cpu")
+    half = torch.float16 if device == "cuda" else torch.bfloat16
+    model = build(CBN, torch.float32, bias=False, **LAYERS[name])
+    found = train(model, device, half, channels_last)
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() < 0.1 * max(1.0, float(other.norm()))
+    windows = [window for layer in (model[1], model[4]) for window in layer._windows]
+    assert {window._vectors.dtype for window in windows} == {torch.float32}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_training_leaves(device):
+    """Windows, their diagnosis, statistics of a population, and batch normalisation."""
+    model, reference = build(CBN, torch.float32), build(CBN)
+    train(model, device)
+    train(reference, "cpu")
+    assert {window.device.type for layer in (model[1], model[4]) for window in layer._windows} == {
+        device
+    }
+    for name, figures in diagnose(reference).items():
+        assert diagnose(model)[name] == pytest.approx(figures, rel=1e-2, abs=1e-4)
+
+    other = copy.deepcopy(model)
+    link(other)
+    set_window(other, 4)
+    load_window_state(other, window_state(model))
+    x = images(9).to(device, torch.float32)
+    assert torch.equal(model(x), other(x))
+
+    batches = [images(number) for number in range(4)]
+    precise_statistics(reference, batches)
+    precise_statistics(model, [batch.to(device, torch.float32) for batch in batches])
+    for ours, theirs in zip(model.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(
+            ours.cpu().double(), theirs.double(), rtol=2e-3, atol=2e-3, check_dtype=False
+        )
+    expected = model.eval()(x)
+    assert torch.equal(to_batchnorm(model)(x), expected)
