@@ -293,9 +293,9 @@ def explained_loading(path: str) -> Iterator[None]:
     except (UsageError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file can fail in any way
-        if _is_a_mistake_in_a_hook(error):
-            raise
         message = str(error)
+        if _is_a_mistake_in_a_hook(error) or "CUDA error" in message:
+            raise
         if "do not match exactly" in message:
             raise UsageError(f"{path} is of another model: {_mismatch(message)}") from error
         code = _refused_code(error)

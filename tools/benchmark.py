@@ -183,6 +183,8 @@ def complete(args: argparse.Namespace) -> str | None:
     if "SyncBN" in rows:
         alone = "in one process communicates nothing: it calls BN's kernels"
         args.notes.append(f"SyncBN {alone if gpu else 'runs on a GPU only'}.")
+    if gpu and args.command == "layer":
+        args.notes.append("CBN's step() waits for the GPU: here for each layer, in a model once.")
     args.norms = [row for row in dict.fromkeys(["BN", *rows]) if gpu or row != "SyncBN"]
     if "digits" in args:
         args.size = args.size or ([128, 128] if args.digits else [320, 320])
@@ -797,14 +799,15 @@ def measure_inference(args: argparse.Namespace, bar: Progress) -> tuple[dict, li
     return tables, notes
 
 
-def operations_of(run: Run, device: str) -> list[tuple]:
-    """The operations, and a GPU's kernels, that are called, in their order."""
+def operations_of(run: Run, device: str) -> list[list[str]]:
+    """The operations that are called, in their order; and a GPU's kernels, in theirs."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU] + [kinds.CUDA] * (device == "cuda")
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run(0, Clock(device))
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
-    return [(event.device_type, event.name) for event in events]
+    called = [each.name for each in events if each.name.startswith("aten::")]
+    return [called, [each.name for each in events if each.device_type.name == "CUDA"]]
 
 
 def title(args: argparse.Namespace) -> str:

@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cbn_mmdet import CBN, link, load_window_state, set_window, window_state
+from cbn_mmdet.hooks.precise_stats_hook import random_state_kept
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
     START_ERRORS,
@@ -170,8 +171,9 @@ class Observer(Hook):
                 self._start_keeping(runner.model)
             model = runner.model
             size = max(layer.window for layer in cbn_layers(model).values())
-            state = copy.deepcopy(window_state(model)) if self.network else None
-            self.batches.append((copy.deepcopy(data_batch), state, size, torch.get_rng_state()))
+            state = copy_of(window_state(model)) if self.network else None
+            random = torch.get_rng_state()
+            self.batches.append((copy.deepcopy(data_batch), state, size, random))
 
     def _start_keeping(self, model: nn.Module) -> None:
         for name in self.names:
@@ -265,7 +267,7 @@ class Observer(Hook):
                 twin.get_submodule(conv_name).register_forward_hook(note)
         seen = []
         # Detectors sample regions at random: the same ones again, and then the training's own.
-        with torch.random.fork_rng():
+        with random_state_kept():
             for batch, state, size, random in self.batches:
                 torch.set_rng_state(random)
                 set_window(twin, size)
@@ -275,6 +277,20 @@ class Observer(Hook):
                 seen.append(dict(moments))
                 moments.clear()
         return seen
+
+
+def copy_of(state: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """A copy of a state of windows, on the CPU: a GPU would hold its windows many times."""
+    return {
+        name: [
+            {
+                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for key, value in window.items()
+            }
+            for window in windows
+        ]
+        for name, windows in state.items()
+    }
 
 
 def distance(one: Tensor, other: Tensor) -> float:

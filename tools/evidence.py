@@ -396,7 +396,8 @@ def call(tool: str, *args: str) -> None:
     """Run another tool, and show what it said if it fails."""
     done = subprocess.run(
         [sys.executable, osp.join(TOOLS, tool), *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where there is a GPU, too, so that all figures of a file are comparable.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )

@@ -112,7 +112,7 @@ class PreciseStatsHook(Hook):
             disable=get_rank() > 0 or not Console(stderr=True).is_terminal,
             transient=True,
         )
-        with _random_state_kept():
+        with random_state_kept():
             names = precise_statistics(model, shown, lambda batch: _forward(model, batch))
         runner.logger.info(
             f"PreciseStatsHook: statistics of {len(names)} layers from {count} images in "
@@ -154,7 +154,7 @@ def _forward(model, batch) -> None:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Leaves the generators of random numbers, which pipelines and samplers use, as they were."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -574,10 +574,10 @@ class SyncCBN(CBN):
 def update_running_stats(learnt: Iterable[tuple[CBN, _Record]]) -> None:
     """Averages records into the running statistics of their layers, no layer twice."""
     alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    learnt = [each for each in learnt if each[0].track_running_stats]
+    if learnt:
+        torch._foreach_add_([layer.num_batches_tracked for layer, _ in learnt], 1)
     for layer, record in learnt:
-        if not layer.track_running_stats:
-            continue
-        layer.num_batches_tracked.add_(1)
         weight = layer.momentum
         if weight is None:
             weight = 1.0 / float(layer.num_batches_tracked)

@@ -204,7 +204,9 @@ def load_window_state(model: nn.Module, state: dict) -> None:
                     "same window_size and call set_window first."
                 )
     for name, layer in layers.items():
-        device = next(itertools.chain(layer.parameters(), layer.buffers()), torch.empty(0)).device
+        # A layer may have neither parameters nor buffers.
+        own = itertools.chain(layer.parameters(), layer.buffers(), model.parameters())
+        device = next(own, torch.empty(0)).device
         layer._windows[:] = [
             Window.from_state(window, modules.get(window["feeder"]), device)
             for window in state[name]

@@ -105,7 +105,8 @@ def channel_sums(
 ) -> tuple[Tensor, Tensor]:
     """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own.
 
-    ``x_hat`` is ``(y - mean) r``, where ``r`` is ``1 / sqrt(var + eps)``.
+    ``x_hat`` is ``(y - mean) r``, where ``r`` is ``1 / sqrt(var + eps)``. ``grad`` and ``y`` may be
+    in half precision, statistics and sums are not.
     """
     if y.numel() == 0:  # the kernel divides by the number of positions
         return torch.zeros_like(mean), torch.zeros_like(mean)
@@ -158,7 +159,7 @@ def batch_derivative(
     of_mean = _mean_patch(conv, x, padding, y)
     if stride == 1 and var is not None and _is_near(y, conv.weight, mean, var):
         return Derivative(of_mean, _var_derivative_near(conv, x, padding, y, mean, of_mean))
-    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, stride))
+    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, stride, var))
 
 
 def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
@@ -176,12 +177,18 @@ def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
     if again.shape != y.shape:
         return False
     dtype = statistics_dtype(y.dtype)
-    error = (again.to(dtype) - y.to(dtype)).norm()
-    return bool(error <= _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * y.to(dtype).norm())
+    error, size = (torch.linalg.vector_norm(each, dtype=dtype) for each in (again.sub_(y), y))
+    return bool(error <= _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * size)
 
 
 def _var_derivative(
-    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, stride: int
+    conv: nn.Conv2d,
+    x: Tensor,
+    padding: list[int],
+    y: Tensor,
+    mean: Tensor,
+    stride: int,
+    var: Tensor | None,
 ) -> Tensor:
     """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``."""
     if stride > 1:
@@ -190,7 +197,7 @@ def _var_derivative(
         mean = y.mean((0, 2, 3), dtype=mean.dtype)
     half_count = y.numel() / (2 * y.shape[1])  # M / 2
     if y.dtype == torch.float16:
-        spread = batch_moments(y)[1].sqrt()
+        spread = (batch_moments(y)[1] if var is None or stride > 1 else var).sqrt()
         spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
         divisor, rest = spread * (2 * half_count / _HALF_SCALE), spread * (2 / _HALF_SCALE)
     else:

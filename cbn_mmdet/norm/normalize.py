@@ -91,10 +91,6 @@ class _Normalize(Function):
     def backward(ctx, grad):
         y, gamma, mean, var, *past = ctx.saved_tensors
         with full_precision(y.device.type):
-            dtype = y.dtype
-            if dtype != mean.dtype:
-                # Terms that nearly cancel: rounding each to half precision would leave a residue.
-                grad, y = grad.to(mean.dtype), y.to(mean.dtype)
             r = (var + ctx.eps).rsqrt_()
             grad_gamma, grad_beta = channel_sums(grad, y, mean, var, ctx.eps, r)
             scale = r if gamma is None else r * gamma
@@ -105,7 +101,7 @@ class _Normalize(Function):
             if ctx.needs_input_grad[0]:
                 grad_y = _backward_current(
                     ctx, grad, y, mean, var, r, scale, through_mean, through_var
-                ).to(dtype)
+                )
             if past:
                 grad_weight, grad_bias = _backward_past(
                     ctx, through_mean, through_var * r, mean, *past
@@ -131,10 +127,15 @@ def _backward_current(ctx, grad, y, mean, var, r, scale, through_mean, through_v
             torch.addcmul(through_mean, slope, ctx.spread.mean - mean), slope
         )
         mean, count, through_var = ctx.spread.mean, ctx.spread.count, slope / r
-    through_statistics = standardize(
-        y, through_var / count, through_mean / count, mean, var, ctx.eps
-    )
-    return through_statistics.addcmul_(grad, scale[:, None, None])
+    through_mean, through_var = through_mean / count, through_var / count
+    if y.dtype == mean.dtype:
+        through_statistics = standardize(y, through_var, through_mean, mean, var, ctx.eps)
+    else:
+        # Terms that nearly cancel: rounding each to half precision would leave a residue.
+        slope = through_var * r
+        rest = torch.addcmul(through_mean, slope, mean, value=-1)
+        through_statistics = torch.addcmul(rest[:, None, None], y, slope[:, None, None])
+    return through_statistics.addcmul_(grad, scale[:, None, None]).to(y.dtype)
 
 
 def _backward_past(

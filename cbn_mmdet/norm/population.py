@@ -123,7 +123,7 @@ class _Population:
         if count == 0:
             return
         mean, var = batch_moments(x.reshape(*x.shape[:2], -1, 1))
-        if not (mean.isfinite().all() and var.isfinite().all()):
+        if not torch.cat((mean, var)).isfinite().all():  # which a GPU waits for once
             self.spoilt = True
             return
         self._moments = _union(self._moments, mean.double(), var.double(), count)
