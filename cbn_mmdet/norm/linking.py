@@ -16,6 +16,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -168,14 +169,10 @@ def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
     learns = module.training or torch.is_grad_enabled()
     if learns and isinstance(module, nn.Conv2d) and _trains(module):
         held = args[0] if args else kwargs.get("input")
+    # Taken out when the tensor dies, before another can have its id; pop's default is the reference
+    # that the call brings along. Nothing of it is Python code, in which an interrupt would be lost.
     signatures, key = _here.signatures, id(output)
-
-    def forget(reference: weakref.ref) -> None:
-        # Another tensor may have the id by then.
-        if key in signatures and signatures[key].tensor is reference:
-            del signatures[key]
-
-    signatures[key] = Signature(output, module, held, forget)
+    signatures[key] = Signature(output, module, held, partial(signatures.pop, key))
 
 
 @torch.compiler.disable

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -170,6 +172,26 @@ class TestNothingIsKept:
             model(torch.randn(2, 3, 5, 5))
         assert linking.current_forward() is None
         assert all(held.input is None for held in linking._here.signatures.values())
+
+    def test_an_interrupt_is_not_lost_with_a_tensor(self):
+        """Python drops what is raised while an object dies: Ctrl-C would do nothing."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        held = [model[0](torch.randn(2, 3, 5, 5))]
+        held += [object() for _ in range(1_000_000)]  # which die before it, without any Python code
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3)
+                held.clear()
+                time.sleep(1)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert not linking._here.signatures
 
     def test_an_interrupted_forward_ends_with_the_iteration(self):
         """Ctrl-C in a notebook: no hook runs, and the next iterations must still count right."""
