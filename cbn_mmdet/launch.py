@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import BaseLoop, Runner, checkpoint
 from mmengine.utils import digit_version
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -57,8 +57,9 @@ START_ERRORS = (
 # What a system says when a disk, a quota or the largest allowed size of a file is used up.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# What a mistyped norm may have meant.
+# What a mistyped norm, or hook, may have meant.
 NORMS = ("CBN", "SyncCBN", "BRN", "BN", "SyncBN", "GN", "LN", "IN")
+OUR_HOOKS = ("CBNHook", "PreciseStatsHook")
 
 
 class UsageError(Exception):
@@ -103,7 +104,8 @@ class CfgOptions(DictAction):
         try:
             super().__call__(parser, namespace, values, option_string)
         except (AssertionError, ValueError):
-            parser.error(f"{option_string} takes KEY=VALUE pairs, got: {' '.join(values)}")
+            wrong = next((value for value in values if "=" not in value), " ".join(values))
+            parser.error(f"{option_string} takes KEY=VALUE pairs, got: {wrong}")
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +172,12 @@ def merge_options(cfg: Config, options: dict) -> None:
     setting would change nothing, and nobody would notice.
     """
     known = {*cfg, *OPTIONAL_SETTINGS}
-    for option in options:
+    for option, value in options.items():
+        if "dict(" in str(value):
+            raise UsageError(
+                f"--cfg-options {option}: dict(...) can only be written in a config; make one with "
+                "_base_ and this setting"
+            )
         name = option.split(".")[0]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -417,8 +424,23 @@ def explained_errors(*signs: str) -> Iterator[None]:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         message = str(error.args[0]) if error.args else ""
         if any(sign in message for sign in signs):
-            raise UsageError(message) from error
+            raise UsageError(message + _hint(message)) from error
         raise
+
+
+def _hint(message: str) -> str:
+    """What a mistyped option, or hook, of this package may have meant."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    if found:
+        kind = MODELS.get(found[1]) if found[1] in NORMS else HOOKS.get(found[1])
+        names = [] if kind is None else list(inspect.signature(kind).parameters)
+        close = difflib.get_close_matches(found[2], names, n=1)
+        if close:
+            return f"; did you mean {close[0]}?"
+        return f"; it takes {', '.join(names)}" if names else ""
+    found = re.search(r"(\w+) is not in the \S*hook registry", message)
+    close = difflib.get_close_matches(found[1], OUR_HOOKS, n=1) if found else []
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def test_ablation(evidence, tool, tmp_path):
     (trained,) = [row for row in rows(tmp_path, "ablation") if row["burn_in"] == 0]
     assert trained["norm"] == norms[3] and "precise" not in trained
     log = next(tmp_path.glob("runs/ablation/0.02/*_2_0_0/run/*/*.log")).read_text()
-    assert "32 CBN layers, whose window of 8 opens after 0 epochs" in log
+    assert "32 CBN layers, whose window of 8 is open from the start" in log
     table = re.findall(r"^\| CBN\(window_size=(\d+)\), burn-in (\d) +\| 0\.(\d)00", printed, re.M)
     assert [row for row in table if row[1] != "0"] == [
         *((k, "1", "1") for k in "1248"),

@@ -169,7 +169,7 @@ class TestOptions:
     "option, message",
     [
         ("model.neck.norm_cfg.compensate=no", "compensate must be True or False, got 'no'"),
-        ("custom_hooks.0.burnin=1", "unexpected keyword argument 'burnin'"),
+        ("custom_hooks.0.burnin=1", "unexpected keyword argument 'burnin'; did you mean burn_in?"),
     ],
 )
 def test_a_mistaken_setting_of_a_training_is_one_line(

@@ -145,7 +145,23 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "model.backbone.norm_cfg.windowsize=4"),
-            "windowsize",
+            "'windowsize'; did you mean window_size?",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "model.neck.norm_cfg.k=4"),
+            "'k'; it takes num_features, eps, momentum,",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.type=CBNHok"),
+            "Did you mean CBNHook?",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks=[dict(type='CBNHook')]"),
+            "dict(...) can only be written in a config",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks=[]", "train_cfg.max_epochs=2"),
+            "the default one's burn_in of 3 epochs is not shorter than the run of 2: add",
         ),
         (("report.py", "none"), "there is no work dir none: train first"),
     ],

@@ -120,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
     text = "seeds of each (5 for classifier, else 3; 2 and 1 for detector at 2 and 4 images)"
     add("--seeds", type=positive, metavar="N", help=text)
-    text = "share of the images that are seen, for a quick look; kept with the results"
+    text = "share of the images that are seen, to see a study run; needs a --folder of its own"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
     add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
     text = "of the detector's runs (work_dirs/evidence)"
@@ -149,6 +149,9 @@ def main() -> None:
     settings = dict(study.settings, shorten=args.shorten)
     results = read_results(path, settings)
     jobs = plan(args, study)
+    if results:
+        kept = sum(job in results for job in jobs)
+        print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
     run_missing(args, study, jobs, results, path, settings)
     rows = list(results.values())
     report(args.study, study, rows)
@@ -191,7 +194,7 @@ def read_results(path: str, settings: dict) -> dict[Job, dict]:
     if measured != settings:
         raise UsageError(
             f"{path} has results of other settings, {measured}, than these, {settings}: "
-            "take another --folder, or delete it"
+            "take another --folder"
         )
     return rows
 

@@ -64,7 +64,7 @@ def main() -> None:
     start_processes(cfg)
     with explained_errors(*BUILD_ERRORS):
         runner = CarefulRunner.from_cfg(cfg)
-    ensure_cbn_hook(runner)
+    ensure_cbn_hook(runner, cfg)
     with explained_damage(cfg), explained_errors(*START_ERRORS):
         runner.train()
 
@@ -99,12 +99,19 @@ def use_checkpoint(cfg: Config, checkpoint: str) -> None:
     cfg.load_from = checkpoint
 
 
-def ensure_cbn_hook(runner: Runner) -> None:
+def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
     """Register the default hook when the model has CBN layers and the config forgot it."""
     has_cbn = any(isinstance(module, CBN) for module in runner.model.modules())
     has_hook = any(isinstance(hook, CBNHook) for hook in runner.hooks)
     if has_cbn and not has_hook:
         hook = CBNHook()
+        epochs = cfg.train_cfg.get("max_epochs")
+        if epochs is not None and hook.burn_in >= epochs:
+            raise UsageError(
+                f"the config has no CBNHook, and the default one's burn_in of {hook.burn_in} "
+                f"epochs is not shorter than the run of {epochs}: add custom_hooks = "
+                "[dict(type='CBNHook', burn_in=1)], say (0 opens the window at once)"
+            )
         runner.register_hook(hook)
         runner.logger.info(
             f"The model contains CBN and the config has no CBNHook: registered the default one "

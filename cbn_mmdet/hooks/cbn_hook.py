@@ -124,8 +124,8 @@ class CBNHook(Hook):
                 f"window_size of {self._full_window}: it takes 3 or more."
             )
         runner.logger.info(
-            f"CBNHook: {linked} CBN layers, whose window of {self._full_window} opens after "
-            f"{self.burn_in} {unit}."
+            f"CBNHook: {linked} CBN layers, whose window of {self._full_window} "
+            + (f"opens after {self.burn_in} {unit}." if self.burn_in else "is open from the start.")
         )
         self._saves, self._checkpoint = self.save_window, _last_checkpoint()
         if self._saves and runner.iter > 0:
