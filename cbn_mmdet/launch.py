@@ -173,7 +173,7 @@ def merge_options(cfg: Config, options: dict) -> None:
     """
     known = {*cfg, *OPTIONAL_SETTINGS}
     for option, value in options.items():
-        if "dict(" in str(value):
+        if re.search(r"\bdict\(", str(value)):
             raise UsageError(
                 f"--cfg-options {option}: dict(...) can only be written in a config; make one with "
                 "_base_ and this setting"

@@ -720,8 +720,8 @@ def steps_of(model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version("2.6"),
-    reason="no fully_shard before torch 2.6",
+    digit_version(torch.__version__) < digit_version("2.11"),
+    reason="before torch 2.11 fully_shard may add gradients up over gloo where it should average",
 )
 def test_weights_that_are_spread_over_processes(tmp_path):
     """As if they were not; diagnose leaves their layers out, for it finds parts of them."""

@@ -110,7 +110,7 @@ def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
             raise UsageError(
                 f"the config has no CBNHook, and the default one's burn_in of {hook.burn_in} "
                 f"epochs is not shorter than the run of {epochs}: add custom_hooks = "
-                "[dict(type='CBNHook', burn_in=1)], say (0 opens the window at once)"
+                f"[dict(type='CBNHook', burn_in={epochs // 4})], say (0 opens the window at once)"
             )
         runner.register_hook(hook)
         runner.logger.info(

@@ -207,15 +207,26 @@ def test_what_is_no_plain_convolution():
     assert not is_plain(conv, x[:, :2], y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_channel_sums(dtype):
-    grad, y = torch.randn(2, 3, 4, 5, 6, dtype=dtype)
-    mean, var = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)
+@pytest.mark.parametrize(
+    ("of_y", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_channel_sums(of_y, dtype):
+    torch.manual_seed(0)
+    grad, y = torch.randn(2, 3, 4, 5, 6).to(of_y)
+    mean, var = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype) + 0.1
     r = (var + 1e-3).rsqrt()
-    of_x_hat, alone = channel_sums(grad, y, mean, var, 1e-3, r)
+    sums = channel_sums(grad, y, mean, var, 1e-3, r)
+    grad, y, mean, r = (each.double() for each in (grad, y, mean, r))
     x_hat = (y - mean[:, None, None]) * r[:, None, None]
-    torch.testing.assert_close(of_x_hat, (grad * x_hat).sum((0, 2, 3)))
-    torch.testing.assert_close(alone, grad.sum((0, 2, 3)))
+    expected = (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    for found, of in zip(sums, expected, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), of, rtol=1e-4, atol=1e-4)
 
 
 def test_channel_sums_hand_over_what_the_kernel_of_a_gpu_reads():
