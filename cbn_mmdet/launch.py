@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -180,8 +180,7 @@ def merge_options(cfg: Config, options: dict) -> None:
             )
         name = option.split(".")[0]
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = _did_you_mean(name, known)
             raise UsageError(f"--cfg-options {option}: the config has no {name}{hint}")
     try:
         cfg.merge_from_dict(options)
@@ -197,8 +196,7 @@ def check_norms(cfg: Config) -> None:
         for path, norm in _norm_settings(cfg.get("model") or {}, "model"):
             kind = norm.get("type")
             if isinstance(kind, str) and registry.get(kind) is None:
-                close = difflib.get_close_matches(kind, NORMS, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
+                hint = _did_you_mean(kind, NORMS)
                 raise UsageError(f"{path}.type: no norm is called {kind}{hint}")
 
 
@@ -434,13 +432,15 @@ def _hint(message: str) -> str:
     if found:
         kind = MODELS.get(found[1]) if found[1] in NORMS else HOOKS.get(found[1])
         names = [] if kind is None else list(inspect.signature(kind).parameters)
-        close = difflib.get_close_matches(found[2], names, n=1)
-        if close:
-            return f"; did you mean {close[0]}?"
-        return f"; it takes {', '.join(names)}" if names else ""
+        return _did_you_mean(found[2], names) or (f"; it takes {', '.join(names)}" if names else "")
     found = re.search(r"(\w+) is not in the \S*hook registry", message)
-    close = difflib.get_close_matches(found[1], OUR_HOOKS, n=1) if found else []
-    return f" Did you mean {close[0]}?" if close else ""
+    return _did_you_mean(found[1], OUR_HOOKS, " Did") if found else ""
+
+
+def _did_you_mean(word: str, known: Iterable[str], start: str = "; did") -> str:
+    """The nearest of the names that are known, as the end of a message; empty if none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"{start} you mean {close[0]}?" if close else ""
 
 
 @contextmanager

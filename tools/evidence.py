@@ -149,9 +149,6 @@ def main() -> None:
     settings = dict(study.settings, shorten=args.shorten)
     results = read_results(path, settings)
     jobs = plan(args, study)
-    if results:
-        kept = sum(job in results for job in jobs)
-        print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
     run_missing(args, study, jobs, results, path, settings)
     rows = list(results.values())
     report(args.study, study, rows)
@@ -202,6 +199,9 @@ def read_results(path: str, settings: dict) -> dict[Job, dict]:
 def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, settings) -> None:
     """Train what ``results`` lacks, and write each result at once."""
     missing = [job for job in jobs if job not in results]
+    if results:
+        kept = len(jobs) - len(missing)
+        print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
     workers = args.jobs or os.cpu_count()
     columns = (
         TextColumn("{task.description}"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .iteration import cbn_layers
-from .window import Window
+from .window import Window, is_whole
 
 # Above these the first-order compensation is no longer to be relied on: an expansion whose mean
 # moved by a third of the standard deviation misses some tenth of the variance, delta squared.
@@ -72,8 +72,7 @@ def _can_tell(window: Window) -> bool:
     feeder = None if window.feeder is None else window.feeder()
     if feeder is None:
         return len(window) > 1 and not window.is_of_weight
-    is_whole = type(feeder.weight) is nn.Parameter  # between iterations, FSDP's are not
-    return len(window) > 1 and is_whole and window.fits(feeder.weight)
+    return len(window) > 1 and is_whole(feeder.weight) and window.fits(feeder.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:

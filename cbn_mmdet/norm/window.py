@@ -367,15 +367,19 @@ def _learn(windows: list[Window], forward: int) -> None:
                 window._known = _Known(past, forward, weakref.ref(weight), version)
 
 
+def is_whole(weight: Tensor) -> bool:
+    """Whether a weight is not spread over processes: FSDP gathers it for the forward alone."""
+    return type(weight) is nn.Parameter
+
+
 def _keeps_weight(conv: nn.Module | None) -> bool:
     """Whether the weight is there before the convolution's forward as it will be in it.
 
-    A subclass or a hook may set ``weight.data`` first, which nothing would tell of, and a weight
-    that is spread over processes (FSDP) is gathered first.
+    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
     """
     return (
         isinstance(conv, nn.Conv2d)
-        and type(conv.weight) is nn.Parameter
+        and is_whole(conv.weight)
         and type(conv).forward is nn.Conv2d.forward
         and not conv._forward_pre_hooks
     )
