@@ -278,7 +278,7 @@ def classifier_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def classifier(settings: dict) -> nn.Sequential:
-    """Six 3x3 convolutions, four of them on maps of 2x2, a norm after each."""
+    """Six 3x3 convolutions, five of them with maps of 2x2, a norm after each."""
     layers, channels = [], 1
     for width, stride in ((32, 2), (64, 2), (64, 1), (128, 1), (128, 1), (128, 1)):
         conv = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)

@@ -79,7 +79,8 @@ def step(model: nn.Module) -> Tensor | None:
     """Ends an iteration: what its forward recorded becomes part of the window.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
-    without changing window or running statistics; of several forwards the last one counts.
+    without changing window or running statistics; of several forwards the last one counts. (With a
+    window of 1, as in a burn-in, each forward updates the running statistics, as BN's does.)
 
     What came from a batch with NaN or infinite values is dropped, with a warning: window and
     running statistics stay as they were before it. To know, it waits for the device once.
