@@ -2,6 +2,7 @@
 """What the command lines of ``tools/`` share: arguments, checks of what a user typed, launchers."""
 
 import argparse
+import ast
 import difflib
 import errno
 import inspect
@@ -11,6 +12,7 @@ import os.path as osp
 import re
 import sys
 import tempfile
+import textwrap
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +25,10 @@ from mmengine.runner import BaseLoop, Runner, checkpoint
 from mmengine.utils import digit_version
 from torch.distributed.elastic.multiprocessing.errors import record
 
-# Settings that mmengine reads from a config and that no config has to name.
-OPTIONAL_SETTINGS = {
+from .hooks import CBNHook
+
+# The settings that mmengine reads from a config.
+SETTINGS = {
     "activation_checkpointing",
     "compile",
     "custom_imports",
@@ -35,6 +39,17 @@ OPTIONAL_SETTINGS = {
     *inspect.signature(Runner.__init__).parameters,
 }
 
+
+# What makes a training the one that a config describes; where data and results lie does not.
+DEFINING = (
+    "model",
+    "train_cfg",
+    "optim_wrapper",
+    "param_scheduler",
+    "auto_scale_lr",
+    "custom_hooks",
+    "sync_bn",
+)
 
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
@@ -169,9 +184,9 @@ def merge_options(cfg: Config, options: dict) -> None:
     """Merge ``--cfg-options`` into ``cfg``.
 
     mmengine adds any name it does not know to the config, where nothing reads it: a mistyped
-    setting would change nothing, and nobody would notice.
+    setting would change nothing, and nobody would notice. Nor would one of a name that the config
+    only used while it was read, ``norm_cfg`` say, whose value was copied then.
     """
-    known = {*cfg, *OPTIONAL_SETTINGS}
     for option, value in options.items():
         if re.search(r"\bdict\(", str(value)):
             raise UsageError(
@@ -179,13 +194,33 @@ def merge_options(cfg: Config, options: dict) -> None:
                 "_base_ and this setting"
             )
         name = option.split(".")[0]
-        if name not in known:
-            hint = _did_you_mean(name, known)
+        if name in SETTINGS:
+            continue
+        if name not in cfg:
+            hint = _did_you_mean(name, SETTINGS)
             raise UsageError(f"--cfg-options {option}: the config has no {name}{hint}")
+        settings = cfg.to_dict()
+        copies = () if settings[name] is None else _places(settings, settings[name])
+        copied = [place for place in copies if place.partition(".")[0] in SETTINGS]
+        where = f" where it was copied to: {', '.join(copied[:5])}" if copied else " that it is for"
+        raise UsageError(
+            f"--cfg-options {option}: {name} only served while the config was read, and is read no "
+            f"more; give the setting{where}{', ...' if len(copied) > 5 else ''}"
+        )
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:
         raise UsageError(f"--cfg-options: {error.args[0]}") from error
+
+
+def _places(settings: object, value: object, path: str = "") -> Iterator[str]:
+    """Where ``value`` lies within ``settings``, as ``--cfg-options`` names it."""
+    if path and type(settings) is type(value) and settings == value:
+        yield path
+    elif isinstance(settings, (dict, list, tuple)):
+        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, inner in items:
+            yield from _places(inner, value, f"{path}.{key}" if path else str(key))
 
 
 def check_norms(cfg: Config) -> None:
@@ -215,30 +250,54 @@ def _norm_settings(settings: object, path: str) -> Iterator[tuple[str, dict]]:
 
 def check_data(cfg: Config, split: str) -> None:
     """Check that the files of ``split`` (train, val or test) exist, before anything is built."""
-    dataset = _innermost_dataset(cfg, split)
-    if dataset.get("backend_args"):
+    datasets = [dataset for dataset, _ in innermost_datasets(cfg, split)]
+    if any(dataset.get("backend_args") for dataset in datasets):
         return  # not files of this machine
-    root = dataset.get("data_root") or ""
-    folders = [path for path in (dataset.get("data_prefix") or {}).values() if path]
-    for path in [*annotation_files(cfg, split), *(osp.join(root, path) for path in folders)]:
-        if not osp.exists(path):
-            raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
+    for dataset in datasets:
+        root = dataset.get("data_root") or ""
+        within = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
+        read = [osp.join(root, path) for path in within if path]
+        for path in [*read, *_evaluators_files(cfg, split)]:
+            if not osp.exists(path):
+                raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
 
 
 def annotation_files(cfg: Config, split: str) -> list[str]:
     """The annotation files that the data set and the evaluators of ``split`` read."""
-    dataset = _innermost_dataset(cfg, split)
-    paths = [each["ann_file"] for each in evaluators(cfg, split) if each.get("ann_file")]
-    if dataset.get("ann_file"):
-        paths.insert(0, osp.join(dataset.get("data_root") or "", dataset["ann_file"]))
-    return paths
+    read = [
+        osp.join(dataset.get("data_root") or "", dataset["ann_file"])
+        for dataset, _ in innermost_datasets(cfg, split)
+        if dataset.get("ann_file")
+    ]
+    return read + _evaluators_files(cfg, split)
 
 
-def _innermost_dataset(cfg: Config, split: str) -> dict:
-    dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset", {})
-    while "dataset" in dataset:  # RepeatDataset and other wrappers
-        dataset = dataset["dataset"]
-    return dataset
+def _evaluators_files(cfg: Config, split: str) -> list[str]:
+    return [each["ann_file"] for each in evaluators(cfg, split) if each.get("ann_file")]
+
+
+def innermost_datasets(cfg: Config, split: str) -> Iterator[tuple[dict, int | None]]:
+    """The data sets of ``split`` within RepeatDataset, ConcatDataset and other wrappers.
+
+    Yields:
+        The settings of each, and how often an epoch repeats it; None if its images decide that.
+    """
+    dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset")
+    if dataset:
+        yield from _unwrapped(dataset, 1)
+
+
+def _unwrapped(dataset: dict, times: int | None) -> Iterator[tuple[dict, int | None]]:
+    if "dataset" in dataset:
+        # ClassBalancedDataset repeats images of rare classes.
+        if times is not None:
+            times = None if "oversample_thr" in dataset else times * dataset.get("times", 1)
+        yield from _unwrapped(dataset["dataset"], times)
+    elif "datasets" in dataset:
+        for each in dataset["datasets"]:
+            yield from _unwrapped(each, times)
+    else:
+        yield dataset, times
 
 
 def evaluators(cfg: Config, split: str) -> list[dict]:
@@ -331,6 +390,12 @@ def _refused_code(error: BaseException | None) -> str | None:
     return code
 
 
+def default_cbn_hook(cfg: Config) -> CBNHook:
+    """The hook for a config that has none, as in the paper: 3 epochs, or a quarter of the run."""
+    iterations = cfg.train_cfg.get("max_iters")
+    return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
+
+
 def _mismatch(message: str) -> str:
     """Sum up what mmengine says of weights that do not fit, of which there may be hundreds."""
     parts = []
@@ -356,8 +421,26 @@ class CarefulRunner(Runner):
         """Load the checkpoint, or say in a line why not."""
         fine_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
         with explained_loading(filename):
-            return super().load_checkpoint(
+            loaded = super().load_checkpoint(
                 filename, map_location, strict or not fine_tuning, **kwargs
+            )
+        if self._resume:
+            self._warn_of_other_settings(loaded)
+        return loaded
+
+    def _warn_of_other_settings(self, loaded: dict) -> None:
+        """Tell what is set otherwise than in the training that left the checkpoint.
+
+        The weights do not tell: those of BN, of CBN and of every window size have the same names.
+        """
+        before = loaded.get("meta", {}).get("cfg")
+        found = settings_that_differ(before, self.cfg.pretty_text) if before else []
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            self.logger.warning(
+                f"--resume: the checkpoint is of a training with other settings: "
+                f"{'; '.join(found[:5])}{more}. Learning rate and schedule go on as the checkpoint "
+                "has them. For a training of its own, take another --work-dir, without --resume."
             )
 
     def resume(self, filename, **kwargs):
@@ -375,6 +458,44 @@ class CarefulRunner(Runner):
             if "state dict" not in str(error):
                 raise
             raise UsageError(f"{filename} is of another optimizer: {error}") from error
+
+
+def settings_that_differ(before: str, now: str) -> list[str]:
+    """Name the settings of :data:`DEFINING` in which two dumped configs differ, with their values.
+
+    The dumps are only parsed, not run: one of them comes from a checkpoint.
+    """
+    try:
+        old, new = (
+            {
+                ast.unparse(statement.targets[0]): statement.value
+                for statement in ast.parse(text).body
+                if isinstance(statement, ast.Assign)
+            }
+            for text in (before, now)
+        )
+    except SyntaxError:  # an old mmengine dumped some values as no Python
+        return []
+    return [each for key in DEFINING for each in _differences(key, old.get(key), new.get(key))]
+
+
+def _differences(path: str, old: ast.expr | None, new: ast.expr | None) -> Iterator[str]:
+    if _is_dict_call(old) and _is_dict_call(new):
+        sides = [{pair.arg: pair.value for pair in each.keywords} for each in (old, new)]
+        for key in dict.fromkeys([*sides[0], *sides[1]]):
+            yield from _differences(f"{path}.{key}", sides[0].get(key), sides[1].get(key))
+        return
+    if isinstance(old, ast.List) and isinstance(new, ast.List) and len(old.elts) == len(new.elts):
+        for index, pair in enumerate(zip(old.elts, new.elts, strict=True)):
+            yield from _differences(f"{path}.{index}", *pair)
+        return
+    was, is_now = ("not set" if each is None else ast.unparse(each) for each in (old, new))
+    if was != is_now:
+        yield f"{path} was {textwrap.shorten(was, 60)}, is {textwrap.shorten(is_now, 60)}"
+
+
+def _is_dict_call(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and not value.args
 
 
 def start_processes(cfg: Config) -> None:

@@ -17,7 +17,7 @@ from .launch import UsageError, check_checkpoint
 NOTHING_DETECTED = {"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0, "coco/bbox_mAP_75": 0.0}
 
 # Settings that runs may differ in of which one repeats the other.
-INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher")
+INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher", "precise_stats")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
     """Join what the runs in ``folders``, one after the other, logged.
 
     A run that resumed, or started anew, replaces what earlier runs logged from there on. A test of
-    one of its checkpoints counts where the training was not evaluated.
+    one of its checkpoints counts where the training was not evaluated; where nothing was trained,
+    all tests do.
     """
     training, evaluations = [], []
     for folder in folders:
@@ -155,7 +156,7 @@ def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
             start = steps[0]
             training = before(training, start["step"]) + steps
             evaluations = before(evaluations, start.get("epoch", start["step"])) + results
-        tested = read_test(folder)
+        tested = read_test(folder, bool(training))
         if tested and tested["step"] not in {record["step"] for record in evaluations}:
             evaluations.append(tested)
     return training, sorted(evaluations, key=lambda record: record["step"])
@@ -188,24 +189,39 @@ def read_record(line: str) -> dict:
     return record
 
 
-def read_test(folder: str) -> dict | None:
+def read_test(folder: str, trained: bool) -> dict | None:
     """Read the evaluation that ``tools/test.py`` left in ``folder``, as one of the training.
 
     That of a checkpoint whose name does not tell its epoch or iteration is none of the training.
+    If there was one (``trained``), nor is that of a checkpoint from elsewhere, or with other
+    running statistics than the checkpoint's.
     """
     path = osp.join(folder, f"{osp.basename(folder)}.json")
     config = osp.join(folder, "vis_data", "config.py")
     if not (osp.isfile(path) and osp.isfile(config)):
         return None
-    loaded = read_settings(config).get("load_from") or ""
+    settings = read_settings(config)
+    loaded = settings.get("load_from") or ""
     checkpoint = re.search(r"(?:epoch|iter)_(\d+)\.pth$", loaded)
     if not checkpoint:
+        return None
+    if trained and (settings.get("precise_stats") or not is_from(loaded, osp.dirname(folder))):
         return None
     with open(path, errors="replace") as file:
         try:
             return {**complete(json.load(file)), "step": int(checkpoint[1])}
         except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is damaged: test again, or delete it") from error
+
+
+def is_from(checkpoint: str, work_dir: str) -> bool:
+    """Whether a checkpoint is of this work dir, by the name of its folder.
+
+    A work dir may have been moved since, and ``CheckpointHook(out_dir=...)`` makes a folder of the
+    same name elsewhere.
+    """
+    folder, own = (osp.basename(osp.realpath(path)) for path in (osp.dirname(checkpoint), work_dir))
+    return folder == own
 
 
 def complete(evaluation: dict) -> dict:
@@ -245,9 +261,11 @@ def latest_checkpoint(work_dir: str) -> str | None:
         if re.fullmatch(r"(epoch|iter)_\d+\.pth", name)
     ]
     paths = sorted((osp.join(work_dir, name) for name in names), key=osp.getmtime, reverse=True)
-    noted = osp.basename(find_latest_checkpoint(work_dir) or "")
+    noted = find_latest_checkpoint(work_dir)
     if noted:
-        paths.insert(0, osp.join(work_dir, noted))
+        here = osp.join(work_dir, osp.basename(noted))
+        # CheckpointHook(out_dir=...) writes elsewhere.
+        paths.insert(0, noted if osp.isfile(noted) and not osp.isfile(here) else here)
     broken = []
     for path in paths:
         try:

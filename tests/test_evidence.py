@@ -64,7 +64,7 @@ KINDS = ("", ", precise statistics")
 def detected(tool, tmp_path_factory):
     """The smallest study of the detector: 6 images, 4 epochs."""
     folder = tmp_path_factory.mktemp("evidence")
-    args = ["--folder", folder, "--work-dir", folder / "runs", "--data", folder]
+    args = ["--folder", folder, "--data", folder]
     args += ["--batches", 2, "--seeds", 1, "--norms", "CBN", "--jobs", 1, "--shorten", 0.006]
     return folder, tool("evidence.py", "detector", *args).stdout
 
@@ -96,7 +96,7 @@ def test_ablation(evidence, tool, tmp_path):
     runs += [dict(row, norm=norms[3], burn_in=burn_in, ap=0.2) for burn_in in (3, 5)]
     (tmp_path / "ablation.json").write_text(json.dumps(dict(settings=settings, runs=runs)))
     args = ["--folder", tmp_path, "--batches", 2, "--seeds", 1]
-    args += ["--work-dir", tmp_path / "runs", "--data", tmp_path]
+    args += ["--data", tmp_path]
     printed = tool("evidence.py", "ablation", *SHORT, *args).stdout
     (trained,) = [row for row in rows(tmp_path, "ablation") if row["burn_in"] == 0]
     assert trained["norm"] == norms[3] and "precise" not in trained
@@ -162,6 +162,16 @@ def test_results_of_other_settings_or_damaged(evidence, tmp_path):
     path.write_text("{")
     with pytest.raises(UsageError, match=f"{path} is damaged: delete it"):
         evidence.read_results(path, {})
+
+
+def test_one_command_at_a_time(evidence, tmp_path):
+    path = tmp_path / "classifier.json"
+    with evidence.alone_with(path):
+        with pytest.raises(UsageError, match=f"another command adds to {path}: wait"):
+            with evidence.alone_with(path):
+                pass
+    with evidence.alone_with(path):  # the file of a command that has ended locks nothing
+        pass
 
 
 KEPT = ROOT / "docs" / "evidence"

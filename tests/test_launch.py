@@ -21,9 +21,10 @@ def parse(*arguments):
 def test_load_config(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     path = tmp_path / "some.py"
-    path.write_text("a = dict(b=1)\nwork_dir = None\n")
-    cfg = launch.load_config(parse(str(path), "--cfg-options", "a.b=2", "a.c=[1,2]"))
-    assert cfg.a.b == 2 and cfg.a.c == [1, 2]
+    path.write_text("train_cfg = dict(b=1)\nwork_dir = None\n")
+    options = ["--cfg-options", "train_cfg.b=2", "train_cfg.c=[1,2]"]
+    cfg = launch.load_config(parse(str(path), *options))
+    assert cfg.train_cfg.b == 2 and cfg.train_cfg.c == [1, 2]
     assert cfg.work_dir == "work_dirs/some" and cfg.launcher == "none"
     assert launch.load_config(parse(str(path), "--work-dir", "x")).work_dir == "x"
 
@@ -67,11 +68,47 @@ def test_missing_config():
 
 
 def test_mistyped_option():
-    cfg = Config(dict(optim_wrapper=dict(lr=1), hooks=[1]))
+    cfg = Config(dict(optim_wrapper=dict(lr=1), custom_hooks=[1]))
     with pytest.raises(UsageError, match="optim_wraper.lr.*did you mean optim_wrapper"):
         launch.merge_options(cfg, {"optim_wraper.lr": 2})
     with pytest.raises(UsageError, match="Index 3 exceeds the length"):
-        launch.merge_options(cfg, {"hooks.3": 2})
+        launch.merge_options(cfg, {"custom_hooks.3": 2})
+
+
+def test_option_that_nothing_would_read():
+    """A name that a config only wrote its settings with: their values were copied."""
+    norm = dict(type="CBN", momentum=0.02)
+    parts = dict(neck=dict(norm_cfg=norm), heads=[dict(norm_cfg=norm), dict(norm_cfg="other")])
+    cfg = Config(dict(norm_cfg=norm, copy=norm, strides=[1], scale=None, model=parts))
+    for option, place in (
+        ("norm_cfg.momentum", r"copied to: model\.neck\.norm_cfg, model\.heads\.0\.norm_cfg$"),
+        ("strides", "give the setting that it is for$"),
+        ("scale", "give the setting that it is for$"),
+    ):
+        with pytest.raises(UsageError, match=f"{option}: .* only served while .*{place}"):
+            launch.merge_options(cfg, {option: 1})
+    launch.merge_options(cfg, {"model.heads.0.norm_cfg.momentum": 0.1, "load_from": "x"})
+    assert cfg.model.heads[0].norm_cfg.momentum == 0.1 and cfg.load_from == "x"
+
+
+def test_settings_that_differ():
+    """In what defines a training, however they are written; nothing of the texts is run."""
+    before = (
+        "model = dict(neck=dict(norm_cfg=dict(type='BN', eps=1e-5)), head=[dict(a=1), dict(a=2)])\n"
+        "train_cfg = dict(max_epochs=12)\nwork_dir = 'a'\nraise SystemExit\n"
+    )
+    now = (
+        "work_dir = 'b'\nsync_bn = 'torch'\ntrain_cfg = {'max_epochs': 12}\n"
+        "model = dict(head=[dict(a=1), dict(a=3)], neck=dict(norm_cfg=dict(type='CBN', eps=1e-05)))"
+    )
+    assert launch.settings_that_differ(before, before) == []
+    assert launch.settings_that_differ(before, now) == [
+        "model.neck.norm_cfg.type was 'BN', is 'CBN'",
+        "model.head.1.a was 2, is 3",
+        "train_cfg was dict(max_epochs=12), is {'max_epochs': 12}",
+        "sync_bn was not set, is 'torch'",
+    ]
+    assert launch.settings_that_differ("model = <function>", now) == []
 
 
 def test_option_without_a_value(capsys):
@@ -92,10 +129,30 @@ def test_missing_data(tmp_path):
         launch.check_data(dataset(**digits, metainfo=dict(classes=tuple("0123456789"))), "train")
     with pytest.raises(UsageError, match="a.json"):
         launch.check_data(dataset(type="RepeatDataset", dataset=digits), "train")
+    with pytest.raises(UsageError, match="a.json"):
+        several = dataset(type="ConcatDataset", datasets=[dict(ann_file="."), digits])
+        launch.check_data(several, "train")
     (tmp_path / "a.json").touch()
     (tmp_path / "train").mkdir()
     launch.check_data(dataset(**digits), "train")
     launch.check_data(dataset(ann_file="elsewhere", backend_args=dict(backend="petrel")), "train")
+
+
+def test_how_often_an_epoch_repeats_a_data_set():
+    a, b, c = (dict(ann_file=name) for name in "abc")
+    several = dict(datasets=[dict(times=3, dataset=a), b, dict(oversample_thr=0.1, dataset=c)])
+    cfg = dataset(type="RepeatDataset", times=2, dataset=several)
+    found = [(each["ann_file"], times) for each, times in launch.innermost_datasets(cfg, "train")]
+    assert found == [("a", 6), ("b", 2), ("c", None)]
+    assert list(launch.innermost_datasets(cfg, "val")) == []
+
+
+def test_the_hook_of_a_config_without_one():
+    hooks = [
+        launch.default_cbn_hook(Config(dict(train_cfg=train_cfg)))
+        for train_cfg in (dict(max_epochs=12), dict(max_iters=90000))
+    ]
+    assert [(hook.burn_in, hook.by_epoch) for hook in hooks] == [(3, True), (22500, False)]
 
 
 def test_checkpoints(tmp_path):

@@ -59,6 +59,18 @@ def test_checkpoint_of_a_moved_work_dir(tmp_path):
     assert find_checkpoint(str(tmp_path)) == str(tmp_path / "epoch_1.pth")
 
 
+def test_checkpoint_that_was_written_elsewhere(tmp_path):
+    """By CheckpointHook(out_dir=...); a checkpoint in the work dir itself goes before."""
+    work_dir, other = tmp_path / "run", tmp_path / "out/run"
+    for folder in (work_dir, other):
+        folder.mkdir(parents=True)
+    torch.save({}, other / "epoch_1.pth")
+    (work_dir / "last_checkpoint").write_text(str(other / "epoch_1.pth"))
+    assert find_checkpoint(str(work_dir)) == str(other / "epoch_1.pth")
+    torch.save({}, work_dir / "epoch_1.pth")
+    assert find_checkpoint(str(work_dir)) == str(work_dir / "epoch_1.pth")
+
+
 def write_config(path, **settings):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
@@ -111,14 +123,25 @@ def test_half_a_line_is_no_line(tmp_path):
 
 def test_tests_count_where_there_is_no_evaluation(tmp_path):
     write_run(tmp_path, "1", [*steps(1, 6, 1), evaluation(1, 0.1), *steps(7, 9, 2)])
-    for number, (loaded, value) in enumerate(
-        [("epoch_2.pth", 0.2), ("x/best_coco_bbox_mAP_epoch_1.pth", 0.3), ("released.pth", 0.4)], 2
+    own = f"moved/from/{tmp_path.name}"
+    for number, (loaded, value, more) in enumerate(
+        [
+            (f"{own}/epoch_2.pth", 0.2, {}),
+            (f"{own}/best_coco_bbox_mAP_epoch_1.pth", 0.3, {}),
+            ("released.pth", 0.4, {}),
+            ("work_dirs/another_seed/epoch_3.pth", 0.5, {}),
+            (f"{own}/epoch_3.pth", 0.6, dict(precise_stats=300)),
+        ],
+        2,
     ):
-        write_config(tmp_path / f"{number}/vis_data/config.py", load_from=loaded)
-        (tmp_path / f"{number}/{number}.json").write_text(json.dumps({"coco/bbox_mAP": value}))
+        for root in (tmp_path, tmp_path / "tests_alone"):
+            write_config(root / f"{number}/vis_data/config.py", load_from=loaded, **more)
+            (root / f"{number}/{number}.json").write_text(json.dumps({"coco/bbox_mAP": value}))
     _, evaluations = read_scalars(str(tmp_path))
     assert evaluations == [evaluation(1, 0.1)]  # those of trainings alone
     assert read_run(str(tmp_path)).evaluations == [evaluation(1, 0.1), evaluation(2, 0.2)]
+    alone = read_run(str(tmp_path / "tests_alone")).evaluations
+    assert alone == [evaluation(1, 0.3), evaluation(2, 0.2), evaluation(3, 0.5)]
     write_run(
         tmp_path, "9", steps(1, 3, 1)
     )  # a new start, to which the old checkpoints are nothing

@@ -65,7 +65,24 @@ def test_resume_goes_on_from_the_last_checkpoint(trained):
     rows = [row for row in scalars(work_dir) if "cbn/window_size" in row]
     steps = {row["step"]: row["cbn/window_size"] for row in rows}
     assert steps == {step: 1 if step <= 6 else 8 for step in range(1, 19)}
+    assert "other settings" not in output
     assert re.search(r"coco/bbox_mAP: \d\.\d{4}|results of the whole dataset is empty", output)
+
+
+def test_resume_with_other_settings_is_told(trained, tool, tmp_path):
+    """Whatever the window size, the weights have the same names."""
+    work_dir, config, _ = trained
+    changes = "train_cfg.max_epochs=4", "model.neck.norm_cfg.window_size=4"
+    done = tool(
+        *("train.py", config, "--work-dir", tmp_path, "--resume", work_dir / "epoch_3.pth"),
+        *("--cfg-options", *changes),
+    )
+    told = re.search(
+        r"--resume: the checkpoint is of a training with other settings: (.+)\.", done.stdout
+    )
+    assert told[1].startswith(
+        "model.neck.norm_cfg.window_size was not set, is 4; train_cfg.max_epochs was 3, is 4. "
+    )
 
 
 def test_checkpoint_is_a_batch_norm_checkpoint(trained, root):
@@ -90,6 +107,18 @@ def test_test(trained, tool, tmp_path):
     results = pickle.loads(out.read_bytes())
     assert len(results) == 4 and {"img_id", "pred_instances"} <= set(results[0])
     assert len(list(show.rglob("*.png"))) == 4
+
+
+def test_precise_statistics_of_averaged_weights(trained, small_config, tool, tmp_path):
+    """EMAHook puts its weights into the model only when the test begins."""
+    work_dir, *_ = trained
+    config = small_config(tmp_path, CBN2, "custom_hooks = [dict(type='EMAHook', momentum=0.5)]")
+    done = tool(
+        *("test.py", config, work_dir / "epoch_3.pth", "--work-dir", tmp_path / "work"),
+        *("--precise-stats", 4),
+    )
+    estimated = done.stdout.index("PreciseStatsHook: statistics of 32 layers from 4 images")
+    assert estimated < done.stdout.index("Epoch(test)")
 
 
 def test_report(trained, tool):
@@ -127,6 +156,15 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
     assert "custom_hooks = [dict(type='CBNHook', burn_in=3)]" in done.stdout
     windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
     assert windows == [1] * 18 + [8] * 6
+
+
+def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
+    loop = "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=8, val_interval=8)"
+    config = small_config(tmp_path, CBN2, f"custom_hooks = []\n{loop}")
+    done = tool("train.py", config, "--work-dir", tmp_path / "work")
+    assert "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]" in done.stdout
+    rows = [row["cbn/window_size"] for row in scalars(tmp_path / "work") if "loss" in row]
+    assert rows == [1] * 2 + [8] * 6
 
 
 @pytest.mark.parametrize(

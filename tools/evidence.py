@@ -24,8 +24,9 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ matplotlib.use("Agg")  # no display is needed, and none has to be there
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from filelock import FileLock, Timeout  # which torch depends on
 from mmengine.config import Config
 from rich import box
 from rich.console import Console
@@ -54,6 +56,8 @@ TOOLS = osp.dirname(osp.abspath(__file__))
 DIGITS = osp.join(
     osp.dirname(TOOLS), "configs", "digits", "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
 )
+# The results that docs/evidence.md shows, and their runs, which an interrupted command resumes.
+KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 NAIVE, CURRENT = "CBN(compensate=False)", "CBN(backward='current')"
 # Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
 SMALL_GN = "GN(num_groups=8)"
@@ -115,7 +119,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("study", choices=list(STUDIES))
     add = parser.add_argument
-    add("--folder", default="docs/evidence", help="of results and plots (docs/evidence)")
+    text = f"of results, plots and, but for the default ({KEPT}), of the detector's runs"
+    add("--folder", default=KEPT, help=text)
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
     text = "seeds of each (5 for classifier, else 3; 2 and 1 for detector at 2 and 4 images)"
@@ -123,8 +128,6 @@ def parse_args() -> argparse.Namespace:
     text = "share of the images that are seen, to see a study run; needs a --folder of its own"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
     add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
-    text = "of the detector's runs (work_dirs/evidence)"
-    add("--work-dir", default="work_dirs/evidence", help=text)
     add("--data", default="data", metavar="DIR", help="where digits are built (data)")
     return parser.parse_args()
 
@@ -147,9 +150,9 @@ def main() -> None:
     check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")
     settings = dict(study.settings, shorten=args.shorten)
-    results = read_results(path, settings)
-    jobs = plan(args, study)
-    run_missing(args, study, jobs, results, path, settings)
+    with alone_with(path):
+        results = read_results(path, settings)
+        run_missing(args, study, plan(args, study), results, path, settings)
     rows = list(results.values())
     report(args.study, study, rows)
     draw_all = plot_ablation if args.study == "ablation" else plot_batches
@@ -157,6 +160,18 @@ def main() -> None:
     draw_all(rows, study.figure, plot)
     print(f"figures: {path}")
     print(f"plot: {plot}")
+
+
+@contextmanager
+def alone_with(path: str) -> Iterator[None]:
+    """Keep other commands from what this one trains and writes, until it ends or is killed."""
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(
+            f"another command adds to {path}: wait for it, or take another --folder"
+        ) from error
 
 
 def plan(args: argparse.Namespace, study: Study) -> list[Job]:
@@ -218,13 +233,13 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
         ) as pool,
     ):
         task = bar.add_task(args.study, total=len(jobs), completed=len(jobs) - len(missing))
-        work_dir = osp.join(args.work_dir, args.study, f"{args.shorten:g}")
+        runs = RUNS if osp.normpath(args.folder) == KEPT else osp.join(args.folder, "runs")
+        work_dir = osp.join(runs, args.study, f"{args.shorten:g}")
         options = dict(settings, work_dir=work_dir, data=args.data)
         running = {pool.submit(study.train, job, options): job for job in missing}
         try:
             for done in as_completed(running):
                 job = running[done]
-                results.update(read_results(path, settings))  # another command may add to it
                 results[job] = {**job._asdict(), **done.result()}
                 write_results(path, settings, results)
                 bar.advance(task)

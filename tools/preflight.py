@@ -50,7 +50,9 @@ from cbn_mmdet.launch import (
     check_checkpoint,
     check_data,
     check_norms,
+    default_cbn_hook,
     explained_errors,
+    innermost_datasets,
     merge_options,
     positive,
     read_config,
@@ -182,21 +184,12 @@ def check_datasets(report: Report, cfg: Config) -> int | None:
         else:
             with report.check(f"{split} data"):
                 check_data(cfg, split)
-                datasets = innermost_datasets(loader.dataset)
-                images = [check_dataset(report, split, each) for each in datasets]
-                counts[split] = None if None in images else sum(images)
+                total = 0
+                for dataset, times in innermost_datasets(cfg, split):
+                    images = check_dataset(report, split, dataset)
+                    total = None if None in (images, times, total) else total + images * times
+                counts[split] = total
     return counts.get("train")
-
-
-def innermost_datasets(settings: dict) -> Iterator[dict]:
-    """The settings of the datasets within RepeatDataset, ConcatDataset and other wrappers."""
-    if "dataset" in settings:
-        yield from innermost_datasets(settings["dataset"])
-    elif "datasets" in settings:
-        for each in settings["datasets"]:
-            yield from innermost_datasets(each)
-    else:
-        yield settings
 
 
 def check_dataset(report: Report, split: str, settings: dict) -> int | None:
@@ -359,7 +352,7 @@ def check_burn_in(report: Report, cfg: Config, model: nn.Module, epoch_length: i
                 "config; for statistics over all GPUs set norm_cfg=dict(type='SyncCBN')"
             )
         settings = {key: value for hook in hooks for key, value in hook.items() if key != "type"}
-        hook = CBNHook(**settings)
+        hook = CBNHook(**settings) if hooks else default_cbn_hook(cfg)
         epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
         if iterations is None and epoch_length is not None:
             iterations = epochs * epoch_length
@@ -421,7 +414,7 @@ def shortened(cfg: Config, images: int, folder: str) -> Config:
             # In this process, where an error is the pipeline's own and not a worker's.
             loader.update(num_workers=0, persistent_workers=False)
             loader.pop("prefetch_factor", None)
-            for dataset in innermost_datasets(loader.dataset):
+            for dataset, _ in innermost_datasets(cfg, split):
                 dataset.indices = count
     cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=STEPS, val_begin=STEPS + 1)
     cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None

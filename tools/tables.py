@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import yaml
 from matplotlib.lines import Line2D
 
-from cbn_mmdet.launch import UsageError, run_tool
+from cbn_mmdet.launch import DEFINING, UsageError, run_tool
 from cbn_mmdet.runs import Run, read_run, read_settings
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), "configs")
@@ -35,8 +35,6 @@ METRICS = {
 DETECTORS = {"faster-rcnn": "Faster R-CNN", "mask-rcnn": "Mask R-CNN"}
 # The batch of the paper's table, whose rows are shown with and without a run.
 PAPER = "_4xb4-"
-# What makes a run the one that a config describes; where data and results lie does not.
-DEFINING = ("model", "train_cfg", "optim_wrapper", "param_scheduler", "custom_hooks")
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,6 +5,8 @@ import argparse
 import os.path as osp
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from cbn_mmdet import PreciseStatsHook  # the import registers CBN as well
 from cbn_mmdet.launch import (
@@ -66,20 +68,37 @@ def main() -> None:
     with explained_damage(cfg), explained_errors(*BUILD_ERRORS, *START_ERRORS):
         runner = CarefulRunner.from_cfg(cfg)
         if hook:
-            runner.load_or_resume()
-            runner.model.train()
-            hook.estimate(runner)
+            runner.register_hook(hook)
         runner.test()
 
 
-def precise_stats(cfg: Config, num_images: int | None) -> PreciseStatsHook | None:
+class EstimateStats(Hook):
+    """Estimates running statistics anew before a test, for the weights that are tested.
+
+    Args:
+        num_images: Number of training images to estimate them from.
+    """
+
+    priority = "LOWEST"  # after EMAHook has put the averaged weights into the model
+
+    def __init__(self, num_images: int) -> None:
+        self.precise_stats = PreciseStatsHook(num_images)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Estimates; the test loop goes back to evaluation mode."""
+        runner.model.train()
+        self.precise_stats.estimate(runner)
+
+
+def precise_stats(cfg: Config, num_images: int | None) -> EstimateStats | None:
     """What estimates the statistics; its images are those of the training."""
     if num_images is None:
         return None
     if num_images < 1:
         raise UsageError(f"--precise-stats {num_images}: takes at least 1 image")
     check_data(cfg, "train")
-    return PreciseStatsHook(num_images)
+    cfg.precise_stats = num_images  # a note for who reads the results
+    return EstimateStats(num_images)
 
 
 def write_detections(cfg: Config, path: str) -> None:

@@ -18,6 +18,7 @@ from cbn_mmdet.launch import (
     check_checkpoint,
     check_data,
     check_writable,
+    default_cbn_hook,
     explained_damage,
     explained_errors,
     load_config,
@@ -104,18 +105,19 @@ def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
     has_cbn = any(isinstance(module, CBN) for module in runner.model.modules())
     has_hook = any(isinstance(hook, CBNHook) for hook in runner.hooks)
     if has_cbn and not has_hook:
-        hook = CBNHook()
+        hook = default_cbn_hook(cfg)
         epochs = cfg.train_cfg.get("max_epochs")
-        if epochs is not None and hook.burn_in >= epochs:
+        if hook.by_epoch and epochs is not None and hook.burn_in >= epochs:
             raise UsageError(
                 f"the config has no CBNHook, and the default one's burn_in of {hook.burn_in} "
                 f"epochs is not shorter than the run of {epochs}: add custom_hooks = "
                 f"[dict(type='CBNHook', burn_in={epochs // 4})], say (0 opens the window at once)"
             )
         runner.register_hook(hook)
+        count = "" if hook.by_epoch else ", by_epoch=False"
         runner.logger.info(
             f"The model contains CBN and the config has no CBNHook: registered the default one "
-            f"(custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in})])."
+            f"(custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})])."
         )
 
 

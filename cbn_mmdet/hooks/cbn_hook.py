@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import os.path as osp
 from glob import glob
@@ -61,7 +62,7 @@ class CBNHook(Hook):
             The last two stay, each of ``window_size - 1`` times the size of the weights that CBN
             follows.
         diagnose_every: Iterations from one diagnosis to the next, 0 for none. Each reads all
-            windows once. It takes a ``window_size`` of 3 or more.
+            windows once. The noise takes a ``window_size`` of 3 or more.
 
     Raises:
         ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
@@ -119,9 +120,10 @@ class CBNHook(Hook):
         self._full_window = max(layer.window_size for layer in cbn_layers(model).values())
         self._hold(runner)
         if self.diagnose_every > 0 and self._full_window < 3:
+            what = "nothing" if self._full_window == 1 else "no noise"
             runner.logger.warning(
-                f"CBNHook: diagnose_every={self.diagnose_every} has nothing to tell of a "
-                f"window_size of {self._full_window}: it takes 3 or more."
+                f"CBNHook: diagnose_every={self.diagnose_every} can tell {what} of a window_size "
+                f"of {self._full_window}: it takes 3 or more."
             )
         runner.logger.info(
             f"CBNHook: {linked} CBN layers, whose window of {self._full_window} "
@@ -205,10 +207,9 @@ class CBNHook(Hook):
         except (OSError, RuntimeError) as error:
             runner.logger.warning(f"CBNHook: the windows were not saved, as {error}.")
         # The one before stays: rank 0 may not have finished the checkpoint that this one is for.
-        names = glob(osp.basename(_window_path(runner, "*")), root_dir=runner.work_dir)
-        written = [osp.join(runner.work_dir, name) for name in names]
-        for old in sorted(written, key=osp.getmtime)[:-2]:
-            os.remove(old)
+        written = sorted(_window_files(runner), key=osp.getmtime)
+        for useless in [*written[:-2], *_window_files(runner, ".part")]:
+            os.remove(useless)
 
     def _load_window(self, runner) -> None:
         """Fills the windows of a resumed run, or tells why they start empty.
@@ -288,14 +289,15 @@ def _log_diagnosis(runner, found: dict[str, Diagnosis]) -> None:
     corrections = {name: each.correction for name, each in found.items()}
     worst = max(corrections, key=corrections.__getitem__)
     correction = sum(corrections.values()) / len(found)
-    noise = sum(each.noise for each in found.values()) / len(found)
+    noises = [each.noise for each in found.values() if not math.isnan(each.noise)]
     _log("correction", correction)
     _log("worst_correction", corrections[worst])
-    _log("noise", noise)
-    runner.logger.info(
-        f"CBNHook: correction {correction:.4f}, worst {corrections[worst]:.4f} in '{worst}'; noise "
-        f"{noise:.4f}; {len(found)} layers, in standard deviations."
-    )
+    told = f"correction {correction:.4f}, worst {corrections[worst]:.4f} in '{worst}'"
+    if noises:
+        noise = sum(noises) / len(noises)
+        _log("noise", noise)
+        told += f"; noise {noise:.4f}"
+    runner.logger.info(f"CBNHook: {told}; {len(found)} layers, in standard deviations.")
 
 
 def _average_running_statistics(model) -> None:
@@ -321,6 +323,11 @@ def _last_checkpoint() -> str | None:
 
 def _window_path(runner, iteration: int | str) -> str:
     return osp.join(runner.work_dir, f"cbn_window_iter_{iteration}_rank{get_rank()}.pth")
+
+
+def _window_files(runner, ending: str = "") -> list[str]:
+    names = glob(osp.basename(_window_path(runner, "*")) + ending, root_dir=runner.work_dir)
+    return [osp.join(runner.work_dir, name) for name in names]
 
 
 def unwrapped(model):

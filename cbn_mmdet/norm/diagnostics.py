@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Diagnosis(NamedTuple):
         clamped: The fraction of past variances that came out negative and were cut to zero.
         noise: How far the last batch's mean is from the window's, in standard deviations of the
             channel; the root of the mean square over channels. The window's own mean is about
-            ``noise / sqrt(window_size)`` from the population's.
+            ``noise / sqrt(window_size)`` from the population's. NaN of a window that holds one past
+            iteration, which takes two.
     """
 
     correction: float
@@ -50,9 +52,9 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
         model: A linked model, between two iterations.
 
     Returns:
-        By the name of the layer. Layers whose window holds fewer than two iterations besides the
-        current one (in a burn-in, or with a ``window_size`` below 3) are left out; of a layer with
-        several windows (one for each call in a forward), the means over them are given.
+        By the name of the layer. Layers whose window is empty (in a burn-in, or with a
+        ``window_size`` of 1) are left out; of a layer with several windows (one for each call in a
+        forward), the means over them are given.
     """
     figures = {}
     for name, layer in cbn_layers(model).items():
@@ -71,8 +73,8 @@ def _can_tell(window: Window) -> bool:
     """Whether it holds enough, and the weight that it belongs to is still there, and whole."""
     feeder = None if window.feeder is None else window.feeder()
     if feeder is None:
-        return len(window) > 1 and not window.is_of_weight
-    return len(window) > 1 and is_whole(feeder.weight) and window.fits(feeder.weight)
+        return len(window) > 0 and not window.is_of_weight
+    return len(window) > 0 and is_whole(feeder.weight) and window.fits(feeder.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:
@@ -85,4 +87,6 @@ def _figures(window: Window, eps: float) -> Tensor:
     if past.positive is not None:
         clamped = 1 - past.positive.to(correction.dtype).mean()
     noise = ((past.means[:, newest] - past.mean) * scale).square().mean().sqrt()
+    if len(window) < 2:
+        noise = torch.full_like(noise, math.nan)
     return torch.stack((correction, clamped, noise)).float()

@@ -231,6 +231,7 @@ def test_windows_that_cannot_be_written_do_not_end_the_run(tmp_path):
     (log,) = tmp_path.rglob("*.log")
     assert "WARNING - CBNHook: the windows were not saved, as " in log.read_text()
     assert (tmp_path / "cbn_window_iter_8_rank0.pth").is_file()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_validation_alone_writes_no_windows(tmp_path):
@@ -286,14 +287,16 @@ def test_what_is_logged(tmp_path):
     assert logged <= set(tensorboard.Tags()["scalars"])
 
 
-def test_a_window_too_narrow_for_a_diagnosis(tmp_path):
+@pytest.mark.parametrize("window_size, what", [(1, "nothing"), (2, "no noise")])
+def test_a_window_too_narrow_for_a_diagnosis(tmp_path, window_size, what):
     hook = dict(type="CBNHook", burn_in=0, diagnose_every=1)
-    run, _ = runner(tmp_path, hook, norm=CBN(4, window_size=2), epochs=1)
+    run, _ = runner(tmp_path, hook, norm=CBN(4, window_size=window_size), epochs=1)
     run.train()
     (log,) = tmp_path.rglob("*.log")
-    assert (
-        "diagnose_every=1 has nothing to tell of a window_size of 2: it takes 3" in log.read_text()
-    )
+    log = log.read_text()
+    assert f"diagnose_every=1 can tell {what} of a window_size of {window_size}: it takes 3" in log
+    told = re.findall(r"CBNHook: correction 0\.\d+, worst 0\.\d+ in 'body.1'(.*)", log)
+    assert told == ["; 1 layers, in standard deviations."] * (LENGTH if window_size == 2 else 0)
 
 
 def test_what_is_clamped_is_logged(tmp_path):

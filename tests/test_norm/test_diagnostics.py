@@ -1,5 +1,7 @@
 """The figures of a diagnosis, against the formulas on a small training."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -61,10 +63,23 @@ def test_without_compensation_there_is_none():
     assert found.noise > 0.1
 
 
-def test_too_few_iterations():
-    norm = CBN(4, window_size=4)
-    assert diagnose(train(norm, 1)[0]) == {}
-    assert list(diagnose(train(CBN(4, window_size=4), 2)[0])) == ["1"]
+@pytest.mark.parametrize("window_size, steps", [(2, 4), (4, 1)])
+def test_one_past_iteration_tells_all_but_the_noise(window_size, steps):
+    model, seen = train(CBN(4, window_size=window_size, eps=1e-12), steps)
+    with torch.no_grad():
+        model[0].weight *= -3
+    found = diagnose(model)["1"]
+    x, recorded = seen[-1]
+    with torch.no_grad():
+        y = model[0](x) - model[0].bias[:, None, None]
+    moved = (y.mean((0, 2, 3)) - recorded).abs()
+    # The variance of the first order comes out negative, and is cut to the mean's square at most.
+    assert found.clamped == 1 and found.correction > (moved / y.std((0, 2, 3))).mean()
+    assert math.isnan(found.noise) and found.is_doubtful
+
+
+def test_empty_windows():
+    assert diagnose(train(CBN(4, window_size=4), 0)[0]) == {}
     assert diagnose(train(CBN(4, window_size=1), 4)[0]) == {}
     assert diagnose(nn.Conv2d(1, 1, 1)) == {}
 
