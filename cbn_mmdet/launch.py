@@ -17,6 +17,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from mmengine.config import Config, DictAction
@@ -27,17 +28,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .hooks import CBNHook
 
-# The settings that mmengine reads from a config.
+# The settings that mmengine reads from a config that was read.
 SETTINGS = {
     "activation_checkpointing",
     "compile",
-    "custom_imports",
     "efficient_conv_bn_eval",
     "find_unused_parameters",
     "model_wrapper_cfg",
     "sync_bn",
     *inspect.signature(Runner.__init__).parameters,
-}
+} - {"self", "cfg"}
 
 
 # What makes a training the one that a config describes; where data and results lie does not.
@@ -50,6 +50,10 @@ DEFINING = (
     "custom_hooks",
     "sync_bn",
 )
+DEFINING_OF_LOADER = ("batch_size", "dataset.pipeline")
+# What a resumed training does not read, or only tells by.
+HARMLESS = (".init_cfg.checkpoint", ".save_window", ".diagnose_every")
+EMPTY = (None, [], {})
 
 # What an error in building a part of the runner says if the config is to blame, and what this
 # package says of settings that only the start of a training can judge.
@@ -187,6 +191,10 @@ def merge_options(cfg: Config, options: dict) -> None:
     setting would change nothing, and nobody would notice. Nor would one of a name that the config
     only used while it was read, ``norm_cfg`` say, whose value was copied then.
     """
+    settings = cfg.to_dict()
+    is_read = set(SETTINGS)
+    if "data_preprocessor" in (settings.get("model") or {}):
+        is_read.remove("data_preprocessor")  # the model's own goes before
     for option, value in options.items():
         if re.search(r"\bdict\(", str(value)):
             raise UsageError(
@@ -194,18 +202,22 @@ def merge_options(cfg: Config, options: dict) -> None:
                 "_base_ and this setting"
             )
         name = option.split(".")[0]
-        if name in SETTINGS:
+        if name in is_read:
             continue
-        if name not in cfg:
-            hint = _did_you_mean(name, SETTINGS)
+        if name not in settings:
+            hint = _did_you_mean(name, is_read)
             raise UsageError(f"--cfg-options {option}: the config has no {name}{hint}")
-        settings = cfg.to_dict()
-        copies = () if settings[name] is None else _places(settings, settings[name])
-        copied = [place for place in copies if place.partition(".")[0] in SETTINGS]
-        where = f" where it was copied to: {', '.join(copied[:5])}" if copied else " that it is for"
-        raise UsageError(
-            f"--cfg-options {option}: {name} only served while the config was read, and is read no "
-            f"more; give the setting{where}{', ...' if len(copied) > 5 else ''}"
+        places = [place for key in is_read for place in _copies(settings, name, key)]
+        if places:
+            more = ", ..." if len(places) > 5 else ""
+            raise UsageError(
+                f"--cfg-options {option}: {name} only served while the config was read; give the "
+                f"setting that it was copied to: {', '.join(sorted(places)[:5])}{more}"
+            )
+        print(
+            f"--cfg-options {option}: no setting of the frameworks is called {name}, so this "
+            "changes something only if code of yours reads it",
+            file=sys.stderr,
         )
     try:
         cfg.merge_from_dict(options)
@@ -213,14 +225,24 @@ def merge_options(cfg: Config, options: dict) -> None:
         raise UsageError(f"--cfg-options: {error.args[0]}") from error
 
 
-def _places(settings: object, value: object, path: str = "") -> Iterator[str]:
-    """Where ``value`` lies within ``settings``, as ``--cfg-options`` names it."""
-    if path and type(settings) is type(value) and settings == value:
-        yield path
-    elif isinstance(settings, (dict, list, tuple)):
-        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
-        for key, inner in items:
-            yield from _places(inner, value, f"{path}.{key}" if path else str(key))
+def _copies(settings: dict, name: str, key: str) -> Iterator[str]:
+    """Where the value of ``name`` lies within that of ``key``, as ``--cfg-options`` names it."""
+    value = settings[name]
+    # Of numbers many are equal by chance.
+    is_telling = isinstance(value, (dict, list, tuple, str)) and len(value) > 0
+
+    def walk(path: str, last: str, inner: object) -> Iterator[str]:
+        alike = is_telling or (value is not None and re.search(rf"(^|_){re.escape(name)}$", last))
+        if alike and type(inner) is type(value) and inner == value:
+            yield path
+        elif isinstance(inner, dict):
+            for part, each in inner.items():
+                yield from walk(f"{path}.{part}", str(part), each)
+        elif isinstance(inner, (list, tuple)):
+            for index, each in enumerate(inner):
+                yield from walk(f"{path}.{index}", "", each)
+
+    return walk(key, key, settings.get(key))
 
 
 def check_norms(cfg: Config) -> None:
@@ -396,6 +418,12 @@ def default_cbn_hook(cfg: Config) -> CBNHook:
     return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
 
 
+def in_config(hook: CBNHook) -> str:
+    """How a config has the hook."""
+    count = "" if hook.by_epoch else ", by_epoch=False"
+    return f"custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})]"
+
+
 def _mismatch(message: str) -> str:
     """Sum up what mmengine says of weights that do not fit, of which there may be hundreds."""
     parts = []
@@ -461,41 +489,64 @@ class CarefulRunner(Runner):
 
 
 def settings_that_differ(before: str, now: str) -> list[str]:
-    """Name the settings of :data:`DEFINING` in which two dumped configs differ, with their values.
+    """Tell in which of the settings that define a training two dumped configs differ.
 
     The dumps are only parsed, not run: one of them comes from a checkpoint.
+
+    Returns:
+        Each setting with both its values.
     """
     try:
         old, new = (
             {
-                ast.unparse(statement.targets[0]): statement.value
+                ast.unparse(statement.targets[0]): _value(statement.value)
                 for statement in ast.parse(text).body
                 if isinstance(statement, ast.Assign)
             }
             for text in (before, now)
         )
-    except SyntaxError:  # an old mmengine dumped some values as no Python
+    except SyntaxError:  # not all values have a dump that is Python
         return []
-    return [each for key in DEFINING for each in _differences(key, old.get(key), new.get(key))]
+    found = []
+    for key in (*DEFINING, "train_dataloader"):
+        found += _differences(key, old.get(key), new.get(key))
+    of_data = tuple(f"train_dataloader.{key}" for key in DEFINING_OF_LOADER)
+    return [
+        f"{path} was {was}, is {is_now}"
+        for path, was, is_now in found
+        if path.startswith((*DEFINING, *of_data)) and not path.endswith(HARMLESS)
+    ]
 
 
-def _differences(path: str, old: ast.expr | None, new: ast.expr | None) -> Iterator[str]:
-    if _is_dict_call(old) and _is_dict_call(new):
-        sides = [{pair.arg: pair.value for pair in each.keywords} for each in (old, new)]
-        for key in dict.fromkeys([*sides[0], *sides[1]]):
-            yield from _differences(f"{path}.{key}", sides[0].get(key), sides[1].get(key))
-        return
-    if isinstance(old, ast.List) and isinstance(new, ast.List) and len(old.elts) == len(new.elts):
-        for index, pair in enumerate(zip(old.elts, new.elts, strict=True)):
+def _value(node: ast.expr) -> object:
+    """The value of a literal, of ``dict(...)`` and of what is within; of all else its text."""
+    is_call = isinstance(node, ast.Call) and ast.unparse(node.func) == "dict"
+    if is_call and all(isinstance(each, ast.Dict) for each in node.args):
+        pairs = {pair.arg: _value(pair.value) for pair in node.keywords}
+        return {key: value for each in node.args for key, value in _value(each).items()} | pairs
+    if isinstance(node, ast.Dict):
+        return dict(zip(map(_value, node.keys), map(_value, node.values), strict=True))
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(each) for each in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def _differences(path: str, old: object, new: object) -> Iterator[tuple[str, str, str]]:
+    """Path, old and new value of all that differs; what is absent is None, and as good as empty."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list):
+        for index, pair in enumerate(zip_longest(old, new)):
             yield from _differences(f"{path}.{index}", *pair)
-        return
-    was, is_now = ("not set" if each is None else ast.unparse(each) for each in (old, new))
-    if was != is_now:
-        yield f"{path} was {textwrap.shorten(was, 60)}, is {textwrap.shorten(is_now, 60)}"
-
-
-def _is_dict_call(value: ast.expr | None) -> bool:
-    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and not value.args
+    elif old != new and not (old in EMPTY and new in EMPTY):
+        texts = ["not set" if each is None else repr(each) for each in (old, new)]
+        # Long values, paths say, may begin alike.
+        start = max(len(osp.commonprefix(texts)) - 10, 0) if max(map(len, texts)) > 60 else 0
+        yield path, *("..." * (start > 0) + textwrap.shorten(each[start:], 60) for each in texts)
 
 
 def start_processes(cfg: Config) -> None:

@@ -17,7 +17,9 @@ from .launch import UsageError, check_checkpoint
 NOTHING_DETECTED = {"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0, "coco/bbox_mAP_75": 0.0}
 
 # Settings that runs may differ in of which one repeats the other.
-INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher", "precise_stats")
+INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher")
+# A test with estimated statistics may have dumped the config of the training last.
+UNTESTED = {"precise_stats": None}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def find_config(work_dir: str, folder: str | None) -> tuple[str | None, dict]:
     names = sorted(glob("*.py", root_dir=work_dir))
     for name in names:
         dumped = repeatable(read_settings(osp.join(work_dir, name)))
-        if len(names) == 1 or dumped == settings:
+        if len(names) == 1 or {**dumped, **UNTESTED} == {**(settings or {}), **UNTESTED}:
             return osp.splitext(name)[0], settings or dumped
     return None, settings or {}
 
@@ -146,7 +148,7 @@ def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
 
     A run that resumed, or started anew, replaces what earlier runs logged from there on. A test of
     one of its checkpoints counts where the training was not evaluated; where nothing was trained,
-    all tests do.
+    the last test of each does.
     """
     training, evaluations = [], []
     for folder in folders:
@@ -157,6 +159,8 @@ def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
             training = before(training, start["step"]) + steps
             evaluations = before(evaluations, start.get("epoch", start["step"])) + results
         tested = read_test(folder, bool(training))
+        if tested and not training:
+            evaluations = [each for each in evaluations if each["step"] != tested["step"]]
         if tested and tested["step"] not in {record["step"] for record in evaluations}:
             evaluations.append(tested)
     return training, sorted(evaluations, key=lambda record: record["step"])
@@ -205,8 +209,11 @@ def read_test(folder: str, trained: bool) -> dict | None:
     checkpoint = re.search(r"(?:epoch|iter)_(\d+)\.pth$", loaded)
     if not checkpoint:
         return None
-    if trained and (settings.get("precise_stats") or not is_from(loaded, osp.dirname(folder))):
-        return None
+    if trained:
+        now = osp.dirname(folder)
+        work_dirs = now, settings.get("work_dir") or now
+        if settings.get("precise_stats") or not is_from(loaded, work_dirs):
+            return None
     with open(path, errors="replace") as file:
         try:
             return {**complete(json.load(file)), "step": int(checkpoint[1])}
@@ -214,14 +221,14 @@ def read_test(folder: str, trained: bool) -> dict | None:
             raise UsageError(f"{path} is damaged: test again, or delete it") from error
 
 
-def is_from(checkpoint: str, work_dir: str) -> bool:
-    """Whether a checkpoint is of this work dir, by the name of its folder.
+def is_from(checkpoint: str, work_dirs: tuple[str, ...]) -> bool:
+    """Whether a checkpoint is of one of these work dirs, by the name of its folder.
 
     A work dir may have been moved since, and ``CheckpointHook(out_dir=...)`` makes a folder of the
     same name elsewhere.
     """
-    folder, own = (osp.basename(osp.realpath(path)) for path in (osp.dirname(checkpoint), work_dir))
-    return folder == own
+    folder = osp.basename(osp.dirname(checkpoint))
+    return not folder or folder in {osp.basename(osp.abspath(each)) for each in work_dirs}
 
 
 def complete(evaluation: dict) -> dict:

@@ -1,6 +1,7 @@
 """What the tools tell a user who mistyped something, and how processes start without a GPU."""
 
 import argparse
+import re
 import zipfile
 
 import pytest
@@ -75,40 +76,59 @@ def test_mistyped_option():
         launch.merge_options(cfg, {"custom_hooks.3": 2})
 
 
-def test_option_that_nothing_would_read():
+def test_option_that_nothing_would_read(capsys):
     """A name that a config only wrote its settings with: their values were copied."""
     norm = dict(type="CBN", momentum=0.02)
-    parts = dict(neck=dict(norm_cfg=norm), heads=[dict(norm_cfg=norm), dict(norm_cfg="other")])
-    cfg = Config(dict(norm_cfg=norm, copy=norm, strides=[1], scale=None, model=parts))
+    parts = dict(neck=dict(norm_cfg=norm), heads=[dict(norm_cfg=norm), dict(num_stages=4)])
+    own = dict(norm_cfg=norm, copy=norm, max_epochs=4, note="a", data_preprocessor=dict(mean=1))
+    parts["data_preprocessor"] = own["data_preprocessor"]
+    cfg = Config(dict(own, model=parts, train_cfg=dict(max_epochs=4)))
     for option, place in (
-        ("norm_cfg.momentum", r"copied to: model\.neck\.norm_cfg, model\.heads\.0\.norm_cfg$"),
-        ("strides", "give the setting that it is for$"),
-        ("scale", "give the setting that it is for$"),
+        ("norm_cfg.momentum", r"copied to: model\.heads\.0\.norm_cfg, model\.neck\.norm_cfg$"),
+        ("max_epochs", r"copied to: train_cfg\.max_epochs$"),
+        ("data_preprocessor.mean", r"copied to: model\.data_preprocessor$"),
     ):
         with pytest.raises(UsageError, match=f"{option}: .* only served while .*{place}"):
             launch.merge_options(cfg, {option: 1})
+    with pytest.raises(UsageError, match="self: the config has no self"):
+        launch.merge_options(cfg, {"self": 1})
     launch.merge_options(cfg, {"model.heads.0.norm_cfg.momentum": 0.1, "load_from": "x"})
     assert cfg.model.heads[0].norm_cfg.momentum == 0.1 and cfg.load_from == "x"
+    assert capsys.readouterr().err == ""
+    launch.merge_options(cfg, {"note": "b"})  # a hook of the user's may read it
+    assert cfg.note == "b" and "note: no setting of the frameworks" in capsys.readouterr().err
 
 
 def test_settings_that_differ():
     """In what defines a training, however they are written; nothing of the texts is run."""
+    weights = "init_cfg=dict(type='Pretrained', checkpoint='{}/r50.pth')"
     before = (
-        "model = dict(neck=dict(norm_cfg=dict(type='BN', eps=1e-5)), head=[dict(a=1), dict(a=2)])\n"
+        f"model = dict(neck=dict(type='FPN', a=1e-5), head=[dict(a=1)], {weights.format('a')})\n"
         "train_cfg = dict(max_epochs=12)\nwork_dir = 'a'\nraise SystemExit\n"
+        "train_dataloader = dict(batch_size=2, num_workers=2)\n"
+        "optim_wrapper = dict(paramwise_cfg=dict({'custom.keys': dict(lr=1)}, bias=1, f=len))\n"
+        "custom_hooks = [dict(type='CBNHook', burn_in=3)]\n"
     )
     now = (
-        "work_dir = 'b'\nsync_bn = 'torch'\ntrain_cfg = {'max_epochs': 12}\n"
-        "model = dict(head=[dict(a=1), dict(a=3)], neck=dict(norm_cfg=dict(type='CBN', eps=1e-05)))"
+        "work_dir = 'b'\nsync_bn = None\ntrain_cfg = {'max_epochs': 12}\n"
+        f"model = dict(head=[dict(a=2)], neck=dict(a=1e-05, type='PAN'), {weights.format('b')})\n"
+        "train_dataloader = dict(batch_size=1, num_workers=1)\n"
+        "optim_wrapper = dict(paramwise_cfg=dict({'custom.keys': dict(lr=2)}, bias=1, f=max))\n"
+        "custom_hooks = [dict(type='CBNHook', burn_in=3, save_window=True), dict(type='EMAHook')]\n"
     )
     assert launch.settings_that_differ(before, before) == []
     assert launch.settings_that_differ(before, now) == [
-        "model.neck.norm_cfg.type was 'BN', is 'CBN'",
-        "model.head.1.a was 2, is 3",
-        "train_cfg was dict(max_epochs=12), is {'max_epochs': 12}",
-        "sync_bn was not set, is 'torch'",
+        "model.neck.type was 'FPN', is 'PAN'",
+        "model.head.0.a was 1, is 2",
+        "optim_wrapper.paramwise_cfg.custom.keys.lr was 1, is 2",
+        "optim_wrapper.paramwise_cfg.f was 'len', is 'max'",
+        "custom_hooks.1 was not set, is {'type': 'EMAHook'}",
+        "train_dataloader.batch_size was 2, is 1",
     ]
     assert launch.settings_that_differ("model = <function>", now) == []
+    root = "x" * 80
+    (long,) = launch.settings_that_differ(f"model = '{root}/first'", f"model = '{root}/second'")
+    assert re.search(r"was \.\.\.x+/first', is \.\.\.x+/second'$", long) and len(long) < 70
 
 
 def test_option_without_a_value(capsys):

@@ -57,6 +57,24 @@ def test_digits(tool, small_config, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / f"{DIGITS}_small.py"]
 
 
+def test_iterations_of_a_repeated_data_set(tool, small_config, tmp_path):
+    """Of 12 images, three times each; and the hook that a training of this length is given."""
+    config = small_config(
+        tmp_path,
+        DIGITS,
+        "custom_hooks = []\n"
+        "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=40)\n"
+        "train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=3,\n"
+        "    dataset={**_base_.train_dataloader.dataset, 'data_root': data_root}))",
+    )
+    done = tool("preflight.py", config, "--no-run")
+    ok = lines_of(done, "OK")
+    assert "at most 36 steps per epoch" in ok["batch"]
+    assert ok["CBNHook"] == "the window opens after 10 iterations of 40"
+    hook = "set custom_hooks = [dict(type='CBNHook', burn_in=10, by_epoch=False)]"
+    assert hook in lines_of(done, "NOTE")["CBNHook"]
+
+
 def test_coco(tool, coco, weights):
     """At the size of postage stamps, on fewer GPUs than the config's name says."""
     small = [

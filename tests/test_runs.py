@@ -123,14 +123,16 @@ def test_half_a_line_is_no_line(tmp_path):
 
 def test_tests_count_where_there_is_no_evaluation(tmp_path):
     write_run(tmp_path, "1", [*steps(1, 6, 1), evaluation(1, 0.1), *steps(7, 9, 2)])
-    own = f"moved/from/{tmp_path.name}"
+    own, as_it_was = f"moved/from/{tmp_path.name}", dict(work_dir="runs/renamed/")
     for number, (loaded, value, more) in enumerate(
         [
-            (f"{own}/epoch_2.pth", 0.2, {}),
+            ("renamed/epoch_2.pth", 0.2, as_it_was),
             (f"{own}/best_coco_bbox_mAP_epoch_1.pth", 0.3, {}),
             ("released.pth", 0.4, {}),
-            ("work_dirs/another_seed/epoch_3.pth", 0.5, {}),
+            ("work_dirs/another_seed/epoch_3.pth", 0.5, as_it_was),
             (f"{own}/epoch_3.pth", 0.6, dict(precise_stats=300)),
+            (f"{own}/epoch_4.pth", 0.7, {}),
+            ("epoch_5.pth", 0.8, {}),
         ],
         2,
     ):
@@ -139,9 +141,11 @@ def test_tests_count_where_there_is_no_evaluation(tmp_path):
             (root / f"{number}/{number}.json").write_text(json.dumps({"coco/bbox_mAP": value}))
     _, evaluations = read_scalars(str(tmp_path))
     assert evaluations == [evaluation(1, 0.1)]  # those of trainings alone
-    assert read_run(str(tmp_path)).evaluations == [evaluation(1, 0.1), evaluation(2, 0.2)]
+    others = [evaluation(4, 0.7), evaluation(5, 0.8)]
+    run = read_run(str(tmp_path))
+    assert run.evaluations == [evaluation(1, 0.1), evaluation(2, 0.2), *others]
     alone = read_run(str(tmp_path / "tests_alone")).evaluations
-    assert alone == [evaluation(1, 0.3), evaluation(2, 0.2), evaluation(3, 0.5)]
+    assert alone == [evaluation(1, 0.3), evaluation(2, 0.2), evaluation(3, 0.6), *others]
     write_run(
         tmp_path, "9", steps(1, 3, 1)
     )  # a new start, to which the old checkpoints are nothing

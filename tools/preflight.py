@@ -52,6 +52,7 @@ from cbn_mmdet.launch import (
     check_norms,
     default_cbn_hook,
     explained_errors,
+    in_config,
     innermost_datasets,
     merge_options,
     positive,
@@ -343,7 +344,7 @@ def check_burn_in(report: Report, cfg: Config, model: nn.Module, epoch_length: i
             "NOTE",
             "CBNHook",
             "the config has none: tools/train.py adds the default one, but MMDetection's own tool "
-            "does not; set custom_hooks=[dict(type='CBNHook')]",
+            f"does not; set {in_config(default_cbn_hook(cfg))}",
         )
     with report.check("CBNHook") as ok, explained_errors("CBNHook: "):
         if cfg.get("sync_bn"):

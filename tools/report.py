@@ -66,7 +66,7 @@ def main() -> None:
     check_writable(work_dir, "the work dir")
     curves = osp.join(work_dir, "curves.png")
     plot_curves(training, evaluations, curves)
-    diagnosed = [record for record in training if "cbn/noise" in record]
+    diagnosed = [record for record in training if "cbn/correction" in record]
     window = osp.join(work_dir, "window.png")
     if diagnosed:
         plot_window(diagnosed, window)
@@ -113,7 +113,8 @@ def plot_window(diagnosed: list[dict], path: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps = [record["step"] for record in diagnosed]
     for name in ("correction", "worst_correction", "noise"):
-        left.plot(steps, [record[f"cbn/{name}"] for record in diagnosed], label=f"cbn/{name}")
+        values = [record.get(f"cbn/{name}", np.nan) for record in diagnosed]
+        left.plot(steps, values, label=f"cbn/{name}")
     left.set(xlabel="iteration", ylabel="standard deviations", yscale="log")
     left.legend()
     right.plot(steps, [record["cbn/clamped"] for record in diagnosed])

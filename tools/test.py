@@ -5,7 +5,7 @@ import argparse
 import os.path as osp
 
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, IterTimerHook
 from mmengine.runner import Runner
 
 from cbn_mmdet import PreciseStatsHook  # the import registers CBN as well
@@ -58,7 +58,8 @@ def main() -> None:
     hook = precise_stats(cfg, args.precise_stats)
     check_checkpoint(args.checkpoint)
     cfg.resume = False
-    cfg.load_from = args.checkpoint
+    remote = "://" in args.checkpoint
+    cfg.load_from = args.checkpoint if remote else osp.abspath(args.checkpoint)
     if args.out:
         write_detections(cfg, args.out)
     if args.show or args.show_dir:
@@ -86,12 +87,18 @@ class EstimateStats(Hook):
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Estimates; the test loop goes back to evaluation mode."""
+        shown = runner.visualizer.dataset_meta  # the train loop, which is built here, puts its own
         runner.model.train()
         self.precise_stats.estimate(runner)
+        runner.visualizer.dataset_meta = shown
+        for hook in runner.hooks:
+            if isinstance(hook, IterTimerHook):
+                hook.before_test_epoch(runner)  # starts its clock, which ran meanwhile
 
 
 def precise_stats(cfg: Config, num_images: int | None) -> EstimateStats | None:
     """What estimates the statistics; its images are those of the training."""
+    cfg.pop("precise_stats", None)  # of the test that dumped this config
     if num_images is None:
         return None
     if num_images < 1:

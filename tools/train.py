@@ -21,6 +21,7 @@ from cbn_mmdet.launch import (
     default_cbn_hook,
     explained_damage,
     explained_errors,
+    in_config,
     load_config,
     run_tool,
     start_processes,
@@ -114,10 +115,9 @@ def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
                 f"[dict(type='CBNHook', burn_in={epochs // 4})], say (0 opens the window at once)"
             )
         runner.register_hook(hook)
-        count = "" if hook.by_epoch else ", by_epoch=False"
         runner.logger.info(
             f"The model contains CBN and the config has no CBNHook: registered the default one "
-            f"(custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})])."
+            f"({in_config(hook)})."
         )
 
 

@@ -60,7 +60,9 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
     for name, layer in cbn_layers(model).items():
         looks = [_figures(window, layer.eps) for window in layer._windows if _can_tell(window)]
         if looks:
-            figures[name] = torch.stack(looks).mean(0)
+            together = torch.stack(looks)
+            figures[name] = together.mean(0)
+            figures[name][-1] = together[:, -1].nanmean()  # of the windows that can tell
     if not figures:
         return {}
     together = torch.stack(

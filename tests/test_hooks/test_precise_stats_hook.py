@@ -2,12 +2,15 @@
 
 import json
 import random
+import time
+from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from test_hooks.test_cbn_hook import LENGTH, Net, Noise, runner
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -172,6 +175,42 @@ def test_averaged_weights_are_warned_of(tmp_path):
     PreciseStatsHook().before_train(run)
     log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
     assert "PreciseStatsHook: EMAHook evaluates averaged weights" in log
+
+
+def test_a_test_estimates_for_averaged_weights(tmp_path, root):
+    """tools/test.py, whose hook comes after EMAHook's; the time that it takes is no image's."""
+    spec = spec_from_file_location("test_tool", root / "tools" / "test.py")
+    tool = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    class Slow(tool.EstimateStats):
+        def before_test_epoch(self, runner):
+            time.sleep(0.5)
+            super().before_test_epoch(runner)
+
+    average = dict(type="EMAHook", momentum=0.02)
+    train(tmp_path, HOOKS.build(average))
+    path = tmp_path / "epoch_4.pth"
+    assert not precise(path)
+    images = dict(dataset=Noise(), batch_size=1, sampler=dict(type="DefaultSampler", shuffle=False))
+    run, _ = runner(
+        tmp_path,
+        average,
+        load_from=str(path),
+        test_cfg=dict(),
+        test_dataloader=images,
+        test_evaluator=Evaluator([Nothing()]),
+    )
+    run.register_hook(Slow(LENGTH))
+    times = run.test()
+    saved = torch.load(path, weights_only=False)
+    averaged, last = (saved[key] for key in ("state_dict", "ema_state_dict"))
+    assert not averaged["body.0.weight"].allclose(last["module.body.0.weight"], rtol=1e-2)
+    averaged["body.1.running_var"] = run.model.body[1].running_var
+    torch.save(dict(state_dict=averaged), tmp_path / "tested.pth")
+    assert precise(tmp_path / "tested.pth")
+    (path,) = tmp_path.glob("*/*.json")
+    assert times["count"] == LENGTH and json.loads(path.read_text())["data_time"] < 0.1
 
 
 @pytest.mark.parametrize("images, shares", [(3, [[0], [1], [2], [3]]), (9, None)])

@@ -78,6 +78,29 @@ def test_one_past_iteration_tells_all_but_the_noise(window_size, steps):
     assert math.isnan(found.noise) and found.is_doubtful
 
 
+class Often(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), CBN(4, window_size=4))
+
+    def forward(self, x, calls):
+        for _ in range(calls):
+            x = self.block(x)
+        return x
+
+
+def test_a_window_that_is_younger_than_the_layers_others():
+    """The noise is that of the windows that can tell."""
+    torch.manual_seed(0)
+    model = Often()
+    link(model)
+    for calls in (1, 1, 1, 2):
+        model(torch.randn(2, 4, 6, 6), calls).square().mean().backward()
+        step(model)
+    assert [len(window) for window in model.block[1]._windows] == [3, 1]
+    assert 0 < diagnose(model)["block.1"].noise < 1
+
+
 def test_empty_windows():
     assert diagnose(train(CBN(4, window_size=4), 0)[0]) == {}
     assert diagnose(train(CBN(4, window_size=1), 4)[0]) == {}
