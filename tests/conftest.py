@@ -126,6 +126,9 @@ def be_tool(command, cwd, env, streams):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    # What the imports said is still in the buffer if Python was not told to do without.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout.flush()
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
