@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .hooks import CBNHook
 
-# The settings that mmengine reads from a config that was read.
+# The settings that mmengine reads from a config, once it is parsed.
 SETTINGS = {
     "activation_checkpointing",
     "compile",
@@ -49,8 +49,9 @@ DEFINING = (
     "auto_scale_lr",
     "custom_hooks",
     "sync_bn",
+    "train_dataloader.batch_size",
+    "train_dataloader.dataset.pipeline",
 )
-DEFINING_OF_LOADER = ("batch_size", "dataset.pipeline")
 # What a resumed training does not read, or only tells by.
 HARMLESS = (".init_cfg.checkpoint", ".save_window", ".diagnose_every")
 EMPTY = (None, [], {})
@@ -195,6 +196,7 @@ def merge_options(cfg: Config, options: dict) -> None:
     is_read = set(SETTINGS)
     if "data_preprocessor" in (settings.get("model") or {}):
         is_read.remove("data_preprocessor")  # the model's own goes before
+    read = {key: settings[key] for key in is_read & settings.keys()}
     for option, value in options.items():
         if re.search(r"\bdict\(", str(value)):
             raise UsageError(
@@ -207,12 +209,12 @@ def merge_options(cfg: Config, options: dict) -> None:
         if name not in settings:
             hint = _did_you_mean(name, is_read)
             raise UsageError(f"--cfg-options {option}: the config has no {name}{hint}")
-        places = [place for key in is_read for place in _copies(settings, name, key)]
-        if places:
-            more = ", ..." if len(places) > 5 else ""
+        copies = sorted(_copies(read, name, settings[name]))
+        if copies:
+            more = ", ..." if len(copies) > 5 else ""
             raise UsageError(
                 f"--cfg-options {option}: {name} only served while the config was read; give the "
-                f"setting that it was copied to: {', '.join(sorted(places)[:5])}{more}"
+                f"setting that it was copied to: {', '.join(copies[:5])}{more}"
             )
         print(
             f"--cfg-options {option}: no setting of the frameworks is called {name}, so this "
@@ -225,24 +227,26 @@ def merge_options(cfg: Config, options: dict) -> None:
         raise UsageError(f"--cfg-options: {error.args[0]}") from error
 
 
-def _copies(settings: dict, name: str, key: str) -> Iterator[str]:
-    """Where the value of ``name`` lies within that of ``key``, as ``--cfg-options`` names it."""
-    value = settings[name]
+def _copies(settings: dict, name: str, value: object) -> Iterator[str]:
+    """Where ``settings`` have the value of a helper variable, as ``--cfg-options`` names it."""
     # Of numbers many are equal by chance.
     is_telling = isinstance(value, (dict, list, tuple, str)) and len(value) > 0
+    for path, inner in _walk(settings):
+        named_so = value is not None and re.search(rf"(^|_){re.escape(name)}$", str(path[-1]))
+        if (is_telling or named_so) and type(inner) is type(value) and inner == value:
+            yield ".".join(map(str, path))
 
-    def walk(path: str, last: str, inner: object) -> Iterator[str]:
-        alike = is_telling or (value is not None and re.search(rf"(^|_){re.escape(name)}$", last))
-        if alike and type(inner) is type(value) and inner == value:
-            yield path
-        elif isinstance(inner, dict):
-            for part, each in inner.items():
-                yield from walk(f"{path}.{part}", str(part), each)
-        elif isinstance(inner, (list, tuple)):
-            for index, each in enumerate(inner):
-                yield from walk(f"{path}.{index}", "", each)
 
-    return walk(key, key, settings.get(key))
+def _walk(settings: object, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
+    """Every value within ``settings``, after the keys and indices that lead to it."""
+    items = ()
+    if isinstance(settings, dict):
+        items = settings.items()
+    elif isinstance(settings, (list, tuple)):
+        items = enumerate(settings)
+    for key, value in items:
+        yield (*path, key), value
+        yield from _walk(value, (*path, key))
 
 
 def check_norms(cfg: Config) -> None:
@@ -250,24 +254,24 @@ def check_norms(cfg: Config) -> None:
     import mmcv.cnn  # noqa: F401  registers its norms
 
     with MODELS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
-        for path, norm in _norm_settings(cfg.get("model") or {}, "model"):
-            kind = norm.get("type")
+        for path, norm in _walk(cfg.get("model")):
+            kind = norm.get("type") if path[-1] == "norm_cfg" and isinstance(norm, dict) else None
             if isinstance(kind, str) and registry.get(kind) is None:
+                where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
                 hint = _did_you_mean(kind, NORMS)
-                raise UsageError(f"{path}.type: no norm is called {kind}{hint}")
+                raise UsageError(f"model{where}.type: no norm is called {kind}{hint}")
 
 
-def _norm_settings(settings: object, path: str) -> Iterator[tuple[str, dict]]:
-    """Every ``norm_cfg`` within ``settings``, with its path."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            if key == "norm_cfg" and isinstance(value, dict):
-                yield f"{path}.{key}", value
-            else:
-                yield from _norm_settings(value, f"{path}.{key}")
-    elif isinstance(settings, (list, tuple)):
-        for index, value in enumerate(settings):
-            yield from _norm_settings(value, f"{path}[{index}]")
+def default_cbn_hook(cfg: Config) -> CBNHook:
+    """The hook for a config that has none, as in the paper: 3 epochs, or a quarter of the run."""
+    iterations = cfg.train_cfg.get("max_iters")
+    return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
+
+
+def in_config(hook: CBNHook) -> str:
+    """How a config has the hook."""
+    count = "" if hook.by_epoch else ", by_epoch=False"
+    return f"custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})]"
 
 
 def check_data(cfg: Config, split: str) -> None:
@@ -275,23 +279,29 @@ def check_data(cfg: Config, split: str) -> None:
     datasets = [dataset for dataset, _ in innermost_datasets(cfg, split)]
     if any(dataset.get("backend_args") for dataset in datasets):
         return  # not files of this machine
+    needed = []
     for dataset in datasets:
-        root = dataset.get("data_root") or ""
-        within = [dataset.get("ann_file"), *(dataset.get("data_prefix") or {}).values()]
-        read = [osp.join(root, path) for path in within if path]
-        for path in [*read, *_evaluators_files(cfg, split)]:
-            if not osp.exists(path):
-                raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
+        prefixes = (dataset.get("data_prefix") or {}).values()
+        paths = _in_data_root(dataset, dataset.get("ann_file"), *prefixes)
+        needed += [(path, dataset) for path in paths]
+    needed += [(path, next(iter(datasets), {})) for path in _evaluators_files(cfg, split)]
+    for path, dataset in needed:
+        if not osp.exists(path):
+            raise UsageError(f"the {split} data has no {path}. {_how_to_get_data(dataset)}")
 
 
 def annotation_files(cfg: Config, split: str) -> list[str]:
     """The annotation files that the data set and the evaluators of ``split`` read."""
     read = [
-        osp.join(dataset.get("data_root") or "", dataset["ann_file"])
+        path
         for dataset, _ in innermost_datasets(cfg, split)
-        if dataset.get("ann_file")
+        for path in _in_data_root(dataset, dataset.get("ann_file"))
     ]
     return read + _evaluators_files(cfg, split)
+
+
+def _in_data_root(dataset: dict, *paths: str | None) -> list[str]:
+    return [osp.join(dataset.get("data_root") or "", path) for path in paths if path]
 
 
 def _evaluators_files(cfg: Config, split: str) -> list[str]:
@@ -412,18 +422,6 @@ def _refused_code(error: BaseException | None) -> str | None:
     return code
 
 
-def default_cbn_hook(cfg: Config) -> CBNHook:
-    """The hook for a config that has none, as in the paper: 3 epochs, or a quarter of the run."""
-    iterations = cfg.train_cfg.get("max_iters")
-    return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
-
-
-def in_config(hook: CBNHook) -> str:
-    """How a config has the hook."""
-    count = "" if hook.by_epoch else ", by_epoch=False"
-    return f"custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})]"
-
-
 def _mismatch(message: str) -> str:
     """Sum up what mmengine says of weights that do not fit, of which there may be hundreds."""
     parts = []
@@ -488,6 +486,13 @@ class CarefulRunner(Runner):
             raise UsageError(f"{filename} is of another optimizer: {error}") from error
 
 
+def look_up(settings: dict, key: str) -> object:
+    """Get a nested setting, None if there is none of that name."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
+
+
 def settings_that_differ(before: str, now: str) -> list[str]:
     """Tell in which of the settings that define a training two dumped configs differ.
 
@@ -507,14 +512,11 @@ def settings_that_differ(before: str, now: str) -> list[str]:
         )
     except SyntaxError:  # not all values have a dump that is Python
         return []
-    found = []
-    for key in (*DEFINING, "train_dataloader"):
-        found += _differences(key, old.get(key), new.get(key))
-    of_data = tuple(f"train_dataloader.{key}" for key in DEFINING_OF_LOADER)
     return [
         f"{path} was {was}, is {is_now}"
-        for path, was, is_now in found
-        if path.startswith((*DEFINING, *of_data)) and not path.endswith(HARMLESS)
+        for key in DEFINING
+        for path, was, is_now in _differences(key, look_up(old, key), look_up(new, key))
+        if not path.endswith(HARMLESS)
     ]
 
 

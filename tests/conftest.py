@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def small_config(digits):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tool_module():
+    """Imports one of ``tools/``, for what only its functions can show."""
+
+    def load(name):
+        spec = spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

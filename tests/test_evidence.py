@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 from conftest import ROOT
@@ -19,12 +18,9 @@ def rows(folder, name):
 
 
 @pytest.fixture(scope="module")
-def evidence(root):
+def evidence(tool_module):
     """The tool as a module."""
-    spec = spec_from_file_location("evidence", root / "tools" / "evidence.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("evidence")
 
 
 def test_classifier(tool, tmp_path):

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import yaml
 from matplotlib.lines import Line2D
 
-from cbn_mmdet.launch import DEFINING, DEFINING_OF_LOADER, UsageError, run_tool
+from cbn_mmdet.launch import DEFINING, UsageError, look_up, run_tool
 from cbn_mmdet.runs import Run, read_run, read_settings
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), "configs")
@@ -144,19 +144,11 @@ def changed_settings(run: Run, config: str, configs: str) -> list[str]:
     if not paths or not run.settings:
         return []
     wanted = read_settings(paths[0])
-    changed = [key for key in DEFINING if plain(run.settings.get(key)) != plain(wanted.get(key))]
-    ran, meant = (each["train_dataloader"] for each in (run.settings, wanted))
-    for key in DEFINING_OF_LOADER:
-        if plain(look_up(ran, key)) != plain(look_up(meant, key)):
-            changed.append(f"train_dataloader.{key}")
-    return changed + ["precise_stats"] * bool(run.settings.get("precise_stats"))
-
-
-def look_up(settings: dict, key: str) -> object:
-    """Get a nested setting, None if there is none of that name."""
-    for part in key.split("."):
-        settings = settings.get(part) if isinstance(settings, dict) else None
-    return settings
+    return [
+        key
+        for key in (*DEFINING, "precise_stats")
+        if plain(look_up(run.settings, key)) != plain(look_up(wanted, key))
+    ]
 
 
 def plain(settings: object) -> object:

@@ -111,8 +111,8 @@ def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
         if hook.by_epoch and epochs is not None and hook.burn_in >= epochs:
             raise UsageError(
                 f"the config has no CBNHook, and the default one's burn_in of {hook.burn_in} "
-                f"epochs is not shorter than the run of {epochs}: add custom_hooks = "
-                f"[dict(type='CBNHook', burn_in={epochs // 4})], say (0 opens the window at once)"
+                f"epochs is not shorter than the run of {epochs}: add "
+                f"{in_config(CBNHook(epochs // 4))}, say (0 opens the window at once)"
             )
         runner.register_hook(hook)
         runner.logger.info(

@@ -60,9 +60,9 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
     for name, layer in cbn_layers(model).items():
         looks = [_figures(window, layer.eps) for window in layer._windows if _can_tell(window)]
         if looks:
-            together = torch.stack(looks)
-            figures[name] = together.mean(0)
-            figures[name][-1] = together[:, -1].nanmean()  # of the windows that can tell
+            of_windows = torch.stack(looks)
+            figures[name] = of_windows.mean(0)
+            figures[name][-1] = of_windows[:, -1].nanmean()  # the noise, of those that can tell
     if not figures:
         return {}
     together = torch.stack(
@@ -73,10 +73,12 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
 
 def _can_tell(window: Window) -> bool:
     """Whether it holds enough, and the weight that it belongs to is still there, and whole."""
+    if len(window) == 0:
+        return False
     feeder = None if window.feeder is None else window.feeder()
     if feeder is None:
-        return len(window) > 0 and not window.is_of_weight
-    return len(window) > 0 and is_whole(feeder.weight) and window.fits(feeder.weight)
+        return not window.is_of_weight
+    return is_whole(feeder.weight) and window.fits(feeder.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:

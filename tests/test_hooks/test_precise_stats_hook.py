@@ -3,7 +3,6 @@
 import json
 import random
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
@@ -177,13 +176,10 @@ def test_averaged_weights_are_warned_of(tmp_path):
     assert "PreciseStatsHook: EMAHook evaluates averaged weights" in log
 
 
-def test_a_test_estimates_for_averaged_weights(tmp_path, root):
+def test_a_test_estimates_for_averaged_weights(tmp_path, tool_module):
     """tools/test.py, whose hook comes after EMAHook's; the time that it takes is no image's."""
-    spec = spec_from_file_location("test_tool", root / "tools" / "test.py")
-    tool = module_from_spec(spec)
-    spec.loader.exec_module(tool)
 
-    class Slow(tool.EstimateStats):
+    class Slow(tool_module("test").EstimateStats):
         def before_test_epoch(self, runner):
             time.sleep(0.5)
             super().before_test_epoch(runner)
