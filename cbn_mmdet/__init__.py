@@ -3,7 +3,8 @@
 
 Importing the package registers the layers ``CBN``, ``SyncCBN`` and ``BRN`` in mmengine's root
 ``MODELS`` registry, where mmdet and the rest of the OpenMMLab family find them as
-``norm_cfg=dict(type='CBN')``, and ``CBNHook`` and ``PreciseStatsHook`` in ``HOOKS``. Without
+``norm_cfg=dict(type='CBN')``, and ``CBNHook``, ``DiagnoseHook`` and
+``PreciseStatsHook`` in ``HOOKS``. Without
 mmengine, the layers and their functions work in any torch training loop.
 """
 
@@ -48,9 +49,9 @@ __all__ = [
 if find_spec("mmengine") is not None:
     from mmengine.registry import MODELS
 
-    from .hooks import CBNHook, PreciseStatsHook
+    from .hooks import CBNHook, DiagnoseHook, PreciseStatsHook
 
     MODELS.register_module(name="BRN", module=BRN)
     MODELS.register_module(name="CBN", module=CBN)
     MODELS.register_module(name="SyncCBN", module=SyncCBN)
-    __all__ += ["CBNHook", "PreciseStatsHook"]
+    __all__ += ["CBNHook", "DiagnoseHook", "PreciseStatsHook"]

@@ -53,7 +53,8 @@ DEFINING = (
     "train_dataloader.dataset.pipeline",
 )
 # What a resumed training does not read, or only tells by.
-HARMLESS = (".init_cfg.checkpoint", ".save_window", ".diagnose_every")
+HARMLESS = (".init_cfg.checkpoint", ".save_window")
+HARMLESS_HOOKS = ("DiagnoseHook",)
 EMPTY = (None, [], {})
 
 # What an error in building a part of the runner says if the config is to blame, and what this
@@ -64,6 +65,7 @@ BUILD_ERRORS = (
     "BRN: ",
     "CBN: ",
     "CBNHook: ",
+    "DiagnoseHook: ",
     "PreciseStatsHook: ",
 )
 START_ERRORS = (
@@ -79,7 +81,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What a mistyped norm, or hook, may have meant.
 NORMS = ("CBN", "SyncCBN", "BRN", "BN", "SyncBN", "GN", "LN", "IN")
-OUR_HOOKS = ("CBNHook", "PreciseStatsHook")
+OUR_HOOKS = ("CBNHook", "DiagnoseHook", "PreciseStatsHook")
 
 
 class UsageError(Exception):
@@ -512,6 +514,12 @@ def settings_that_differ(before: str, now: str) -> list[str]:
         )
     except SyntaxError:  # not all values have a dump that is Python
         return []
+    for settings in (old, new):
+        hooks = settings.get("custom_hooks")
+        if isinstance(hooks, list):
+            settings["custom_hooks"] = [
+                hook for hook in hooks if look_up(hook, "type") not in HARMLESS_HOOKS
+            ]
     return [
         f"{path} was {was}, is {is_now}"
         for key in DEFINING

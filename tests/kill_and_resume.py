@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0.
 """Kill trainings again and again, resume each, and compare what comes out.
 
-A small detector trains on a few digits, with windows that are saved. A third of the kills comes at
-a random moment, a third while a checkpoint is being written, and a third after it was noted as the
-last one, which is when most can go wrong.
-A training that gets to its end must hold, to the last bit, the weights of one that nobody
-disturbed; then the next training begins.
+A small detector trains on a few digits. A third of the kills comes at a random moment, a third
+while a checkpoint is being written, and a third after it was noted as the last one, which is when
+most can go wrong.
+A training that gets to its end must hold, to the last bit, the weights and windows of one that
+nobody disturbed; then the next training begins.
 
 Run it as ``python tests/kill_and_resume.py``. Its status is 1 if a training failed or differs.
 """
@@ -33,7 +33,7 @@ CONFIG = """
 _base_ = "{root}/configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
 custom_imports = dict(imports=["cbn_mmdet", "distributed_hooks"], allow_failed_imports=False)
 custom_hooks = [
-    dict(type="CBNHook", burn_in=1, save_window=True),
+    dict(type="CBNHook", burn_in=1),
     dict(type="SeedIterations"),
 ]
 data_root = "{data}/"
@@ -80,11 +80,12 @@ def kill_and_resume(folder, times, moments, epochs):
             print(f"kill {kills}" + "".join(f", which left half of {name}" for name in half))
             process = train(config, work_dir)
         found = finish(process, work_dir, epochs)
+        assert found.keys() == expected.keys()
         differing = [name for name in expected if not torch.equal(expected[name], found[name])]
         if differing:
             sys.exit(f"training {trainings} differs, in {differing[0]} first")
         trainings += 1
-        print(f"training {trainings}: ended with the weights of the undisturbed one", flush=True)
+        print(f"training {trainings}: ended as the undisturbed one", flush=True)
     print(
         f"{kills} kills, {halves} of which left half a checkpoint; {trainings} trainings ended, "
         f"all equal to the undisturbed one to the last bit; {time.monotonic() - began:.0f} s"
@@ -139,12 +140,21 @@ def changed(work_dir, pattern):
 
 
 def finish(process, work_dir, epochs):
-    """Waits for a training to end, and reads its weights."""
+    """Waits for a training to end, and reads its weights and what its windows hold."""
     if process.wait() != 0:
         output = (work_dir / "output.txt").read_text()
         sys.exit(f"a training failed:\n{output[-3000:]}")
     path = work_dir / f"epoch_{epochs}.pth"
-    return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    held = {
+        f"window {call} of {name}, {key}": torch.as_tensor(value)
+        for name, windows in checkpoint["cbn_windows"].items()
+        for call, window in enumerate(windows)
+        for key, value in window.items()
+        if not isinstance(value, str)
+    }
+    assert held
+    return {**checkpoint["state_dict"], **held}
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ import runpy
 import pytest
 import torch
 
-from cbn_mmdet import step
+from cbn_mmdet import links
 
 SHAPES = ["--shapes", "2,8,16,3,6", "1,4,8,1,5"]
 QUICK = ["--max-seconds", "0", "--threads", "1"]
-CURRENT = "CBN(backward='current', derivative_stride=1)"
 NAIVE = "CBN(compensate=False)"
+PAPERS, SLIDING = (
+    f"CBN(window='sliding', window_size={size}, backward='{backward}')"
+    for size, backward in ((4, "current"), (8, "window"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,40 +55,6 @@ def by_norm(rows):
     return {row["norm"]: row for row in rows}
 
 
-def train(model, shape, iterations=10):
-    """Outputs and gradients of each iteration, on inputs and weights that are alike for all."""
-    generator = torch.Generator().manual_seed(0)
-    results = []
-    for _ in range(iterations):
-        size = shape.images, shape.c_in, shape.size, shape.size
-        x = (torch.randn(size, generator=generator) + 0.5).requires_grad_()
-        y = model(x)
-        model.zero_grad()
-        y.backward(torch.randn(y.shape, generator=generator))
-        step(model)
-        results += [y.detach(), x.grad, model[0].weight.grad.clone()]
-        with torch.no_grad():
-            model[0].weight += 0.02 * torch.randn(model[0].weight.shape, generator=generator)
-    return results
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 16, 3, 6), (3, 4, 8, 1, 5)])
-def test_autograd_computes_what_cbn_does(benchmark, shape):
-    shape = benchmark["Shape"](*shape)
-    textbook, cbn, naive = (
-        benchmark["build_layer"](name, shape)
-        for name in ("autograd", CURRENT, "CBN(backward='current', compensate=False)")
-    )
-    expected = train(cbn, shape)
-    torch.testing.assert_close(train(textbook, shape), expected, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(train(naive, shape)[-3], expected[-3], rtol=1e-2, atol=1e-2)
-    for name in ("running_mean", "running_var"):
-        ours, theirs = getattr(cbn[1], name), getattr(textbook[1].affine, name)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    held = sum(each.nbytes for entry in textbook[1].past for each in entry[2:])
-    assert held == 7 * 3 * cbn[0].weight.nbytes  # three weights for each past iteration
-
-
 def test_ratios_are_of_the_same_round(benchmark):
     """A machine that is ten times as slow in some rounds does not change a ratio."""
     rng = random.Random(0)
@@ -108,6 +77,58 @@ def test_error_is_half_of_the_95_percent_interval(benchmark):
         figure = benchmark["compare"](ratios, [1.0] * 30)
         hits += abs(figure["ratio"] - 1.2) < figure["error"]
     assert 0.9 < hits / 500 < 0.99
+
+
+def test_clock_asks_the_time_of_what_it_is_given(benchmark):
+    clock = benchmark["Clock"]("cpu", iter([1.0, 1.5, 10.0, 12.0]).__next__)
+    for _ in range(2):
+        with clock:
+            pass
+    assert clock.seconds() == 2.5
+
+
+def test_layers_in_a_row(benchmark):
+    """Each convolution has a norm, which knows it; they are the same for all norms."""
+    build, shape, count = benchmark["build_layers"], benchmark["TINY"], benchmark["DEPTH"]
+    model, of_bn = build("CBN", shape, count), build("BN", shape, count)
+    assert [type(layer).__name__ for layer in model] == ["Conv2d", "CBN"] * 20
+    assert [type(layer).__name__ for layer in of_bn] == ["Conv2d", "BatchNorm2d"] * 20
+    assert {each.extra_repr() for each in model[::2]} == {
+        "8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False"
+    }
+    weights = [layer.weight for layer in model[::2]]
+    torch.testing.assert_close([each.weight for each in of_bn[::2]], weights, rtol=0, atol=0)
+    model(torch.randn(1, 8, 4, 4))
+    assert links(model) == {str(i): str(i - 1) for i in range(1, 40, 2)}
+
+
+@pytest.mark.parametrize(
+    "name, iterations", [("BN", 2), ("CBN", 9), ("CBN(window='sliding', window_size=3)", 4)]
+)
+def test_warm_up_fills_the_windows(benchmark, name, iterations):
+    model, seeds = benchmark["build_layers"](name, benchmark["TINY"], 2), []
+    benchmark["warm_up"](model, lambda seed, clock: seeds.append(seed), "cpu")
+    assert seeds == [*range(iterations)]
+
+
+def test_host_is_one_thread_of_the_cpu(benchmark, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "host"])
+    args = benchmark["parse_args"]()
+    assert (args.device, args.threads, args.dtype) == ("cpu", 1, "float32")
+    assert args.norms == ["BN", *benchmark["ROWS"]["host"]]
+
+
+@pytest.mark.slow
+def test_host(measure):
+    (rows,), notes = measure("host", "--max-seconds", "0", "--norms", "GN", "CBN")
+    bn, gn, cbn = rows
+    assert list(bn) == ["norm", "time / BN's", "µs per layer"]
+    assert 0 < min(bn["µs per layer"], gn["µs per layer"])
+    assert max(bn["µs per layer"], gn["µs per layer"]) < cbn["µs per layer"] < 60_000
+    for row in rows:
+        ratio = row["µs per layer"] / bn["µs per layer"]  # of medians, beside the median of ratios
+        assert row["time / BN's"]["ratio"] == pytest.approx(ratio, rel=0.5)
+    assert "after 3 rounds stable to" in notes[0]
 
 
 @pytest.mark.slow
@@ -147,12 +168,12 @@ def test_count(measure):
     (rows,), _ = measure(*arguments)
     assert measure(*arguments)[0] == [rows]
     rows = by_norm(rows)
-    assert rows["BN"]["step"] == rows["GN"]["step"] == rows["autograd"]["step"] == 0
+    assert rows["BN"]["step"] == rows["GN"]["step"] == 0
     work = {name: row["forward"] + row["backward"] + row["step"] for name, row in rows.items()}
-    assert work["BN"] < work[NAIVE] < work["CBN"] < work["autograd"]
-    # The window is read once in each direction: 14 weights of 7 past iterations.
-    assert work["CBN"] <= 52 and 14 < rows["CBN"]["of the weight"] < 38
-    assert rows["autograd"]["of the weight"] > 3 * rows["CBN"]["of the weight"]
+    assert work["BN"] < work[NAIVE] < work["CBN"] <= 47 and work[SLIDING] <= 61
+    # A sliding window is read once in each direction at least: 14 weights of 7 past iterations.
+    assert 14 < rows[SLIDING]["of the weight"] < 63
+    assert 2 < rows["CBN"]["of the weight"] < 27
 
 
 @pytest.mark.slow
@@ -176,11 +197,13 @@ def test_inference(measure, small_config, tmp_path):
 def test_memory(measure, small_config, tmp_path):
     config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
     arguments = ["--config", config, "--size", "64", "64", "--batch", "1", "--repeats", "1"]
-    (rows,), notes = measure("memory", *arguments, "--norms", "CBN", NAIVE)
+    (rows,), notes = measure("memory", *arguments, "--norms", "CBN", NAIVE, PAPERS)
     rows = by_norm(rows)
     assert rows["BN"]["peak / BN's"]["MiB"] > 100
-    assert rows["BN"]["windows, MiB"] == 0
-    assert 0 < rows["CBN"]["per past iteration, of the weights"] < 3
+    assert rows["BN"]["windows, MiB"] == rows["BN"]["of the weights"] == 0
+    # One weight for each past iteration or for all of them, and a little more for each channel.
+    assert 3 < rows[PAPERS]["of the weights"] < 3.1
+    assert 1 < rows["CBN"]["of the weights"] < 1.1
     assert 0 < rows[NAIVE]["windows, MiB"] < 0.01 * rows["CBN"]["windows, MiB"]
     assert notes == ["The peak is the process's."]
 
@@ -200,15 +223,16 @@ def test_markdown(tool):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["layer", "--norms", "FOO"], "takes BN, GN, SyncBN, BRN, CBN or autograd, or"),
-        (["layer", "--norms", "CBN(window_size=0)"], "window_size must be a whole number"),
+        (["layer", "--norms", "FOO"], "takes BN, GN, SyncBN, BRN, CBN, or"),
+        (["layer", "--norms", "CBN(window_size=0)"], "window_size must be"),
         (["layer", "--norms", "CBN(stride=2)"], "cannot build CBN(stride=2): CBN.__init__() got"),
         (["layer", "--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
-        (["layer", "--norms", "CBN("], "or CBN(derivative_stride=2), got CBN("),
+        (["layer", "--norms", "CBN("], "or CBN(derivative_stride=2), say, got CBN("),
         (
-            ["step", "--norms", "autograd"],
-            "--norms autograd: this row is layer's and count's alone",
+            ["host", "--norms", "BN + weight gradient"],
+            "--norms 'BN + weight gradient': this row is layer's and count's alone",
         ),
+        (["host", "--threads", "2"], "unrecognized arguments: --threads 2"),
         (["layer", "--shapes", "1,2,3"], "takes N,C_in,C_out,kernel,size, got 1,2,3"),
         (["layer", "--threads", "0"], "takes a whole number of at least 1, got 0"),
         (["growth", "--plot", "nowhere/k.png"], "takes a .png file in a folder that exists"),

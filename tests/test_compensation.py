@@ -7,7 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"
+DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"  # windows set their own size
+SLIDING = "faster-rcnn_r18_fpn_cbn-current-all_1xb2_digits"  # of 8
 SHORT = (
     "train_cfg = dict(type='IterBasedTrainLoop', max_iters=20, val_interval=1000)\n"
     "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]\n"
@@ -15,13 +16,13 @@ SHORT = (
 )
 
 
-def measure(tool, small_config, folder, rate, *args):
+def measure(tool, small_config, folder, rate, *args, base=DIGITS):
     """The rows of the report, by truth and estimate."""
     # mmengine merges dictionaries: what the epoch-based loop has besides must be deleted.
     extra = SHORT.replace("dict(type='Iter", "dict(_delete_=True, type='Iter")
     done = tool(
         "compensation.py",
-        small_config(folder, DIGITS, extra),
+        small_config(folder, base, extra),
         *args,
         "--cfg-options",
         f"work_dir={folder}/run",
@@ -46,11 +47,11 @@ def test_weights_that_rest_leave_no_error(tool, small_config, tmp_path):
     assert max(row["var_error"] for row in rows) < 1e-4
 
 
-def test_a_training(tool, small_config, tmp_path):
+@pytest.mark.parametrize("base", [DIGITS, SLIDING])
+def test_a_training(base, tool, small_config, tmp_path):
     layers = ["backbone.layer1.0.bn1", "neck.fpn_convs.0.bn"]
-    printed, rows = measure(
-        tool, small_config, tmp_path, 0.01, "--every", 9, "--layers", *layers, "--no-network"
-    )
+    args = ["--every", 9, "--layers", *layers, "--no-network"]
+    printed, rows = measure(tool, small_config, tmp_path, 0.01, *args, base=base)
     assert {row["layer"] for row in rows} == set(layers)
     assert {row["iteration"] for row in rows} == {9, 18}
     assert {row["truth"] for row in rows} == {"layer"}

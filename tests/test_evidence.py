@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT
@@ -46,7 +47,7 @@ def test_classifier(tool, tmp_path):
     assert all("precise" in row for row in second if row["norm"] == "CBN")
     table = re.findall(r"^\| ([\w, ]+?) +\| (\d+\..*?) +\| (\d.*?) +\|$", done.stdout, re.MULTILINE)
     assert [label for label, *_ in table] == [
-        *(f"{norm}{kind}" for norm in ("BN", "BRN", "CBN, window") for kind in KINDS),
+        *(f"{norm}{kind}" for norm in ("BN", "BRN", "CBN") for kind in KINDS),
         "GN",
     ]
     assert all(re.fullmatch(r"[\d.]+ ± [\d.]+ \(2\)", cell) for _, *each in table for cell in each)
@@ -54,6 +55,42 @@ def test_classifier(tool, tmp_path):
 
 
 KINDS = ("", ", precise statistics")
+
+
+def test_burn_in(tool, tmp_path):
+    """Is kept and shown beside the study's own, and trains no norm again that has no window."""
+    args = ["classifier", *SHORT, "--folder", tmp_path, "--batches", 32, "--seeds", 1]
+    args += ["--norms", "BRN", "CBN"]
+    tool("evidence.py", *args)
+    printed = tool("evidence.py", *args, "--burn-in", 0).stdout
+    assert [(row["norm"], row["burn_in"]) for row in rows(tmp_path, "classifier")] == [
+        ("BRN", None),
+        ("CBN", 0),
+        ("CBN", None),
+    ]
+    table = re.findall(r"^\| ([\w, -]+?) +\| \d+\.\d \(1\)", printed, re.MULTILINE)
+    norms = "BRN", "CBN", "CBN, burn-in 0"
+    assert table == [f"{norm}{kind}" for norm in norms for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    "burn_in, changes",
+    [(None, {0: 1, 2: None}), (0, {0: None}), (4, {0: 1, 9: None}), (8, {0: 1})],
+)
+def test_when_the_classifiers_windows_open(burn_in, changes, evidence, monkeypatch):
+    """By the steps before; in eighths of a run of 18."""
+    sizes, steps = {}, []
+    set_window, step = evidence.set_window, evidence.step
+
+    def set_and_note(model, size):
+        sizes[len(steps)] = size
+        set_window(model, size)
+
+    monkeypatch.setattr(evidence, "set_window", set_and_note)
+    monkeypatch.setattr(evidence, "step", lambda model: steps.append(step(model)))
+    job = evidence.Job("CBN", 32, 0, burn_in)
+    evidence.train_classifier(job, dict(evidence.CLASSIFIER, shorten=0.1))
+    assert sizes == changes and len(steps) == 18
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +106,7 @@ def test_detector(detected):
     folder, printed = detected
     (row,) = rows(folder, "detector")
     assert 0 <= row["ap"] <= 1 and 0 <= row["precise"] <= 1
-    assert re.search(r"^\| CBN, window, precise statistics +\| 0\.\d{3} \(1\)", printed, re.M)
+    assert re.search(r"^\| CBN, precise statistics +\| 0\.\d{3} \(1\)", printed, re.M)
     log = next(folder.glob("runs/detector/0.006/CBN_2_None_0/precise/*/*.log")).read_text()
     assert "PreciseStatsHook: statistics of 32 layers from 6 images in " in log
 
@@ -83,28 +120,65 @@ def test_momentum(tool, tmp_path):
     assert len({row["precise"] for row in found}) == 1
 
 
+def test_continued(evidence, tool, tmp_path):
+    args = ["--folder", tmp_path, "--seeds", 1, "--norms"]
+    own = "CBN(window_size=8, backward='own')"
+    printed = tool("evidence.py", "continued", *SHORT, *args, "BN", own).stdout
+    found = rows(tmp_path, "continued")
+    assert [row["norm"] for row in found] == ["BN", own]
+    table = re.findall(r"^\| (.+?) +\| (\d\.\d{3}) \(1\) +\|$", printed, re.MULTILINE)
+    assert table == [
+        (f"{row['norm']}{kind}", f"{row[key]:.3f}")
+        for row in found
+        for key, kind in (("loss", ""), ("worst", ", worst accuracy"))
+    ]
+    # What was trained first is kept, and what goes on from it does so in the same way.
+    (weights,) = tmp_path.glob("runs/continued/0.02/*.pth")
+    written = weights.stat().st_mtime_ns
+    options = dict(evidence.CONTINUED, shorten=0.02, work_dir=str(weights.parent))
+    again = evidence.train_continued(evidence.Job("BN", 1, 0), options)
+    assert again == pytest.approx({key: found[0][key] for key in ("loss", "worst")}, rel=1e-3)
+    assert weights.stat().st_mtime_ns == written
+
+
 def test_ablation(evidence, tool, tmp_path):
     """Of results that are there but for one."""
     settings = dict(evidence.ABLATION, shorten=0.02)
     row = dict(batch=2, seed=0)
-    norms = [f"CBN(window_size={k})" for k in (1, 2, 4, 8, 16)]
+    norms = [evidence.sliding(k) for k in (1, 2, 4, 8, 16)]
+    assert norms[3] == evidence.SLIDING
     runs = [dict(row, norm=norm, burn_in=1, ap=0.1) for norm in norms]
     runs += [dict(row, norm=norms[3], burn_in=burn_in, ap=0.2) for burn_in in (3, 5)]
+    moving = [(norm, each) for norm in ("CBN", "CBN(window_size=8)") for each in (0, 1)]
+    runs += [dict(row, norm=norm, burn_in=burn_in, ap=0.3) for norm, burn_in in moving]
     (tmp_path / "ablation.json").write_text(json.dumps(dict(settings=settings, runs=runs)))
     args = ["--folder", tmp_path, "--batches", 2, "--seeds", 1]
     args += ["--data", tmp_path]
     printed = tool("evidence.py", "ablation", *SHORT, *args).stdout
-    (trained,) = [row for row in rows(tmp_path, "ablation") if row["burn_in"] == 0]
-    assert trained["norm"] == norms[3] and "precise" not in trained
+    (trained,) = [row for row in rows(tmp_path, "ablation") if row not in runs]
+    assert (trained["norm"], trained["burn_in"]) == (norms[3], 0) and "precise" not in trained
     log = next(tmp_path.glob("runs/ablation/0.02/*_2_0_0/run/*/*.log")).read_text()
-    assert "32 CBN layers, whose window of 8 is open from the start" in log
-    table = re.findall(r"^\| CBN\(window_size=(\d+)\), burn-in (\d) +\| 0\.(\d)00", printed, re.M)
+    assert "32 CBN layers, whose window (window_size=8) is open from the start" in log
+    sliding = r"^\| CBN, sliding, window_size=(\d+), burn-in (\d) +\| 0\.(\d)"
+    table = re.findall(sliding, printed, re.MULTILINE)
     assert [row for row in table if row[1] != "0"] == [
         *((k, "1", "1") for k in "1248"),
         *(("8", burn_in, "2") for burn_in in "35"),
         ("16", "1", "1"),
     ]
+    table = re.findall(r"^\| (CBN(?:\(.*?\))?), burn-in (\d) +\| 0\.300", printed, re.MULTILINE)
+    assert table == [(norm, str(burn_in)) for norm, burn_in in moving]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
+
+
+def test_ablation_with_another_burn_in(evidence):
+    args = Namespace(study="ablation", norms=None, batches=[1], seeds=1, burn_in=2)
+    jobs = evidence.plan(args, evidence.STUDIES["ablation"])
+    norms = [*map(evidence.sliding, evidence.WINDOWS), "CBN", "CBN(window_size=8)"]
+    assert jobs == [evidence.Job(norm, 1, 0, 2) for norm in norms]
+    args.norms = ["GN", "CBN"]
+    jobs = evidence.plan(args, evidence.STUDIES["ablation"])
+    assert [(job.norm, job.burn_in) for job in jobs] == [("GN", None), ("CBN", 2)]
 
 
 def test_settings_reach_the_detector(evidence, monkeypatch, digits):
@@ -134,6 +208,7 @@ def test_settings_reach_the_detector(evidence, monkeypatch, digits):
         (["--norms", "CBN(size=4)"], "cannot build CBN(size=4): CBN.__init__() got an unexpected"),
         (["--norms", "XN"], "cannot build XN"),
         (["--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
+        (["--burn-in", "-1"], "--burn-in: takes a whole number, got -1"),
         (["--seeds", "0"], "--seeds: takes a whole number of at least 1, got 0"),
     ],
 )
@@ -147,6 +222,19 @@ def test_mistakes(args, complaint, evidence, monkeypatch, capsys):
 def test_a_share_out_of_range(evidence, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evidence.py", "classifier", "--shorten", "2"])
     with pytest.raises(UsageError, match="--shorten 2: takes a share above 0, up to 1"):
+        evidence.main()
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        (["--burn-in", "1"], "--burn-in: continued has none"),
+        (["--norms", "CBN", "GN"], "--norms GN: continued goes on with BN or CBN"),
+    ],
+)
+def test_what_continued_has_no_use_for(args, complaint, evidence, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "continued", *args])
+    with pytest.raises(UsageError, match=complaint):
         evidence.main()
 
 
@@ -182,7 +270,7 @@ def test_the_page_has_the_results_kept_beside_it(name, evidence):
     assert saved["settings"] == dict(study.settings, shorten=1.0)
     batches = sorted({row["batch"] for row in saved["runs"]})
     printed = 0
-    for group, values in evidence.grouped(saved["runs"], study.figure).items():
+    for group, values in evidence.grouped(saved["runs"], study).items():
         cells = [evidence.summary(values[batch], study.figure) for batch in batches]
         row = " | ".join(
             [evidence.title(*group), *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)]

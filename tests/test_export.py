@@ -14,7 +14,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 import cbn_mmdet
-from cbn_mmdet import BRN, CBN, link, set_window, step, to_batchnorm
+from cbn_mmdet import BRN, CBN, link, set_window, step, to_batchnorm, window_state
 
 # torch itself says so of tracing and of its first exporter, which old versions of it need.
 pytestmark = pytest.mark.filterwarnings(
@@ -34,15 +34,18 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.checkpointed = checkpointed
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), CBN(6, window_size=3), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), CBN(6), nn.ReLU())
         self.block = nn.Sequential(
             nn.Conv2d(6, 6, 3, groups=2, bias=False),
-            CBN(6, window_size=3),
+            CBN(6, window="sliding", window_size=3),
             nn.ReLU(),
             nn.Conv2d(6, 4, 1),
-            BRN(4, warmup=0, r_end=3, d_end=3),
+            CBN(4, window_size=3, backward="own"),
         )
-        self.head = nn.Conv2d(4, 2, 1)
+        # BRN refuses to be checkpointed.
+        self.head = nn.Sequential(
+            nn.Conv2d(4, 4, 1), BRN(4, warmup=0, r_end=3, d_end=3), nn.Conv2d(4, 2, 1)
+        )
 
     def forward(self, x):
         x = self.stem(x)
@@ -57,7 +60,7 @@ def train(model, run, steps=6):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     outputs = []
     for iteration in range(steps):
-        set_window(model, 1 if iteration < 2 else 3)
+        set_window(model, 1 if iteration < 2 else None)
         optimizer.zero_grad()
         outputs.append(run(images(seed=iteration)))
         (outputs[-1] - 1).square().mean().backward()
@@ -101,7 +104,41 @@ class TestCompile:
         torch.testing.assert_close(outputs, expected, **close)
         torch.testing.assert_close(model.state_dict(), plain.state_dict(), **close)
         assert cbn_mmdet.links(model) == cbn_mmdet.links(plain)
-        assert model.stem[1].window_bytes == plain.stem[1].window_bytes > 0
+        for name, layer in (("stem.1", plain.stem[1]), ("block.1", plain.block[1])):
+            (ours,), (theirs,) = window_state(model)[name], window_state(plain)[name]
+            assert ours["seen"] == theirs["seen"] == 4 and layer.window_bytes > 0
+            torch.testing.assert_close(ours["h"], theirs["h"], **close)
+
+    def test_what_a_graph_ends_at(self):
+        """Modules with a weight and CBN stay with Python; what is between them is compiled."""
+
+        class Straight(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+                self.norm, self.last = CBN(4), CBN(4)
+
+            def forward(self, x):
+                x = self.norm(self.first(x.cos().sin()))
+                x = self.last(self.second(x.relu() + 1))
+                return x.tanh().neg()
+
+        graphs = []
+
+        def note(graph, _):
+            calls = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+            graphs.append([getattr(call, "__name__", call) for call in calls])
+            return graph.forward
+
+        model = Straight()
+        link(model)
+        compiled = torch.compile(model, backend=note)
+        for number in range(3):
+            compiled(images(seed=number)).sum().backward()
+            step(model)
+        # The last operations read nothing that changes between iterations: no graph comes twice.
+        assert graphs == [["cos", "sin"], ["relu", "add"], ["tanh", "neg"]]
+        assert cbn_mmdet.links(model) == {"norm": "first", "last": "second"}
 
     def test_evaluation_is_one_graph(self):
         """Of a model that is not linked, or not any more."""
@@ -116,21 +153,21 @@ class TestTorchScript:
         model = trained() if linked else Model().eval()
         traced = torch.jit.trace(model, images())
         kinds = [node.kind() for node in traced.inlined_graph.nodes()]
-        assert kinds.count("aten::batch_norm") == 3
+        assert kinds.count("aten::batch_norm") == 4
         assert torch.equal(traced(images(5, seed=9)), model(images(5, seed=9)))
 
     def test_refuses_to_trace_a_training_step(self):
         model = trained().train()
         with pytest.raises(RuntimeError, match=r"'stem.1' \(CBN\): .*model.eval\(\)"):
             torch.jit.trace(model, images())
-        with pytest.raises(RuntimeError, match=r"BRN: .*model.eval\(\)"):
+        with pytest.raises(RuntimeError, match=r"BRN layer of 3 channels: .*model.eval\(\)"):
             torch.jit.trace(BRN(3), images())
 
     def test_refuses_to_script(self):
         model = trained()
         with pytest.raises(RuntimeError, match=r"'stem.1' \(CBN\): .*to_batchnorm\(model\)"):
             torch.jit.script(model.stem)
-        with pytest.raises(RuntimeError, match=r"BRN: .*to_batchnorm\(model\)"):
+        with pytest.raises(RuntimeError, match=r"BRN layer of 3 .*to_batchnorm\(model\)"):
             torch.jit.script(BRN(3))
 
     def test_script_of_what_to_batchnorm_left(self):

@@ -14,13 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, CBNHook, PreciseStatsHook, SyncCBN, link, links, set_window, step
+from cbn_mmdet import (
+    BRN,
+    CBN,
+    CBNHook,
+    DiagnoseHook,
+    PreciseStatsHook,
+    SyncCBN,
+    link,
+    links,
+    set_window,
+    step,
+)
 from cbn_mmdet.launch import BUILD_ERRORS
 
 same_every_time = settings(max_examples=80, deadline=None, derandomize=True)
 
 # What a config may hold, and much that it should not.
-words = st.sampled_from(["window", "current", "True", "False", "no", "none", "0.1", "8", ""])
+words = st.one_of(
+    st.sampled_from(["moving", "sliding", "auto", "full", "own", "window", "current"]),
+    st.sampled_from(["True", "False", "no", "none", "0.1", "8", "Auto", ""]),
+)
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -64,9 +78,10 @@ LAYER = {
 }
 CBN_OPTIONS = {
     **LAYER,
-    "window_size": lambda value: is_whole(value, 1),
+    "window": lambda value: value in ("moving", "sliding"),
+    "window_size": lambda value: is_whole(value, 1) or value == "auto",
     "compensate": is_switch,
-    "backward": lambda value: value in ("window", "current"),
+    "backward": lambda value: value in ("full", "own", "window", "current"),
     "derivative_stride": lambda value: value is None or is_whole(value, 1),
     "sync": is_switch,
     "window_dtype": lambda value: value in ("float32", "bfloat16"),
@@ -88,13 +103,14 @@ OPTIONS = {
         "burn_in": lambda value: is_whole(value, 0),
         "by_epoch": is_switch,
         "save_window": is_switch,
-        "diagnose_every": lambda value: is_whole(value, 0),
     },
+    DiagnoseHook: {"interval": lambda value: is_whole(value, 1)},
     PreciseStatsHook: {
         "num_images": lambda value: is_whole(value, 1),
         "every_evaluation": is_switch,
     },
 }
+HOOKS = (CBNHook, DiagnoseHook, PreciseStatsHook)
 ALL_OPTIONS = [(made, option) for made, options in OPTIONS.items() for option in options]
 
 
@@ -121,7 +137,9 @@ class TestOptions:
     @same_every_time
     @given(value=junk)
     def test_any_value(self, made, option, value):
-        needed = {} if made in (CBNHook, PreciseStatsHook) else dict(num_features=4)
+        needed = {} if made in HOOKS else dict(num_features=4)
+        if option == "window":
+            needed["window_size"] = 4  # a sliding one has a number
         is_legal = OPTIONS[made][option](value)
         if option == "num_features" and is_legal and value > 1000:
             return  # a matter of memory
@@ -133,9 +151,32 @@ class TestOptions:
     @given(size=junk)
     def test_any_window_in_force(self, size):
         model = nn.Sequential(CBN(4, window_size=3))
-        is_legal = is_whole(size, 1) and size <= 3
+        is_legal = size is None or (is_whole(size, 1) and size <= 3)
         accepts_or_names(lambda: set_window(model, size), "size", is_legal)
-        assert model[0].window == (size if is_legal else 3)
+        assert model[0].window_in_force == (size or 3 if is_legal else 3)
+
+    @same_every_time
+    @given(size=junk)
+    def test_any_limit_of_a_window_that_sets_its_own(self, size):
+        model = nn.Sequential(CBN(4))
+        is_legal = size is None or (is_whole(size, 1) and size <= 64)
+        accepts_or_names(lambda: set_window(model, size), "size", is_legal)
+        assert model[0].window_in_force == (size or 64 if is_legal else 64)
+
+    @same_every_time
+    @given(scale=junk)
+    def test_any_loss_scale(self, scale):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+        link(model)
+        is_legal = scale is None or (
+            is_number(scale, 0) and scale > 0 and not isinstance(scale, bool)
+        )
+        model(torch.randn(2, 3, 5, 5)).sum().backward()
+        accepts_or_names(lambda: step(model, scale), "loss_scale", is_legal)
+
+    def test_a_sliding_window_has_a_number(self):
+        with pytest.raises(ValueError, match="window_size='auto' is for window='moving'"):
+            CBN(4, window="sliding")
 
     @pytest.mark.parametrize("kind", ["CBN", "SyncCBN", "BRN"])
     @same_every_time
@@ -151,9 +192,10 @@ class TestOptions:
 
     @same_every_time
     @given(
+        window=st.sampled_from(["moving", "sliding"]),
         window_size=st.integers(1, 9),
         compensate=st.booleans(),
-        backward=st.sampled_from(["window", "current"]),
+        backward=st.sampled_from(["full", "own", "window", "current"]),
         momentum=st.one_of(st.none(), st.floats(0, 1)),
     )
     def test_legal_options_of_norm_cfg_arrive(self, **options):
@@ -224,16 +266,20 @@ def half_and_half(x):
     return torch.cat([x[:, :2], x[:, 2:]], 1)
 
 
-# From (N, 4, 8, 8) to the same. What a function returns no module is known to have computed.
+# From (N, 4, 8, 8) to the same. What a function or a module without a weight returns, no module
+# with a weight is known to have computed.
 CONVOLUTIONS = [lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.Conv2d(4, 4, 1, groups=2)]
 NORMS = [lambda: CBN(4, window_size=3), lambda: SyncCBN(4, window_size=3)]
+WEIGHTED = [
+    lambda: nn.Linear(8, 8),
+    lambda: nn.ConvTranspose2d(4, 4, 1),
+    lambda: nn.GroupNorm(2, 4),
+    lambda: nn.PReLU(),
+]
 OTHERS = [
     nn.ReLU,
     lambda: nn.ReLU(inplace=True),
     lambda: nn.MaxPool2d(3, 1, 1),
-    lambda: nn.Linear(8, 8),
-    lambda: nn.ConvTranspose2d(4, 4, 1),
-    lambda: nn.GroupNorm(2, 4),
     Residual,
 ]
 THROUGH = [nn.Identity, lambda: torch.Tensor.contiguous]
@@ -243,6 +289,7 @@ chains = st.lists(
         st.sampled_from(CONVOLUTIONS).map(lambda make: make()),
         st.sampled_from(NORMS).map(lambda make: make()),
         st.sampled_from(NORMS).map(lambda make: make()),
+        st.sampled_from(WEIGHTED).map(lambda make: make()),
         st.sampled_from(OTHERS).map(lambda make: make()),
         st.sampled_from(THROUGH).map(lambda make: make()),
         st.sampled_from(FUNCTIONS),
@@ -253,16 +300,15 @@ chains = st.lists(
 
 
 def feeders(chain):
-    """For each norm of a chain the place of what feeds it: a module's, or None for a function."""
+    """For each norm of a chain the place of the module with a weight that feeds it, or None."""
     found, feeder = {}, None
     for place, part in enumerate(chain.order):
         if isinstance(part, CBN):
             found[place] = feeder
-        if part is torch.Tensor.contiguous or (
-            isinstance(part, nn.Identity) and feeder is not None
-        ):
+        if part is torch.Tensor.contiguous or isinstance(part, nn.Identity):
             continue
-        feeder = place if isinstance(part, nn.Module) else None
+        has_weight = isinstance(getattr(part, "weight", None), torch.Tensor)
+        feeder = place if has_weight and not isinstance(part, CBN) else None
     return found
 
 
@@ -284,7 +330,7 @@ class TestPlaces:
         x = torch.randn(2, 4, 8, 8)
         for norm, feeder in feeders(chain).items():
             if feeder is None:
-                what = f"was handed a tensor of shape {tuple(x.shape)} that no module of"
+                what = f"was handed a tensor of shape {tuple(x.shape)} that no module with a weight"
             elif type(parts[feeder]) is nn.Conv2d:
                 continue
             else:
@@ -312,22 +358,23 @@ class TestPlaces:
                 assert part in message
 
     @pytest.mark.parametrize(
-        "order, what",
+        "order",
         [
-            (("norm", "conv", "act"), "was handed a tensor of shape (2, 4, 8, 8) that no module"),
-            (("conv", "act", "norm"), "is fed by 'activate' (ReLU), which is no nn.Conv2d"),
-            (("act", "norm", "conv"), "is fed by 'activate' (ReLU), which is no nn.Conv2d"),
+            ("norm", "conv", "act"),
+            ("conv", "act", "norm"),
+            ("act", "norm", "conv"),
         ],
     )
-    def test_the_order_of_a_conv_module(self, order, what):
+    def test_the_order_of_a_conv_module(self, order):
         from mmcv.cnn import ConvModule
 
         model = ConvModule(
             4, 4, 3, norm_cfg=dict(type="CBN", window_size=3), order=order, bias=False
         )
         assert link(model) == 1
-        # Before the convolution mmcv's module pads or activates in place.
-        self.assert_refused(model, torch.randn(2, 4, 8, 8), "'bn' (CBN)", what)
+        # mmcv's module activates in place: what the norm is handed was a convolution's output.
+        what = "was handed a tensor of shape (2, 4, ", "that no module with a weight"
+        self.assert_refused(model, torch.randn(2, 4, 8, 8), "'bn' (CBN)", *what)
 
     @pytest.mark.parametrize(
         "join",
@@ -353,7 +400,9 @@ class TestPlaces:
 
         model = Joined()
         link(model)
-        self.assert_refused(model, torch.randn(2, 4, 8, 8), "'norm' (CBN)", "that no module")
+        self.assert_refused(
+            model, torch.randn(2, 4, 8, 8), "'norm' (CBN)", "that no module with a weight"
+        )
 
     def test_two_convolutions_by_turns(self):
         """Each call within a forward has its window, and must keep its convolution."""

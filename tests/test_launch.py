@@ -114,7 +114,8 @@ def test_settings_that_differ():
         f"model = dict(head=[dict(a=2)], neck=dict(a=1e-05, type='PAN'), {weights.format('b')})\n"
         "train_dataloader = dict(batch_size=1, num_workers=1)\n"
         "optim_wrapper = dict(paramwise_cfg=dict({'custom.keys': dict(lr=2)}, bias=1, f=max))\n"
-        "custom_hooks = [dict(type='CBNHook', burn_in=3, save_window=True), dict(type='EMAHook')]\n"
+        "custom_hooks = [dict(type='CBNHook', burn_in=3, save_window=False), dict(type='EMAHook'), "
+        "dict(type='DiagnoseHook', interval=10)]\n"
     )
     assert launch.settings_that_differ(before, before) == []
     assert launch.settings_that_differ(before, now) == [

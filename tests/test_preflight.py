@@ -48,13 +48,22 @@ def test_digits(tool, small_config, tmp_path):
     assert ok["CBNHook"] == "the window opens after 40 iterations of 48"
     assert re.match(r"loss [\d.]+, [\d.]+; [\d.]+ s for the last step", ok["training"])
     assert ok["links"].startswith("all 32 CBN layers have what they need")
-    # Seven past iterations of 32 channels, fed by 3 x 7 x 7 weights each, in float32.
-    size = re.escape(decimal(7 * 4 * (32 * 147 + 147 + 3 * 32)))
-    row = rf"│ backbone.bn1 +│ backbone.conv1 +│ +32 │ +8 │ +{size} │"
+    # The past of 32 channels, fed by 3 x 7 x 7 weights each, in float32, and six vectors.
+    size = re.escape(decimal(4 * (32 * 147 + 147 + 6 * 32)))
+    row = rf"│ backbone.bn1 +│ backbone.conv1 +│ +32 │ +auto │ +{size} │"
     assert re.search(row, done.stdout)
     assert re.match(r"2 images in [\d.]+ s; computed: coco/bbox_mAP", ok["evaluation"])
     assert done.stdout.endswith("no check failed\n")
     assert list(tmp_path.iterdir()) == [tmp_path / f"{DIGITS}_small.py"]
+
+
+def test_layers_in_evaluation_mode_need_no_convolution(tool, small_config, tmp_path):
+    config = small_config(tmp_path, DIGITS, "model = dict(backbone=dict(norm_eval=True))")
+    done = tool("preflight.py", config, "--images", "1")
+    assert lines_of(done, "OK")["links"].startswith("all 32 CBN layers have what they need")
+    note = lines_of(done, "NOTE")["links"]
+    assert note.startswith("20 of 32 CBN layers only repeat their running statistics, backbone.bn1")
+    assert re.search(r"│ backbone.bn1 +│ not needed +│ +32 │ +auto │ +– │", done.stdout)
 
 
 def test_iterations_of_a_repeated_data_set(tool, small_config, tmp_path):
@@ -192,7 +201,7 @@ def test_what_fails_in_training(tool, small_config, tmp_path):
 custom_hooks = []
 sync_bn = "torch"
 init_cfg = dict(_delete_=True, type="Pretrained", checkpoint="none.pth")
-backbone = dict(init_cfg=init_cfg, norm_eval=True)
+backbone = dict(init_cfg=init_cfg, frozen_stages=1)
 model = dict(backbone=backbone, neck=dict(conv_cfg=dict(type="ConvWS")))
 """
     config = small_config(tmp_path, DIGITS, extra).rename(tmp_path / "mine.py")
@@ -203,16 +212,16 @@ model = dict(backbone=backbone, neck=dict(conv_cfg=dict(type="ConvWS")))
     assert failed["CBNHook"].startswith("sync_bn turns all 32 CBN layers into SyncBN: take it out")
     assert re.match(
         r"RuntimeError: CBN layer 'neck.lateral_convs.\d.bn' \(CBN\): is fed by .*ConvWS.* use "
-        "another norm here, or set compensate=False",
+        "another norm here, .*or set compensate=False",
         failed["training"],
     )
     assert "CBN layers met no convolution, neck." in failed["links"]
-    assert re.search(r"│ backbone.bn1 +│ backbone.conv1 +│", done.stdout)
+    assert re.search(r"│ backbone.layer2.0.bn1 +│ backbone.layer2.0.conv1 +│", done.stdout)
     assert re.search(r"│ roi_head.bbox_head.shared_convs.0.bn +│ none +│", done.stdout)
     assert lines_of(done, "OK")["batch"].startswith("1 GPU(s) (WORLD_SIZE, or 1) x 1 image(s) = 1")
     notes = lines_of(done, "NOTE")
     assert "tools/train.py adds the default one" in notes["CBNHook"]
-    assert notes["links"].startswith("20 of 32 CBN layers only repeat their running statistics, ")
+    assert notes["links"].startswith("5 of 32 CBN layers only repeat their running statistics, ")
     assert ", without model.backbone.init_cfg.checkpoint" in done.stdout
     assert lines_of(done, "OK")["evaluation"].startswith("4 images in ")
 

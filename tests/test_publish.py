@@ -112,7 +112,7 @@ Runner.from_cfg(cfg).test()
         checkpoint, _, published, output = trained
         full = torch.load(checkpoint, weights_only=False)
         small = torch.load(published, weights_only=True)
-        assert set(small) == {"meta", "state_dict"}
+        assert {"cbn_windows", "optimizer"} < set(full) and set(small) == {"meta", "state_dict"}
         assert list(small["state_dict"]) == list(full["state_dict"])
         for name, tensor in full["state_dict"].items():
             assert torch.equal(small["state_dict"][name], tensor), name
@@ -150,9 +150,14 @@ class TestConfig:
         assert new.model.heads[1]["a-b"] == dict(type="BN")
         assert new.model.name == "CBN"
 
-    def test_hook_and_import_go_and_others_stay(self, converted):
+    def test_hooks_and_import_go_and_others_stay(self, converted):
         cfg = dict(
-            custom_hooks=[dict(type="CBNHook", burn_in=1), dict(type="EMAHook")],
+            custom_hooks=[
+                dict(type="CBNHook", burn_in=1),
+                dict(type="DiagnoseHook", interval=10),
+                dict(type="EMAHook"),
+                dict(type="PreciseStatsHook"),
+            ],
             custom_imports=dict(imports=["cbn_mmdet", "json"], allow_failed_imports=True),
         )
         new = converted(cfg)

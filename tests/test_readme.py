@@ -46,13 +46,15 @@ def test_options_are_the_layers():
     """Each option of the layer and the hooks stands in its table, with its default."""
     import inspect
 
-    from cbn_mmdet import CBN, CBNHook, PreciseStatsHook
+    from cbn_mmdet import CBN, CBNHook, DiagnoseHook, PreciseStatsHook
 
     page = (ROOT / "docs" / "config.md").read_text()
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^`|]+?)`? \|", page, re.MULTILINE))
     for owner, names in (
-        (CBN, "window_size backward momentum compensate derivative_stride sync window_dtype"),
-        (CBNHook, "burn_in by_epoch save_window diagnose_every"),
+        (CBN, "window window_size backward momentum compensate derivative_stride"),
+        (CBN, "sync window_dtype"),
+        (CBNHook, "burn_in by_epoch save_window"),
+        (DiagnoseHook, "interval"),
         (PreciseStatsHook, "num_images every_evaluation"),
     ):
         parameters = inspect.signature(owner).parameters

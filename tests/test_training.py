@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
 SHORT = (
     "train_cfg = dict(max_epochs=3)\n"
-    "custom_hooks = [dict(type='CBNHook', burn_in=1, diagnose_every=2)]"
+    "custom_hooks = [dict(type='CBNHook', burn_in=1), dict(type='DiagnoseHook', interval=2)]"
 )
 
 
@@ -53,7 +53,7 @@ def stopped(tmp_path_factory, small_config, root):
 def trained(stopped, tool):
     """The same training, resumed and finished."""
     work_dir, config = stopped
-    # The window of 8 opens after the burn-in of one epoch, which lies before the resume.
+    # The window opens after the burn-in of one epoch, which lies before the resume.
     done = tool("train.py", config, "--work-dir", work_dir, "--resume")
     return work_dir, config, done.stdout
 
@@ -63,14 +63,17 @@ def test_resume_goes_on_from_the_last_checkpoint(trained):
     assert re.search(r"resumed epoch: [12], iter: (6|12)\b", output)
     assert (work_dir / "epoch_3.pth").exists()
     rows = [row for row in scalars(work_dir) if "cbn/window_size" in row]
-    steps = {row["step"]: row["cbn/window_size"] for row in rows}
-    assert steps == {step: 1 if step <= 6 else 8 for step in range(1, 19)}
-    assert "other settings" not in output
+    sizes = {row["step"]: row["cbn/window_size"] for row in rows}
+    assert list(sizes) == list(range(1, 19))
+    assert {sizes[step] for step in range(1, 7)} == {1}
+    # They set themselves, from what a first iteration surprised with.
+    assert len({sizes[step] for step in range(9, 19)}) > 1
+    assert "other settings" not in output and "start empty" not in output
     assert re.search(r"coco/bbox_mAP: \d\.\d{4}|results of the whole dataset is empty", output)
 
 
 def test_resume_with_other_settings_is_told(trained, tool, tmp_path):
-    """Whatever the window size, the weights have the same names."""
+    """Whatever the window size, the weights have the same names; and the windows start empty."""
     work_dir, config, _ = trained
     changes = "train_cfg.max_epochs=4", "model.neck.norm_cfg.window_size=4"
     done = tool(
@@ -82,6 +85,11 @@ def test_resume_with_other_settings_is_told(trained, tool, tmp_path):
     )
     assert told[1].startswith(
         "model.neck.norm_cfg.window_size was not set, is 4; train_cfg.max_epochs was 3, is 4. "
+    )
+    assert re.search(
+        r"CBNHook: the windows start empty, and fill anew: .* CBN layer 'neck\.\S+' has a "
+        "MovingWindow of 4 in force, the state a MovingWindow of its own size up to 64",
+        done.stdout,
     )
 
 
@@ -154,17 +162,20 @@ def test_mask_rcnn_and_the_default_hook(small_config, tmp_path, tool):
     done = tool("train.py", config, "--work-dir", work_dir)
     assert "has no CBNHook: registered the default one" in done.stdout
     assert "custom_hooks = [dict(type='CBNHook', burn_in=3)]" in done.stdout
-    windows = [row["cbn/window_size"] for row in scalars(work_dir) if "cbn/window_size" in row]
-    assert windows == [1] * 18 + [8] * 6
+    rows = [row for row in scalars(work_dir) if "loss" in row]
+    assert [row["step"] for row in rows if row["cbn/window_size"] == 1][:18] == list(range(1, 19))
+    assert rows[-1]["step"] == 24 and rows[-1]["cbn/window_size"] != 1
 
 
 def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
     loop = "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=8, val_interval=8)"
     config = small_config(tmp_path, CBN2, f"custom_hooks = []\n{loop}")
-    done = tool("train.py", config, "--work-dir", tmp_path / "work")
+    parts = "backbone", "neck", "roi_head.bbox_head"
+    sizes = [f"model.{part}.norm_cfg.window_size=5" for part in parts]
+    done = tool("train.py", config, "--work-dir", tmp_path / "work", "--cfg-options", *sizes)
     assert "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]" in done.stdout
     rows = [row["cbn/window_size"] for row in scalars(tmp_path / "work") if "loss" in row]
-    assert rows == [1] * 2 + [8] * 6
+    assert rows == [1] * 2 + [5] * 6
 
 
 @pytest.mark.parametrize(
@@ -176,6 +187,14 @@ def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.burn_in=-1"),
             "burn_in must be a whole number of at least 0",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks.1.interval=0"),
+            "DiagnoseHook: interval must be a whole number of at least 1, got 0",
+        ),
+        (
+            ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.diagnose_every=50"),
+            "'diagnose_every'; it takes burn_in, by_epoch, save_window",
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "model.backbone.norm_cfg.window_size=0"),

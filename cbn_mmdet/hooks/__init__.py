@@ -2,6 +2,7 @@
 """mmengine hooks."""
 
 from .cbn_hook import CBNHook
+from .diagnose_hook import DiagnoseHook
 from .precise_stats_hook import PreciseStatsHook
 
-__all__ = ["CBNHook", "PreciseStatsHook"]
+__all__ = ["CBNHook", "DiagnoseHook", "PreciseStatsHook"]

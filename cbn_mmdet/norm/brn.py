@@ -7,31 +7,12 @@ Paper: "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-No
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linking
-from .layer import NormLayer, check_count, is_number
+from .layer import NormLayer, check_count, is_number, is_recomputation
 from .moments import batch_moments
-
-# How many forwards of a layer activation checkpointing may still repeat: a head that several
-# levels or several batches share runs more than once in an iteration.
-_REMEMBERED = 16
-# How far, in standard deviations, a channel's mean may be from that of the forward it repeats.
-_SAME_MEAN = 1e-2
-
-
-class _Correction(NamedTuple):
-    """What one forward corrected its batch by, and the batch's mean, to know the batch again."""
-
-    mean: Tensor
-    r: Tensor
-    d: Tensor
 
 
 class BRN(NormLayer):
@@ -57,9 +38,8 @@ class BRN(NormLayer):
     batches differ. In return parameters, buffers and names are those of ``nn.BatchNorm2d``, which
     the layer *is* in evaluation mode: checkpoints load either way.
 
-    The layer needs neither a link nor a hook. Under activation checkpointing the repeated forward
-    takes ``r`` and ``d`` from the first one, which it knows by the batch's mean, and updates
-    nothing.
+    The layer needs neither a link nor a hook. Activation checkpointing repeats a forward when the
+    running statistics that corrected it have moved on, and is refused.
 
     Args:
         num_features: Number of channels ``C`` of the input, which is ``(N, C, H, W)``.
@@ -125,7 +105,6 @@ class BRN(NormLayer):
         self.warmup = warmup
         self.r_end = r_end
         self.d_end = d_end
-        self._corrections = _no_corrections()
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """The limits of ``r`` and ``d`` in force in the next training step.
@@ -147,43 +126,44 @@ class BRN(NormLayer):
         Raises:
             ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
                 has one value per channel in training.
-            RuntimeError: Activation checkpointing repeats a forward that the layer does not know,
-                or a training step is traced or exported.
+            RuntimeError: Activation checkpointing repeats the forward, or a training step is traced
+                or exported.
         """
         self._check_input_dim(input)
         if not self.training:
             return super().forward(input)
         return self._train(input)
 
-    # Which forward a repetition repeats is for Python to look up: a compiled graph ends here.
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
-        linking.refuse_graphs(self)
+        self._refuse_graphs()
         if input.numel() == 0:  # no region in the batch: nothing to learn
             return self._batch_norm(input, self.weight, self.bias)
-        if linking.is_recomputation():
-            return self._batch_norm(input, *self._corrected_affine(self._recalled(input)))
-        correction = self._correction(input)
+        if is_recomputation():
+            raise self.refusal(
+                "activation checkpointing repeats a forward of which the running statistics are "
+                "not known any more. Turn checkpointing off (with_cp=False) around this layer."
+            )
+        r, d = self._correction(input)
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / (float(self.num_batches_tracked) + 1)
-        output = self._batch_norm(input, *self._corrected_affine(correction), momentum)
+        output = self._batch_norm(input, *self._corrected_affine(r, d), momentum)
         self.num_batches_tracked.add_(1)
-        self._corrections.appendleft(correction)
         return output
 
-    def _correction(self, x: Tensor) -> _Correction:
+    @torch.no_grad()
+    def _correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``r`` and ``d``, each ``(C,)``, in float32 (float64 for a float64 layer)."""
-        mean, var = batch_moments(x.detach())
+        mean, var, *_ = batch_moments(x.detach())
         r_max, d_max = self.limits()
         inverse = (self.running_var.to(var.dtype) + self.eps).rsqrt()  # 1 / sigma
         r = (var + self.eps).sqrt() * inverse
         d = (mean - self.running_mean) * inverse
-        return _Correction(mean, r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max))
+        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
-    def _corrected_affine(self, correction: _Correction) -> tuple[Tensor, Tensor]:
+    def _corrected_affine(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """``gamma r`` and ``gamma d + beta``: what makes batch normalisation the whole method."""
-        _, r, d = correction
         if self.affine:
             weight, bias = self.weight * r, torch.addcmul(self.bias, self.weight, d)
         else:
@@ -195,37 +175,8 @@ class BRN(NormLayer):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float = 0.0
     ) -> Tensor:
         """Batch normalisation; with a momentum of 0 the running statistics stay as they are."""
-        # Handed over even then: checkpointing compares what a forward and its repetition save.
         running = self.running_mean, self.running_var
         return F.batch_norm(x, *running, weight, bias, True, momentum, self.eps)
-
-    def _recalled(self, x: Tensor) -> _Correction:
-        """The correction of the forward that is repeated: that of the batch with this mean."""
-        mean, var = batch_moments(x.detach())
-        distances = [math.inf]
-        if self._corrections:
-            means = torch.stack([correction.mean for correction in self._corrections])
-            scale = (var + self.eps).rsqrt()
-            # An overflow is for the gradient scaler to find: it must not look like another batch.
-            apart = (means.nan_to_num() - mean.nan_to_num()).abs() * scale.nan_to_num()
-            distances = apart.amax(1).tolist()
-        nearest = min(range(len(distances)), key=distances.__getitem__)  # the newest of equals
-        if not distances[nearest] <= _SAME_MEAN:
-            raise RuntimeError(
-                f"{self._title}: activation checkpointing repeats a forward on a batch that is "
-                f"none of the layer's last {_REMEMBERED}, so what corrected it is not known any "
-                "more. Turn checkpointing off (with_cp=False) around this layer."
-            )
-        return self._corrections[nearest]
-
-    # What nn.Module does with a layer.
-
-    def _apply(self, fn, *args, **kwargs):
-        self._corrections.clear()
-        return super()._apply(fn, *args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_corrections": _no_corrections()}
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(model)``."""
@@ -233,7 +184,3 @@ class BRN(NormLayer):
             f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, "
             f"warmup={self.warmup}, r_end={self.r_end}, d_end={self.d_end}"
         )
-
-
-def _no_corrections() -> deque[_Correction]:
-    return deque(maxlen=_REMEMBERED)

@@ -30,7 +30,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     Returns:
         The model; the new layer if ``model`` is itself a layer to turn.
     """
-    linking.unwatch(model)
+    linking.unhook(model)
     layers = [module for module in model.modules() if isinstance(module, CBN | BRN)]
     return _replace(model, {layer: _to_batchnorm(layer) for layer in layers})
 

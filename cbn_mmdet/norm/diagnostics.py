@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .iteration import cbn_layers
-from .window import Window, is_whole
+from .linking import is_whole
+from .moments import statistics_dtype
+from .window import Window
 
 # Above these the first-order compensation is no longer to be relied on: an expansion whose mean
 # moved by a third of the standard deviation misses some tenth of the variance, delta squared.
@@ -22,19 +24,21 @@ class Diagnosis(NamedTuple):
     """What the window of one CBN layer tells of the training.
 
     Attributes:
-        correction: By how much the compensation moves the means of past iterations,
-            ``|m . (w_t - w_{t-tau})|``, in standard deviations of the channel; the mean over
-            channels and iterations. 0 without compensation.
+        correction: By how much the compensation moves the past's mean, in standard deviations of
+            the channel, in the mean over channels. Of a sliding window ``|m . (w_t - w_{t-tau})|``,
+            in the mean over iterations; of a moving one how far the last step of the weights moved
+            it, times the window size, which is the past's mean age. 0 without compensation.
         clamped: The fraction of past variances that came out negative and were cut to zero.
-        noise: How far the last batch's mean is from the window's, in standard deviations of the
-            channel; the root of the mean square over channels. The window's own mean is about
-            ``noise / sqrt(window_size)`` from the population's. NaN of a window that holds one past
-            iteration, which takes two.
+        noise: How far the last batch's mean was from the past's, in standard deviations of the
+            channel; the root of the mean square over channels. NaN where the window holds one past
+            iteration alone, which takes two.
+        window_size: The window size as it is, the current iteration included.
     """
 
     correction: float
     clamped: float
     noise: float
+    window_size: float
 
     @property
     def is_doubtful(self) -> bool:
@@ -46,15 +50,15 @@ class Diagnosis(NamedTuple):
 def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
     """Looks into the windows of a model, at its weights as they are.
 
-    It reads each window once, which costs about a tenth of a training step, and changes nothing.
+    It reads each window once, which costs a small part of a training step, and changes nothing.
 
     Args:
         model: A linked model, between two iterations.
 
     Returns:
-        By the name of the layer. Layers whose window is empty (in a burn-in, or with a
-        ``window_size`` of 1) are left out; of a layer with several windows (one for each call in a
-        forward), the means over them are given.
+        By the name of the layer, in order of the narrowest window to the widest. Layers whose
+        window is empty (in a burn-in, or with a ``window_size`` of 1) are left out; of a layer with
+        several windows (one for each call in a forward), the means over them are given.
     """
     figures = {}
     for name, layer in cbn_layers(model).items():
@@ -62,35 +66,38 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
         if looks:
             of_windows = torch.stack(looks)
             figures[name] = of_windows.mean(0)
-            figures[name][-1] = of_windows[:, -1].nanmean()  # the noise, of those that can tell
+            figures[name][2] = of_windows[:, 2].nanmean()  # the noise, of those that can tell
     if not figures:
         return {}
     together = torch.stack(
         [each.to(next(iter(figures.values())).device) for each in figures.values()]
     )
-    return {name: Diagnosis(*row) for name, row in zip(figures, together.tolist(), strict=True)}
+    found = {name: Diagnosis(*row) for name, row in zip(figures, together.tolist(), strict=True)}
+    return dict(sorted(found.items(), key=lambda item: item[1].window_size))
 
 
 def _can_tell(window: Window) -> bool:
-    """Whether it holds enough, and the weight that it belongs to is still there, and whole."""
-    if len(window) == 0:
+    """Whether it holds something, and the weight that it belongs to is still there, and whole."""
+    if window.seen == 0:
         return False
-    feeder = None if window.feeder is None else window.feeder()
-    if feeder is None:
-        return not window.is_of_weight
-    return is_whole(feeder.weight) and window.fits(feeder.weight)
+    if window.h is None:
+        return True
+    conv = None if window.conv is None else window.conv()
+    return conv is not None and is_whole(conv.weight) and window.fits(conv.weight)
 
 
 def _figures(window: Window, eps: float) -> Tensor:
-    """The figures of a :class:`Diagnosis`, ``(3,)``."""
-    feeder = None if window.feeder is None else window.feeder()
-    past, recorded, newest = window.look(None if feeder is None else feeder.weight)
+    """The figures of a :class:`Diagnosis`, ``(4,)``."""
+    weight = None if window.h is None else window.conv().weight
+    dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
+    past = window.past(weight, None, dtype)
     scale = (past.var + eps).rsqrt()
-    correction = ((past.means - recorded).abs() * scale[:, None]).mean()
-    clamped = correction.new_zeros(())
+    moved, noise = window.look(past, scale)
+    correction = (moved.abs() * (scale if moved.dim() == 1 else scale[:, None])).mean()
+    clamped = torch.zeros_like(correction)
     if past.positive is not None:
         clamped = 1 - past.positive.to(correction.dtype).mean()
-    noise = ((past.means[:, newest] - past.mean) * scale).square().mean().sqrt()
-    if len(window) < 2:
-        noise = torch.full_like(noise, math.nan)
-    return torch.stack((correction, clamped, noise)).float()
+    if noise is None:
+        noise = torch.full_like(correction, math.nan)
+    size = torch.full_like(correction, 1 / past.share)
+    return torch.stack((correction, clamped, noise, size)).float()

@@ -1,27 +1,455 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a training loop calls: link the model once, end each iteration, set the window in force."""
+"""An iteration of a linked model, and what a training loop calls.
+
+One rule: a linked layer changes nothing before :func:`step`. A training forward of the linked model
+begins an iteration: what an earlier forward left is dropped, and the pasts of all layers are
+computed from today's weights in one pass. (Where the model's parts or methods are called instead of
+itself, the first layer that runs after a ``step`` begins it.) A layer asks once for what it needs
+from outside, by :meth:`Iteration.call`, and what it learns is one record in one list, which
+``step`` reads once.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 import warnings
+import weakref
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import linking
-from .cbn import CBN, WINDOW_DTYPES, update_running_stats
-from .layer import check_count
-from .window import Window, accompany
+from .cbn import CBN
+from .layer import check_count, is_number, is_recomputation
+from .moments import statistics_dtype
+from .normalize import coefficients, new_averages
+from .record import Record, Vectors
+from .window import LARGEST, Growth, MovingWindow, Past, Window, grow, growth, pasts
+
+
+class Call(NamedTuple):
+    """What a layer needs to know of one of its calls in a forward.
+
+    Attributes:
+        window: The window of this call.
+        conv: The convolution that feeds it; None if nothing is compensated.
+        weight: The convolution's weight, if it trains.
+        bias: The convolution's bias.
+        input: The convolution's input, if its weight trains.
+        past: What the window tells at today's weight, or None if it is empty.
+        repeats: Whether activation checkpointing repeats a call, which records nothing.
+    """
+
+    window: Window
+    conv: nn.Conv2d | None
+    weight: Tensor | None
+    bias: Tensor | None
+    input: Tensor | None
+    past: Past | None
+    repeats: bool
+
+
+class Iteration:
+    """What a linked model knows of the iteration that runs.
+
+    Args:
+        model: The model whose forward is one iteration.
+
+    Attributes:
+        records: What the layers learnt, in the order of their forwards.
+        scale: What a loss scaler multiplies the loss by.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = weakref.ref(model)
+        self.layers: list[weakref.ref[CBN]] = []
+        self.records: list[Record] = []
+        self.scale: float | Tensor = 1.0
+        self._scaler: object = None
+        self._calls: dict[CBN, int] = {}
+        self._marked: list[weakref.ref[Tensor]] = []
+        self._depth = 0  # of the model's forward, which may call itself
+        self._forwards = 0  # that began since the last step
+        self._version: int | None = None
+
+    # A copied or unpickled model has no iteration.
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    # What the hooks of the linked model call.
+
+    def enter(self, model: nn.Module, args: tuple) -> None:
+        """Before a forward of the model."""
+        if not model.training or is_recomputation():
+            return
+        if self._depth > 0 and not _is_within_itself(model):
+            self._depth = 0  # a KeyboardInterrupt ended it, of which torch tells no hook
+        self._depth += 1
+        if self._depth == 1:
+            self.begin()
+
+    def leave(self, model: nn.Module, args: tuple, output: object) -> None:
+        """After a forward of the model, or where it failed."""
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0 and self._marked:
+            linking.unmark(self._marked)
+
+    def mark(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """After a forward of a module with a weight."""
+        root = self.root()
+        if root is None or not root.training:
+            return
+        marked = linking.mark(module, args[0] if args else kwargs.get("input"), output)
+        if marked is not None:
+            self._marked.append(marked)
+
+    # In order of an iteration.
+
+    def begin(self) -> None:
+        """Drops what an earlier forward left, and computes all pasts at today's weights."""
+        layers = [layer for ref in self.layers if (layer := ref()) is not None]
+        self._warn_if_not_stepped(layers)
+        self.records.clear()
+        self._calls.clear()
+        self._forwards += 1
+        if self._scaler is not None:
+            self.scale = _scale_of(self._scaler, self._any_parameter())
+        alike = defaultdict(list)
+        for layer in layers:
+            if layer.window_in_force == 1:
+                continue
+            for window in layer._windows:
+                window.known = None
+                if window.seen == 0:
+                    continue
+                conv = None if window.conv is None else window.conv()
+                weight = bias = None
+                if window.h is not None:
+                    if not linking.keeps_weight(conv) or not window.fits(
+                        conv._parameters["weight"]
+                    ):
+                        continue  # left to its own layer
+                    weight = conv._parameters["weight"]
+                if layer.compensate and conv is not None:
+                    bias = conv._parameters["bias"]
+                if weight is None:
+                    key = window.device, torch.float32
+                else:
+                    key = weight.device, statistics_dtype(weight.dtype)
+                alike[key].append((window, weight, bias))
+        for (_, dtype), together in alike.items():
+            for each, past in zip(together, pasts(together, dtype), strict=True):
+                each[0].know(past, *each[1:])
+
+    def call(self, layer: CBN, y: Tensor) -> Call:
+        """What a layer needs to know of a call in training, which this counts.
+
+        Raises:
+            RuntimeError: The layer's statistics cannot follow the weight that computed ``y``, or
+                activation checkpointing repeats what cannot be told apart.
+        """
+        repeats = is_recomputation()
+        number = self._calls.get(layer, 0)
+        if repeats:
+            self._check_repetition(layer, number)
+            number = 0
+        else:
+            if self._forwards == 0:
+                self.begin()
+            self._calls[layer] = number + 1
+        windows = layer._windows
+        while len(windows) <= number:
+            windows.append(layer.new_window())
+        window, found = windows[number], linking.mark_of(y)
+        conv = None if found is None else found.module
+        if layer.compensate:
+            self._check_source(layer, y, window, found)
+        if window.conv is None or window.conv() is not conv:
+            window.conv = None if conv is None else weakref.ref(conv)
+        if layer.window_in_force == 1:
+            return Call(window, None, None, None, None, None, repeats)
+        weight = bias = x = None
+        if not layer.compensate:
+            conv = None
+        else:
+            weight, bias, x = conv.weight, conv.bias, found.input
+            if not weight.requires_grad:  # it never changes: there is nothing to compensate
+                weight = x = None
+        # A forward has been between, maybe of weights that were set through .data.
+        if repeats and self._forwards > 1:
+            window.forget_today()
+        past = window.past(weight, bias, statistics_dtype(y.dtype))
+        return Call(window, conv, weight, bias, x, past, repeats)
+
+    def _check_repetition(self, layer: CBN, calls: int) -> None:
+        if calls > 1 and layer.window_size != 1:  # in a burn-in, too, before its time is lost
+            raise layer.refusal(
+                f"was called {calls} times in one forward, and activation checkpointing repeats "
+                "the calls in another order, so they cannot be told apart. Turn checkpointing off "
+                "(with_cp=False) around this layer."
+            )
+        if calls == 0:
+            raise layer.refusal(
+                "activation checkpointing repeats a forward whose iteration has ended. Call "
+                "cbn_mmdet.step(model) after the backward pass."
+            )
+
+    def _check_source(
+        self, layer: CBN, y: Tensor, window: Window, found: linking.Mark | None
+    ) -> None:
+        """Refuses what is no plain convolution, and another one than the window's."""
+        conv = None if found is None else found.module
+        before = None if window.conv is None else window.conv()
+        if before is conv and window.is_verified:
+            return
+        if None not in (before, conv) and before is not conv:
+            window.is_verified = False
+            if window.seen > 0:
+                raise layer.refusal(
+                    f"was fed by {self.name_of(before)} so far, and now by {self.name_of(conv)} in "
+                    "the same place of the model's forward. Past statistics of one convolution say "
+                    "nothing of another: give each its own CBN."
+                )
+        is_to_verify = linking.trains(conv) and linking.tells(y)
+        why = linking.why_not(found, y, is_to_verify, self.name_of)
+        if why is not None:
+            raise layer.refusal(
+                f"{why}. CBN can only compensate the statistics of a plain nn.Conv2d's output: "
+                "place the layer directly after one, use another norm here, link the model that "
+                "contains both, or set compensate=False (naive CBN)."
+            )
+        window.is_verified = is_to_verify
+
+    @torch.no_grad()
+    def finish(self, record: Record) -> None:
+        """The forward is over: finds what the backward passes need, for all records together."""
+        is_listed = any(each is record for each in self.records)
+        for records in _alike(self.records if is_listed else [record]):
+            waiting = [each for each in records if each.coefficients is None]
+            if waiting and records[0].moments is not None:
+                vectors = Vectors.of(waiting)
+                for each, of in zip(waiting, coefficients(vectors), strict=True):
+                    each.coefficients, each.vectors = of, vectors
+
+    def forget(self, layer: CBN) -> None:
+        """Drops what a layer learnt in this iteration."""
+        self.records[:] = [record for record in self.records if record.layer is not layer]
+
+    @torch.no_grad()
+    def step(self, loss_scale: object = None) -> tuple[Tensor | None, str | None]:
+        """Ends the iteration, as :func:`step` does; returns its warning with its result."""
+        self._depth = 0
+        linking.unmark(self._marked)
+        if loss_scale is not None and (self._scaler is None or is_number(loss_scale)):
+            # Told for the first time: what this iteration's forward took for 1.
+            scale = _scale_of(loss_scale, self._any_parameter())
+            for record in self.records:
+                record.scale = scale
+        kept, spoilt, clamped = [], [], []
+        for records in _alike(self.records):
+            keep, fraction = self._end(records)
+            for record, is_kept in zip(records, keep, strict=True):
+                (kept if is_kept else spoilt).append(record)
+            if fraction is not None:
+                clamped.append(fraction)
+        _update_running_stats(kept)
+        warning = None
+        if spoilt:
+            first = next(record for record in self.records if record in spoilt)
+            count = len({record.layer for record in spoilt})
+            warning = (
+                f"CBN layer '{self.path_of(first.layer)}' is the first of {count} that met NaN or "
+                "infinite values in this iteration, which is left out of their windows and running "
+                "statistics."
+            )
+        self._scaler = loss_scale
+        self.scale = 1.0
+        self.records.clear()
+        self._calls.clear()
+        self._forwards = 0
+        for ref in self.layers:
+            layer = ref()
+            if layer is not None:
+                layer._was_reset = False
+        return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
+
+    def _end(self, records: list[Record]) -> tuple[list[bool], float | None]:
+        """Adds records that are alike to their windows; tells which were, and the part clamped."""
+        first, figures, vectors, new, sums = records[0], [], None, None, None
+        if first.window is None:
+            checked = [tensor for record in records for tensor in record.running]
+        else:
+            vectors = first.vectors
+            if vectors is None or vectors.records != records:
+                vectors = Vectors.of(records)
+            checked = [vectors.mean, vectors.var]
+        if isinstance(first.window, MovingWindow):
+            new = growth(vectors)
+            checked.append(new.values.view(-1))
+            figures.append(self._of_all_processes(vectors, new).view(-1))
+        derivatives = [
+            each for record in records if record.derivative for each in record.derivative[:2]
+        ]
+        if derivatives:
+            checked.append(torch.stack(torch._foreach_norm(derivatives)))
+        positives = [record.past.positive for record in records if record.past is not None]
+        positives = [each.reshape(-1) for each in positives if each is not None]
+        dtype = checked[0].dtype
+        if positives:
+            figures.append(torch.cat(positives).mean(dtype=dtype).view(1))
+        figures.append(torch.cat(checked).isfinite().all().view(1).to(dtype))
+        if any(record.sums is not None for record in records):
+            sums = new_averages(vectors)
+            figures.append(sums.isfinite().all().view(1).to(dtype))
+        told = torch.cat(figures).tolist()  # the one wait for the device
+
+        are_sums_finite = sums is None or bool(told.pop())
+        is_finite = bool(told.pop())
+        clamped = 1 - told.pop() if positives else None
+        keep = [True] * len(records)
+        if not is_finite:
+            values = [None] * len(records) if new is None else vectors.split(new.values)
+            keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
+        if new is not None:
+            for place, (record, is_kept) in enumerate(zip(records, keep, strict=True)):
+                product, now, last = told[3 * place : 3 * place + 3]
+                # Of a batch that is spread all processes learn, that their shares stay equal.
+                learns = record.window.sets_itself and (is_kept or record.is_spread)
+                if learns and now * last > 0:
+                    record.window.learn(product / math.sqrt(now * last))
+            grow(vectors, new, keep)
+        for record, is_kept in zip(records, keep, strict=True):
+            record.has_ended = True
+            if is_kept and new is None and record.window is not None:
+                record.window.push(record)
+        if sums is not None:
+            averages = vectors.split(sums.float())
+            for record, is_kept, average in zip(records, keep, averages, strict=True):
+                # An overflow is for the loss scaler to mend.
+                is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
+                if record.sums and is_kept:
+                    record.window.sums = average
+        return keep, clamped
+
+    def _of_all_processes(self, vectors: Vectors, new: Growth) -> Tensor:
+        """The agreements, where the batch is spread over processes those of all together."""
+        is_shared = any(record.window.sets_itself for record in vectors.records)
+        if is_shared and vectors.records[0].is_spread:
+            dist.all_reduce(new.agreement)
+        return new.agreement
+
+    # Names, for messages.
+
+    def path_of(self, module: nn.Module) -> str:
+        """A module's name in the linked model."""
+        root = self.root()
+        modules = () if root is None else root.named_modules(remove_duplicate=True)
+        return next((name for name, each in modules if each is module and name), "")
+
+    def name_of(self, module: nn.Module) -> str:
+        """A module's name in the linked model, and its type."""
+        name, kind = self.path_of(module), type(module).__name__
+        return f"'{name}' ({kind})" if name else kind
+
+    def _any_parameter(self) -> Tensor:
+        root = self.root()
+        return next(itertools.chain(root.parameters(), root.buffers()), torch.empty(0))
+
+    def _warn_if_not_stepped(self, layers: list[CBN]) -> None:
+        """Tells a loop that trains but never ends an iteration: its windows would stay empty."""
+        weight = next((layer.weight for layer in layers if layer.weight is not None), None)
+        version = None if weight is None else linking.version_of(weight)
+        if self.records and version != self._version:
+            warnings.warn(
+                "CBN: the weights changed since the last forward, but cbn_mmdet.step(model) was "
+                "not called, so the windows stay as they were and running statistics are not "
+                "updated. Call it after each iteration, or use CBNHook in mmengine.",
+                stacklevel=2,
+            )
+        self._version = version
+
+
+def _is_within_itself(model: nn.Module) -> bool:
+    """Whether the forward of a module, about to run, was called by the same module's forward."""
+    frame, calls = sys._getframe(), 0
+    while frame is not None:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
+        frame = frame.f_back
+    return calls != 1  # none is found in compiled code, which is not to tell
+
+
+def _alike(records: list[Record]) -> list[list[Record]]:
+    """The records that can be worked on together: of one device, dtype, window and gradient."""
+    alike = defaultdict(list)
+    for record in records:
+        alike[record.kind].append(record)
+    return list(alike.values())
+
+
+def _is_finite(record: Record, values: Tensor | None) -> bool:
+    tensors = [*record.running, *(() if record.derivative is None else record.derivative[:2])]
+    tensors += [] if values is None else [values]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _scale_of(loss_scale: object, like: Tensor) -> float | Tensor:
+    """What a loss scaler, or a number, multiplies a loss by."""
+    if is_number(loss_scale):
+        return float(loss_scale)
+    return loss_scale.scale(torch.ones((), device=like.device))
+
+
+def _update_running_stats(records: list[Record]) -> None:
+    """Averages records into the running statistics of their layers."""
+    by_call = defaultdict(list)  # none has a layer twice
+    calls: dict[CBN, int] = defaultdict(int)
+    for record in records:
+        layer = record.layer
+        if layer.track_running_stats:
+            by_call[calls[layer]].append(record)
+            calls[layer] += 1
+    for together in by_call.values():
+        counts = [record.layer._buffers["num_batches_tracked"] for record in together]
+        torch._foreach_add_(counts, 1)
+        alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for record, count in zip(together, counts, strict=True):
+            weight = record.layer.momentum
+            if record.window is None:  # a burn-in has averaged copies of them
+                weight = 1.0
+            elif weight is None:
+                weight = 1.0 / float(count)
+            running, new = alike.setdefault(weight, ([], []))
+            buffers = record.layer._buffers
+            for name, value in zip(("running_mean", "running_var"), record.running, strict=True):
+                into = buffers[name]
+                running.append(into)
+                new.append(value if value.dtype == into.dtype else value.to(into.dtype))
+        for weight, (running, new) in alike.items():
+            if weight == 1.0:
+                torch._foreach_copy_(running, new)
+            else:
+                torch._foreach_lerp_(running, new, weight)
+
+
+# What a training loop calls.
 
 
 def link(model: nn.Module) -> int:
     """Makes every CBN of ``model`` know the convolution whose output it receives.
 
-    From then on each module signs the tensor that it returns, and a CBN reads the signature from
-    the tensor that it is handed. Call it on the model whose forward is one iteration (inside any
-    wrapper), before training. Calling it again is harmless.
+    From then on each training forward of ``model`` is an iteration, which :func:`step` ends. Call
+    it on the model whose forward is one iteration (inside any wrapper), before training. Calling it
+    again is harmless, and takes in modules that are new; of a model and a part of it the last call
+    counts.
 
     Args:
         model: Any module, a single layer included.
@@ -29,141 +457,150 @@ def link(model: nn.Module) -> int:
     Returns:
         The number of CBN layers in the model.
     """
-    linking.watch(model)
-    return len(cbn_layers(model))
+    layers = cbn_layers(model).values()
+    if not layers:
+        return 0
+    iteration = _iteration_of(model) or Iteration(model)
+    linking.unhook(model)
+    for module in model.modules():
+        if linking.marks(module):
+            hook = linking.Hook(iteration, "mark")
+            module.register_forward_hook(hook, with_kwargs=True)
+    model.register_forward_pre_hook(linking.Hook(iteration, "enter"), prepend=True)
+    model.register_forward_hook(linking.Hook(iteration, "leave"), always_call=True)
+    iteration.layers = [weakref.ref(layer) for layer in layers]
+    for layer in layers:
+        layer._iteration = iteration
+    return len(layers)
+
+
+def _iteration_of(model: nn.Module) -> Iteration | None:
+    """The iteration of a linked model itself, if it is one."""
+    for _, _, hook in linking.hooks_of(model):
+        if hook.method == "enter" and hook.iteration is not None:
+            return hook.iteration
+    return None
 
 
 def links(model: nn.Module) -> dict[str, str]:
-    """The module that feeds each CBN, as of the layer's last run.
+    """The convolution that feeds each CBN, as of the layer's last run in training.
 
     Args:
         model: A linked model. Its module names are the keys and values.
 
     Returns:
-        CBN name to feeding module's name, for each CBN that has run.
+        CBN name to feeding module's name, for each CBN that has run. (For naive CBN it may be any
+        module with a weight.)
     """
     names = {module: name for name, module in model.named_modules()}
-    return {
-        name: names[layer.feeder]
-        for name, layer in cbn_layers(model).items()
-        if layer.feeder in names
-    }
+    found = {}
+    for name, layer in cbn_layers(model).items():
+        convs = [window.conv() for window in layer._windows if window.conv is not None]
+        if convs and convs[0] in names:
+            found[name] = names[convs[0]]
+    return found
 
 
-def set_window(model: nn.Module, size: int) -> None:
-    """Sets the window size in force, as a burn-in does.
+def set_window(model: nn.Module, size: int | None) -> None:
+    """Sets the largest window size in force, as a burn-in does.
 
     A change forgets the past, so that a window that opens again starts empty.
 
     Args:
         model: A model with CBN layers.
-        size: From 1, which is batch normalisation, to the layers' ``window_size``; a layer whose
-            own ``window_size`` is smaller keeps to that.
+        size: From 1, which is batch normalisation, to the layers' ``window_size``, where a layer
+            whose own is smaller keeps to that; with ``window_size='auto'`` up to the largest that
+            it can set itself. None for each layer's own.
 
     Raises:
         ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
     """
-    check_count("CBN", "size", size, "the window size to put in force")
     layers = cbn_layers(model).values()
-    largest = max((layer.window_size for layer in layers), default=size)
-    if size > largest:
-        raise ValueError(
-            f"set_window: size {size} is above the largest window_size of the model's CBN layers, "
-            f"{largest}. Pass at most that, or build the layers with a larger window_size."
+    if size is not None:
+        check_count("CBN", "size", size, "the window size to put in force, or None")
+        largest = max(
+            (LARGEST if layer.window_size == "auto" else layer.window_size for layer in layers),
+            default=size,
         )
+        if size > largest:
+            raise ValueError(
+                f"set_window: size {size} is above the largest window_size of the model's CBN "
+                f"layers, {largest}. Pass at most that, or build the layers with a larger "
+                "window_size."
+            )
     for layer in layers:
         layer.set_window(size)
 
 
-def step(model: nn.Module) -> Tensor | None:
-    """Ends an iteration: what its forward recorded becomes part of the window.
+def step(model: nn.Module, loss_scale: object = None) -> Tensor | None:
+    """Ends an iteration: what its forward recorded becomes part of the windows.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
-    without changing window or running statistics; of several forwards the last one counts. (With a
-    window of 1, as in a burn-in, each forward updates the running statistics, as BN's does.)
+    without changing windows or running statistics; of several forwards the last one counts.
 
-    What came from a batch with NaN or infinite values is dropped, with a warning: window and
+    What came from a batch with NaN or infinite values is dropped, with a warning: windows and
     running statistics stay as they were before it. To know, it waits for the device once.
 
     Args:
-        model: A model with CBN layers.
+        model: A linked model. (For a part of one, the iteration of the whole ends.)
+        loss_scale: What the loss was multiplied by before its backward pass, where
+            ``backward='full'`` keeps averages of gradients: a number, or a
+            ``torch.amp.GradScaler``. Pass it in every iteration, or in none.
 
     Returns:
         The fraction of compensated past channel variances that the maximum cut to zero in this
         iteration, a tensor without dimensions; None if nothing was compensated.
+
+    Raises:
+        ValueError: ``loss_scale`` is neither a number above 0 nor a scaler.
     """
-    clamped, warning = end_iteration(model)
+    clamped, warning = end_iteration(model, loss_scale)
     if warning:
         warnings.warn(warning, stacklevel=2)
     return clamped
 
 
-def end_iteration(model: nn.Module) -> tuple[Tensor | None, str | None]:
+def end_iteration(model: nn.Module, loss_scale: object = None) -> tuple[Tensor | None, str | None]:
     """Does what :func:`step` does; returns the warning, if there is one, with the fraction."""
-    linking.end_iteration()
-    layers = cbn_layers(model)
-    checks = {name: layer.checks() for name, layer in layers.items()}
-    finite = iter(_are_finite([check for each in checks.values() for _, check in each]))
-    positive, spoilt = [], []
-    windows = defaultdict(list)  # by the forward that they grew in
-    learnt = defaultdict(list)  # by the number of the call: none has a layer twice
-    for name, layer in layers.items():
-        kept = [next(finite) for _ in checks[name]]
-        forward = layer._forward_id
-        for number, (window, record) in enumerate(layer.step(kept)):
-            windows[forward].append(window)
-            learnt[number].append((layer, record))
-            if record.positive is not None:
-                positive.append(record.positive)
-        spoilt += [
-            (order, name)
-            for (order, _), is_kept in zip(checks[name], kept, strict=True)
-            if not is_kept
-        ]
-    for forward, together in windows.items():
-        for group in [together] if forward is not None else [[each] for each in together]:
-            accompany(group)
-    for records in learnt.values():
-        update_running_stats(records)
-    warning = None
-    if spoilt:
-        count = len({name for _, name in spoilt})
-        warning = (
-            f"CBN layer '{min(spoilt)[1]}' is the first of {count} that met NaN or infinite values "
-            "in this iteration, which is left out of their windows and running statistics."
+    is_scale = is_number(loss_scale) and loss_scale > 0
+    if not (loss_scale is None or is_scale or hasattr(loss_scale, "scale")):
+        raise ValueError(
+            f"step: loss_scale must be a number above 0 or a torch.amp.GradScaler, got "
+            f"{loss_scale!r}."
         )
-    if not positive:
-        return None, warning
-    unclamped = torch.cat([each.flatten().to(positive[0].device) for each in positive])
-    return 1 - unclamped.mean(dtype=torch.float32), warning
-
-
-def _are_finite(values: list[Tensor]) -> list[bool]:
-    if not values:
-        return []
-    together = torch.cat([value.to(values[0].device) for value in values])
-    if together.isfinite().all():
-        return [True] * len(values)
-    return [bool(value.isfinite().all()) for value in values]
+    own = _iteration_of(model)
+    if own is None:  # a wrapper, or a part
+        layers = cbn_layers(model).values()
+    else:
+        layers = [layer for ref in own.layers if (layer := ref()) is not None]
+    # A part that was linked after the model has an iteration of its own.
+    iterations = dict.fromkeys([own, *[layer._iteration for layer in layers]])
+    results = [each.step(loss_scale) for each in iterations if each is not None]
+    clamped = [each for each, _ in results if each is not None]
+    warned = [warning for _, warning in results if warning]
+    return (
+        torch.stack(clamped).mean() if clamped else None,
+        " ".join(warned) if warned else None,
+    )
 
 
 def window_state(model: nn.Module) -> dict:
     """What the windows hold: the one thing that ``model.state_dict()`` leaves out.
 
     A training that resumes with it goes on as if it had not been interrupted; without it the
-    windows fill again within ``window_size - 1`` iterations. Each process of a distributed
-    training has its own.
+    windows start empty. Each process of a distributed training has its own.
 
     Args:
         model: A linked model, between two iterations.
 
     Returns:
-        Plain values and the windows' own tensors, for ``torch.save``.
+        Plain values and copies of tensors, for ``torch.save``: by the layer's name a list with an
+        entry for each of its calls in a forward.
     """
     names = {module: name for name, module in model.named_modules()}
     return {
         name: [
-            dict(window.state(), feeder=names.get(window.feeder and window.feeder()))
+            dict(window.state(), conv=names.get(window.conv and window.conv()))
             for window in layer._windows
         ]
         for name, layer in cbn_layers(model).items()
@@ -191,39 +628,43 @@ def load_window_state(model: nn.Module, state: dict) -> None:
         )
     modules = dict(model.named_modules())
     for name, layer in layers.items():
-        if not all(_fits(window, layer, modules) for window in state[name]):
-            raise ValueError(
-                f"load_window_state: the window of CBN layer '{name}' is of another number of "
-                "channels, another convolution or another setting of compensate or window_dtype. "
-                "Build the model as the one that was saved."
-            )
-        for window in state[name]:
-            if window["capacity"] != layer.window - 1:
-                raise ValueError(
-                    f"load_window_state: CBN layer '{name}' has a window of {layer.window} in "
-                    f"force, the state one of {window['capacity'] + 1}. Build the model with the "
-                    "same window_size and call set_window first."
-                )
+        for saved in state[name]:
+            if saved["seen"] > 0:
+                _check_fit(name, layer, saved, modules)
     for name, layer in layers.items():
         # A layer may have neither parameters nor buffers.
         own = itertools.chain(layer.parameters(), layer.buffers(), model.parameters())
         device = next(own, torch.empty(0)).device
-        layer._windows[:] = [
-            Window.from_state(window, modules.get(window["feeder"]), device)
-            for window in state[name]
-        ]
+        layer._windows[:] = [layer.new_window() for _ in state[name]]
+        for window, saved in zip(layer._windows, state[name], strict=True):
+            window.load(saved, device)
+            conv = modules.get(saved["conv"])
+            window.conv = None if conv is None else weakref.ref(conv)
 
 
-def _fits(window: dict, layer: CBN, modules: dict[str, nn.Module]) -> bool:
-    """Whether a layer can use a window, as far as their shapes tell."""
-    vectors, h, conv = window["vectors"], window["h"], modules.get(window["feeder"])
-    if vectors is not None and vectors.shape[2] != layer.num_features:
-        return False
+def _check_fit(name: str, layer: CBN, saved: dict, modules: dict[str, nn.Module]) -> None:
+    """Refuses a window that a layer cannot use, as far as kinds and shapes tell."""
+    new, h, conv = layer.new_window(), saved.get("h"), modules.get(saved["conv"])
+    if saved["kind"] != new.kind:
+        raise ValueError(
+            f"load_window_state: CBN layer '{name}' has a {new.kind} in force, the state a "
+            f"{saved['kind']}. Build the model with the same window and window_size, and call "
+            "set_window first."
+        )
+    channels = (saved["values"] if "values" in saved else saved["vectors"]).shape[-1]
+    fits = channels == layer.num_features
     if h is None:
-        return True
-    is_of_dtype = h.dtype == WINDOW_DTYPES[layer.window_dtype]
-    is_of_conv = conv is not None and h.shape[2] == conv.weight[0].numel()
-    return layer.compensate and is_of_dtype and is_of_conv
+        fits &= not (layer.compensate and linking.trains(conv))
+    else:
+        patch = h.shape[-1]
+        fits &= layer.compensate and h.dtype == new.dtype and conv is not None
+        fits = fits and patch == conv.weight[0].numel()
+    if not fits:
+        raise ValueError(
+            f"load_window_state: the window of CBN layer '{name}' is of another number of "
+            "channels, another convolution or another setting of compensate or window_dtype. "
+            "Build the model as the one that was saved."
+        )
 
 
 def cbn_layers(model: nn.Module) -> dict[str, CBN]:

@@ -1,15 +1,14 @@
 # Licensed under the Apache License, Version 2.0.
-"""What this package's norm layers share: checks whose messages name the layer or the argument."""
+"""What this package's norm layers share: how messages name them, and what is refused alike."""
 
 from __future__ import annotations
 
 import numbers
 import sys
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from . import linking
 
 
 class NormLayer(_BatchNorm):
@@ -22,26 +21,55 @@ class NormLayer(_BatchNorm):
     kind: str
 
     @property
-    def _title(self) -> str:
-        if linking.is_watched(self):
-            return f"{self.kind} layer {linking.name_of(self)}"
+    def title(self) -> str:
+        """The layer's name, for messages."""
         return f"{self.kind} layer of {self.num_features} channels"
+
+    def refusal(self, why: str) -> RuntimeError:
+        """An error that names the layer."""
+        return RuntimeError(f"{self.title}: {why}")
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 4:
             raise ValueError(
-                f"{self._title}: expected an input of shape (N, C, H, W), got {input.dim()} "
+                f"{self.title}: expected an input of shape (N, C, H, W), got {input.dim()} "
                 f"dimensions. {self.kind} normalises maps alone: use nn.BatchNorm1d or 3d, or "
                 "another norm here."
             )
         if input.shape[1] != self.num_features:
             raise ValueError(
-                f"{self._title}: has num_features={self.num_features}, but its input has "
+                f"{self.title}: has num_features={self.num_features}, but its input has "
                 f"{input.shape[1]} channels."
             )
 
+    def _refuse_graphs(self) -> None:
+        """Refuses to put a training step into a graph, which would repeat one iteration for ever.
+
+        torch.compile is welcome: it leaves these layers to Python.
+        """
+        if torch.jit.is_tracing() or is_compiling():
+            raise self.refusal(
+                "only its evaluation can be traced or exported. Call model.eval() first."
+            )
+
     def __prepare_scriptable__(self) -> None:
-        linking.refuse_script(self)
+        # Which would stumble over the first line that is too much for it.
+        raise self.refusal(
+            "torch.jit.script does not know it. Turn it into the batch normalisation that it is in "
+            "evaluation first: cbn_mmdet.to_batchnorm(model)."
+        )
+
+
+def is_compiling() -> bool:
+    """Whether this code is being traced by torch.compile or torch.export."""
+    if hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.is_compiling()
+    return torch._dynamo.is_compiling()  # torch 2.1
+
+
+def is_recomputation() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def check_count(kind: str, name: str, value: object, meaning: str, least: int = 1) -> None:
@@ -51,6 +79,13 @@ def check_count(kind: str, name: str, value: object, meaning: str, least: int = 
         raise ValueError(
             f"{kind}: {name} must be a whole number of at least {least}, got {value!r}: {meaning}."
         )
+
+
+def check_choice(kind: str, name: str, value: object, choices: dict[str, str]) -> None:
+    """Refuses what is none of ``choices``, which say what each means."""
+    if not isinstance(value, str) or value not in choices:
+        known = " or ".join(f"{choice!r} ({what})" for choice, what in choices.items())
+        raise ValueError(f"{kind}: {name} must be {known}, got {value!r}.")
 
 
 def is_number(value: object) -> bool:

@@ -1,106 +1,94 @@
 # Licensed under the Apache License, Version 2.0.
-"""Which module's output a tensor is.
+"""Which module's output a tensor is, and whether its statistics can follow that module's weight.
 
-A norm layer is handed a tensor and must know the convolution that computed it. Neither the order
-of registration nor names tell: some blocks keep convolutions and norms in separate lists. So every
-module of a watched model signs the tensor it returns, and the norm layer looks up the signature of
-the very tensor it is handed.
+A norm layer is handed a tensor and must know the convolution that computed it. Neither the order of
+registration nor names tell: some blocks keep convolutions and norms in separate lists. So every
+module of a linked model that has a weight marks the tensor it returns, and the norm layer reads the
+mark of the very tensor that it is handed.
 
-Nothing here changes a value, and nothing outlives its use: a signature goes with its tensor, and
-lets go of the convolution's input when the watched model returns.
+A mark changes no value, rides on its tensor alone, and is taken off when the model's forward ends.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
+from .layer import NormLayer
+from .moments import statistics_dtype
 
-class Signature:
+_MARK = "_cbn_mark"  # the attribute of a tensor
+
+# What two computations of one convolution may differ by; other mathematics is far outside.
+_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_SAME_OUTPUT_HALF = 5e-2
+
+
+class Mark:
     """Who computed a tensor.
 
     Attributes:
-        tensor: Reference to the tensor.
-        module: Reference to the innermost module that returned it.
-        input: The module's input if it is a convolution whose weight trains, else None.
+        module: The innermost module with a weight that returned it.
+        input: That module's input.
         version: The tensor's version when it was returned: an operation in place raises it.
     """
 
-    __slots__ = ("input", "module", "tensor", "version")
+    __slots__ = ("input", "module", "version")
 
-    def __init__(
-        self, tensor: Tensor, module: nn.Module, input: Tensor | None, forget: Callable
-    ) -> None:
-        self.tensor = weakref.ref(tensor, forget)
-        self.module = weakref.ref(module)
-        self.input = input
-        self.version = version_of(tensor)
+    def __init__(self, module: nn.Module, input: object, version: int) -> None:
+        self.module, self.input, self.version = module, input, version
 
 
-class _Thread(threading.local):
-    """What the forwards that run in this thread have in common."""
+class Hook:
+    """A hook that :func:`cbn_mmdet.link` puts on a model: it calls a method of the iteration.
 
-    def __init__(self) -> None:
-        self.signatures: dict[int, Signature] = {}  # by the tensor's id
-        self.running: list[nn.Module] = []  # watched modules with children, outermost first
-        self.forward: int | None = None
+    A copied or unpickled model's hooks have no iteration, and do nothing.
 
+    Args:
+        iteration: Of the linked model.
+        method: The name of its method.
+    """
 
-_here = _Thread()
-_forwards = itertools.count()
-# The hooks hold no state: a copied or pickled model carries hooks that are still right, and the
-# names of the original's modules do not come along.
-_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+    def __init__(self, iteration: object, method: str) -> None:
+        self.iteration, self.method = iteration, method
 
-
-def watch(model: nn.Module) -> None:
-    """Makes every module of ``model`` sign its output. Calling it again adds nothing."""
-    for name, module in model.named_modules():
-        _names[module] = name or type(module).__name__
-        if _is_new(_sign, module._forward_hooks):
-            module.register_forward_hook(_sign, with_kwargs=True)
-        has_children = next(module.children(), None) is not None
-        if has_children and _is_new(_enter, module._forward_pre_hooks):
-            module.register_forward_pre_hook(_enter, prepend=True)
-            module.register_forward_hook(_leave, always_call=True)
-    if _is_new(_release, model._forward_hooks):
-        model.register_forward_hook(_release, always_call=True)
+    @torch.compiler.disable
+    def __call__(self, *args: object) -> None:
+        """What torch calls."""
+        if self.iteration is not None:
+            getattr(self.iteration, self.method)(*args)
 
 
-def unwatch(model: nn.Module) -> None:
-    """Takes everything that ``watch`` put on ``model`` away."""
-    for module in model.modules():
-        _names.pop(module, None)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-                del hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether ``watch`` was called on a model that contains this very module."""
-    return module in _names
-
-
-def name_of(module: nn.Module) -> str:
-    """The module's name in its model and its type, for messages."""
-    name, kind = _names.get(module), type(module).__name__
-    return f"'{name}' ({kind})" if name else kind
-
-
-def signature_of(tensor: Tensor) -> Signature | None:
-    """The signature of a tensor, or None if no watched module returned it as it is now."""
-    signature = _here.signatures.get(id(tensor))
-    if signature is None or signature.tensor() is not tensor:
+def mark(module: nn.Module, input: object, output: object) -> weakref.ref[Tensor] | None:
+    """Marks a module's output, unless a module within has; returns a reference to it if so."""
+    if not isinstance(output, Tensor):
         return None
-    return signature if signature.version == version_of(tensor) else None
+    version = version_of(output)
+    there = getattr(output, _MARK, None)
+    if there is not None and there.version == version:
+        return None
+    setattr(output, _MARK, Mark(module, input, version))
+    return weakref.ref(output)
+
+
+def mark_of(tensor: Tensor) -> Mark | None:
+    """The mark of a tensor, or None if no marking module returned it as it is now."""
+    there = getattr(tensor, _MARK, None)
+    return there if there is not None and there.version == version_of(tensor) else None
+
+
+def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
+    """Takes marks off the tensors that are still there."""
+    for ref in tensors:
+        tensor = ref()
+        if tensor is not None:
+            tensor.__dict__.pop(_MARK, None)
+    tensors.clear()
 
 
 def version_of(tensor: Tensor) -> int:
@@ -108,106 +96,114 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def current_forward() -> int | None:
-    """A number for the running forward of the outermost watched module, None outside of one."""
-    return _here.forward
+def marks(module: nn.Module) -> bool:
+    """Whether a module is one whose output is to be marked."""
+    return isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, NormLayer)
 
 
-def end_iteration() -> None:
-    """Lets go of all that is held, and of a forward that was interrupted."""
-    _here.running.clear()
-    _here.forward = None
-    _release()
+def hooks_of(module: nn.Module) -> list[tuple[dict, int, Hook]]:
+    """This package's hooks on a module: where each is, its key, and itself."""
+    return [
+        (hooks, key, hook)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hook in hooks.items()
+        if isinstance(hook, Hook)
+    ]
 
 
-def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
-    return torch._C._current_graph_task_id() != -1
+def unhook(model: nn.Module) -> None:
+    """Takes everything that :func:`cbn_mmdet.link` put on ``model`` away."""
+    for module in model.modules():
+        for hooks, key, _ in hooks_of(module):
+            del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
-def is_compiling() -> bool:
-    """Whether this code is being traced by torch.compile or torch.export."""
-    if hasattr(torch.compiler, "is_compiling"):
-        return torch.compiler.is_compiling()
-    return torch._dynamo.is_compiling()  # torch 2.1
+def why_not(
+    found: Mark | None, y: Tensor, is_to_verify: bool, name_of: Callable[[nn.Module], str]
+) -> str | None:
+    """Why the statistics of ``y`` cannot follow the weight of the module that returned it.
 
+    Args:
+        found: The tensor's mark.
+        y: The tensor.
+        is_to_verify: Whether to compute once more what the module should have.
+        name_of: Names a module.
 
-def refuse_graphs(layer: nn.Module) -> None:
-    """Refuses to put a layer that trains into a graph, which would repeat one iteration for ever.
-
-    torch.compile is welcome: it leaves these layers to Python.
-
-    Raises:
-        RuntimeError: A trace or an export is under way.
+    Returns:
+        A part of a sentence; None if they can.
     """
-    if torch.jit.is_tracing() or is_compiling():
-        raise RuntimeError(
-            f"{name_of(layer)}: only its evaluation can be traced or exported. Call model.eval() "
-            "first."
+    if found is None:
+        return (
+            f"was handed a tensor of shape {tuple(y.shape)} that no module with a weight of the "
+            "linked model returned as it is: the result of an activation, a function or an "
+            "operation in place, or of a module that the linked model does not contain"
         )
+    conv, x = found.module, found.input
+    if not isinstance(conv, nn.Conv2d):
+        return f"is fed by {name_of(conv)}, which is no nn.Conv2d"
+    if nn.utils.parametrize.is_parametrized(conv, "weight"):
+        return (
+            f"is fed by {name_of(conv)}, whose weight is parametrized, so that its value may "
+            "change each time it is read"
+        )
+    if is_to_verify and not is_plain(conv, x, y):
+        return (
+            f"is fed by {name_of(conv)}, whose output is not the plain convolution of its weight "
+            "(a standardised or modulated one, say)"
+        )
+    return None
 
 
-def refuse_script(layer: nn.Module) -> None:
-    """Refuses torch.jit.script, which would stumble over the first line that is too much for it.
+@torch.no_grad()
+def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
+    """Whether ``y`` is the plain convolution of ``x`` with the weight of ``conv``.
 
-    Raises:
-        RuntimeError: Always.
+    It is not if the weight is standardised or modulated on the way, say. Computes the convolution
+    once more, and allows for the rounding of half precision or of TF32.
     """
-    raise RuntimeError(
-        f"{name_of(layer)}: torch.jit.script does not know it. Turn it into the batch "
-        "normalisation that it is in evaluation first: cbn_mmdet.to_batchnorm(model)."
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or y.shape[1] != conv.out_channels:
+        return False
+    padded, padding = kernels.padded(conv, x.to(y.dtype), y)
+    weight = conv.weight.to(y.dtype)
+    bias = None if conv.bias is None else conv.bias.to(y.dtype)
+    again = F.conv2d(padded, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    if again.shape != y.shape:
+        return False
+    dtype = statistics_dtype(y.dtype)
+    error, size = (torch.linalg.vector_norm(each, dtype=dtype) for each in (again.sub_(y), y))
+    # What is not finite tells nothing.
+    return not bool(error > _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * size)
+
+
+def trains(module: nn.Module | None) -> bool:
+    """Whether it is a convolution whose weight is a parameter that trains."""
+    # Reading a parametrized weight computes it anew.
+    if not isinstance(module, nn.Conv2d) or nn.utils.parametrize.is_parametrized(module, "weight"):
+        return False
+    return module.weight.requires_grad
+
+
+@torch.no_grad()  # else abs saves y, and a checkpoint's repetition, which does not ask, saves less
+def tells(y: Tensor) -> bool:
+    """Whether an output shows what computed it: it is neither all zero nor infinite."""
+    return bool(y.any()) and bool(y.isfinite().all())
+
+
+def keeps_weight(conv: nn.Module | None) -> bool:
+    """Whether the weight is there before the convolution's forward as it will be in it.
+
+    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
+    """
+    return (
+        isinstance(conv, nn.Conv2d)
+        and type(conv).forward is nn.Conv2d.forward
+        and not conv._forward_pre_hooks
+        and is_whole(conv.weight)
     )
 
 
-@torch.compiler.disable
-def _sign(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-    # The innermost module signs first; a container that returns the same tensor changes nothing.
-    if not isinstance(output, Tensor) or signature_of(output) is not None:
-        return
-    held = None
-    # A convolution in evaluation mode may still train; without gradients it does not.
-    learns = module.training or torch.is_grad_enabled()
-    if learns and isinstance(module, nn.Conv2d) and _trains(module):
-        held = args[0] if args else kwargs.get("input")
-    # Taken out when the tensor dies, before another can have its id; pop's default is the reference
-    # that the call brings along. Nothing of it is Python code, in which an interrupt would be lost.
-    signatures, key = _here.signatures, id(output)
-    signatures[key] = Signature(output, module, held, partial(signatures.pop, key))
-
-
-@torch.compiler.disable
-def _enter(module: nn.Module, args: tuple) -> None:
-    if not _here.running:
-        _here.forward = next(_forwards)
-    _here.running.append(module)
-
-
-@torch.compiler.disable
-def _leave(module: nn.Module, args: tuple, output: object) -> None:
-    # A forward that failed may have left some that it had entered; a module may call itself.
-    running = _here.running
-    depths = [depth for depth, entered in enumerate(running) if entered is module]
-    if depths:
-        del running[depths[-1] :]
-    if not running:
-        _here.forward = None
-
-
-@torch.compiler.disable
-def _release(*_: object) -> None:
-    if _here.running:  # a watched model within another, which is not at its end
-        return
-    for signature in list(_here.signatures.values()):
-        signature.input = None
-
-
-_HOOKS = (_sign, _enter, _leave, _release)
-
-
-def _trains(conv: nn.Conv2d) -> bool:
-    # Reading a parametrized weight computes it anew.
-    return not nn.utils.parametrize.is_parametrized(conv) and conv.weight.requires_grad
-
-
-def _is_new(hook: object, hooks: dict) -> bool:
-    return hook not in hooks.values()
+def is_whole(weight: Tensor) -> bool:
+    """Whether a weight is not spread over processes: FSDP gathers it for the forward alone."""
+    return type(weight) is nn.Parameter

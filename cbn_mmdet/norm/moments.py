@@ -9,37 +9,62 @@ Write ``phi_p`` for the input patch at output position ``p``, so that the convol
     mean        mu = E[y]              d mu / d w = E[phi]                              =: m
     variance    v  = E[(y - mu)^2]     d v  / d w = 2 E[(y - mu) phi]                   =: h
 
-``m`` does not depend on the output channel, so it is held once per group of the convolution.
+``m`` does not depend on the output channel, so it is held once per group of the convolution. As the
+mean is linear in the weight and the variance quadratic, their products with it need no computation:
+
+    m . w = mu - b                     h . w = 2 v                          (Euler's theorem)
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import kernels
+from .kernels import statistics_dtype
 
 # y - mu, as an fp16 output gradient, is divided by its standard deviation and by the number of
 # positions so that the sum over 1e5 positions cannot overflow; this factor keeps the quotient out
 # of fp16's subnormal range.
 _HALF_SCALE = 16.0
 
-# Up to this many positions, one product over whole maps beats two over rows and columns: 6 against
-# 28 us for 128 channels of 8x8, as much for 32x32, 635 against 275 us for 100x100 (one thread).
-_SMALL_MAP = 1024
+# Positions from which the derivative of the variance is estimated if there are more.
+_ENOUGH = 256
 
-# What two computations of one convolution may differ by; other mathematics is far outside.
-_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
-_SAME_OUTPUT_HALF = 5e-2
-
-# On the CPU, from how many numbers on two reductions beat one kernel for the moments, and how far
-# the squared mean may exceed the variance before the first lose too many digits.
+# From how many numbers on the mean is better taken off the derivative than off a copy of the maps.
 _LARGE = 1 << 16
-_FAR = 64
 _NOTHING = nullcontext()
+
+
+class Moments(NamedTuple):
+    """Statistics of the current batch.
+
+    Attributes:
+        mean: Mean of each channel, ``(C,)``.
+        var: Biased variance of each channel, ``(C,)``.
+        count: Number of positions per channel, ``M``; a tensor if it is a sum over processes.
+        own_mean: Mean over the positions of this process alone, ``(C,)``.
+        own_var: Likewise, ``(C,)``.
+        own_count: Their number.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor
+    own_mean: Tensor
+    own_var: Tensor
+    own_count: int
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """The variance as batch normalisation's running statistics take it, ``(C,)``."""
+        others = self.count - 1
+        others = others.clamp_min(1) if isinstance(others, Tensor) else max(others, 1)
+        return self.var * (self.count / others)
 
 
 class Derivative(NamedTuple):
@@ -48,15 +73,14 @@ class Derivative(NamedTuple):
     Attributes:
         mean: ``m`` (``d mu / d w``), shape ``(groups, P)`` with ``P = C_in / groups * kh * kw``.
         var: ``h`` (``d v / d w``), shape ``(C_out, P)``.
+        mean_at: ``m . w`` at the weight of the batch, ``(C_out,)``.
+        half_var_at: ``h . w / 2``, likewise.
     """
 
     mean: Tensor
     var: Tensor
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics of a ``dtype`` tensor are computed: at least float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    mean_at: Tensor
+    half_var_at: Tensor
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
@@ -66,71 +90,26 @@ def full_precision(device_type: str) -> AbstractContextManager:
     return _NOTHING  # entering autocast to turn off what is off takes as long as several kernels
 
 
-def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+def batch_moments(y: Tensor) -> Moments:
     """Mean and biased variance of each channel over images and positions.
 
     Args:
         y: Output of a convolution, shape ``(N, C, H, W)``, any floating dtype.
 
     Returns:
-        ``(mean, var)``, each of shape ``(C,)``, in float32 (float64 for float64 input).
+        The statistics in float32 (float64 for float64 input); zeros if there is no position.
     """
-    dtype = statistics_dtype(y.dtype)
-    if y.dtype == dtype:
-        if y.device.type == "cpu" and y.is_contiguous() and y.numel() >= _LARGE:
-            return _moments_in_two_reductions(y)
-        return torch.batch_norm_update_stats(y, None, None, 0.0)
-    # Without float32 running statistics the kernel would return its results in half precision.
-    unused = y.new_ones(2, y.shape[1], dtype=dtype)
-    return torch.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
-
-
-def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as ``E[y]`` and ``E[(y - mu) y]``, for large maps on the CPU.
-
-    There the kernel of the moments sums the squares one by one, while that of batch norm's
-    backward pass uses the processor's vectors: for 2 images of 256 channels of 100x100, 4.2 ms
-    against 0.8 (two threads). Where the mean is far from 0 it would lose digits, and is not used.
-    """
-    mean = y.mean((0, 2, 3))
-    one = torch.ones_like(mean)
-    var = channel_sums(y, y, mean, one, 0.0, one)[0] / (y.numel() // y.shape[1])
-    if (mean.square() > _FAR * var).any():
-        return torch.batch_norm_update_stats(y, None, None, 0.0)
-    return mean, var
-
-
-def channel_sums(
-    grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float, r: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own.
-
-    ``x_hat`` is ``(y - mean) r``, where ``r`` is ``1 / sqrt(var + eps)``. ``grad`` and ``y`` may be
-    in half precision, statistics and sums are not.
-    """
-    if y.numel() == 0:  # the kernel divides by the number of positions
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    # The kernel of the CPU reads mean and var as the running statistics, that of a GPU mean and r
-    # as those of a forward; the latter also wants a scale, for the dtype of its results alone.
-    return torch.ops.aten.native_batch_norm_backward(
-        grad, y, r, mean, var, mean, r, False, eps, [False, True, True]
-    )[1:]
-
-
-def standardize(
-    y: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
-    """``gamma (y - mean) / sqrt(var + eps) + beta`` of each channel, in the dtype of ``y``.
-
-    One pass of batch norm's own kernel, which computes in float32 at least.
-    """
-    cudnn = torch.backends.cudnn.enabled
-    return torch.batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, cudnn)
+    count = y.numel() // y.shape[1]
+    if count > 0:
+        mean, var = kernels.moments(y)
+    else:
+        mean = var = y.new_zeros(y.shape[1], dtype=statistics_dtype(y.dtype))
+    return Moments(mean, var, count, mean, var, count)
 
 
 @torch.no_grad()
 def batch_derivative(
-    conv: nn.Conv2d, x: Tensor, y: Tensor, mean: Tensor, stride: int, var: Tensor | None = None
+    conv: nn.Conv2d, x: Tensor, y: Tensor, moments: Moments, stride: int | None = None
 ) -> Derivative:
     """Derivatives of ``y``'s mean and variance in the weight of ``conv``, where ``y = conv(x)``.
 
@@ -142,74 +121,76 @@ def batch_derivative(
     Args:
         conv: The convolution that computed ``y``.
         x: Its input, shape ``(N, C_in, H_in, W_in)``.
-        y: Its output, shape ``(N, C_out, H, W)``.
-        mean: ``batch_moments(y)[0]``, shape ``(C_out,)``.
-        stride: Subsampling of the positions for ``h``; 1 takes all of them.
-        var: ``batch_moments(y)[1]``, which may spare a pass over ``y``, or None.
+        y: Its output, shape ``(N, C_out, H, W)``, detached.
+        moments: ``batch_moments(y)``, of which the process's own statistics are used.
+        stride: Subsampling of the positions for ``h``; 1 takes all of them, None as
+            :func:`stride_for` says.
 
     Returns:
         The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
         position.
     """
+    mean = mean_at = moments.own_mean
     if y.numel() == 0:
-        per_channel = mean.new_zeros(conv.weight.flatten(1).shape)
-        return Derivative(per_channel[: conv.groups], per_channel)
-    # Under autocast the convolution saw a cast copy of its input.
-    x, padding = _padded(conv, x.to(y.dtype), y)
-    of_mean = _mean_patch(conv, x, padding, y)
-    if stride == 1 and var is not None and _is_near(y, conv.weight, mean, var):
-        return Derivative(of_mean, _var_derivative_near(conv, x, padding, y, mean, of_mean))
-    return Derivative(of_mean, _var_derivative(conv, x, padding, y, mean, stride, var))
+        of_var = mean.new_zeros(conv.weight.flatten(1).shape)
+        return Derivative(mean.new_zeros(conv.groups, of_var.shape[1]), of_var, mean, mean)
+    if conv.bias is not None:
+        mean_at = mean - conv.bias.to(mean.dtype)
+    if x.dtype != y.dtype:  # under autocast the convolution saw a cast copy of its input
+        x = x.to(y.dtype)
+    x, padding = kernels.padded(conv, x, y)
+    of_mean = kernels.mean_patch(conv, x, padding, y)
+    if stride is None:
+        stride = stride_for(y)
+    if stride == 1 and y.numel() >= _LARGE and _is_near(y, conv.weight, moments):
+        of_var = _var_derivative_near(conv, x, padding, y, mean, of_mean)
+        return Derivative(of_mean, of_var, mean_at, moments.own_var)
+    of_var, var = _var_derivative(conv, x, padding, y, moments, stride)
+    return Derivative(of_mean, of_var, mean_at, var)
 
 
-def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
-    """Whether ``y`` is the plain convolution of ``x`` with the weight of ``conv``.
-
-    It is not if the weight is standardised or modulated on the way, say. Computes the convolution
-    once more, and allows for the rounding of half precision or of TF32.
-    """
-    if x.dim() != 4 or x.shape[1] != conv.in_channels or y.shape[1] != conv.out_channels:
-        return False
-    padded, padding = _padded(conv, x.to(y.dtype), y)
-    weight = conv.weight.to(y.dtype)
-    bias = None if conv.bias is None else conv.bias.to(y.dtype)
-    again = F.conv2d(padded, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-    if again.shape != y.shape:
-        return False
-    dtype = statistics_dtype(y.dtype)
-    error, size = (torch.linalg.vector_norm(each, dtype=dtype) for each in (again.sub_(y), y))
-    return bool(error <= _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * size)
+def stride_for(y: Tensor) -> int:
+    """The subsampling of the positions where none is asked for: 256 are left at least."""
+    images, _, height, width = y.shape
+    if images * height * width < _ENOUGH:
+        return 1
+    for stride in (4, 2):
+        if images * math.ceil(height / stride) * math.ceil(width / stride) >= _ENOUGH:
+            return stride
+    return 1
 
 
 def _var_derivative(
-    conv: nn.Conv2d,
-    x: Tensor,
-    padding: list[int],
-    y: Tensor,
-    mean: Tensor,
-    stride: int,
-    var: Tensor | None,
-) -> Tensor:
-    """``h = 2 E[(y - mean) phi]`` as one weight gradient, shape ``(C_out, P)``."""
+    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, moments: Moments, stride: int
+) -> tuple[Tensor, Tensor]:
+    """``h = 2 E[(y - mean) phi]`` as one weight gradient, ``(C_out, P)``; and ``v``."""
+    mean, var = moments.own_mean, moments.own_var
     if stride > 1:
         y = y[:, :, ::stride, ::stride].contiguous()
         # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
-        mean = y.mean((0, 2, 3), dtype=mean.dtype)
+        mean, var = kernels.moments(y)
     half_count = y.numel() / (2 * y.shape[1])  # M / 2
     if y.dtype == torch.float16:
-        spread = (batch_moments(y)[1] if var is None or stride > 1 else var).sqrt()
+        spread = var.sqrt()
         spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
-        divisor, rest = spread * (2 * half_count / _HALF_SCALE), spread * (2 / _HALF_SCALE)
+        divisor = (spread * (2 * half_count / _HALF_SCALE)).square_()
+        rest = spread * (2 / _HALF_SCALE)
     else:
-        divisor, rest = torch.full_like(mean, half_count), None
-    centred = standardize(y, None, None, mean, divisor.square_(), 0.0)
-    gradient = _weight_gradient(conv, x, padding, centred, stride).to(mean.dtype)
-    return gradient if rest is None else gradient.mul_(rest[:, None])
+        divisor = kernels.constant(len(mean), half_count * half_count, mean.dtype, mean.device)
+        rest = None
+    centred = kernels.standardize(y, None, None, mean, divisor, 0.0)
+    gradient = kernels.weight_gradient(conv, x, padding, centred, stride)
+    if gradient.dtype != mean.dtype:
+        gradient = gradient.to(mean.dtype)
+    return (gradient if rest is None else gradient.mul_(rest[:, None])), var
 
 
-def _is_near(y: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> bool:
+def _is_near(y: Tensor, weight: Tensor, moments: Moments) -> bool:
     """Whether to take the mean off ``h`` and not off ``y``: it is cheaper, and loses no digits."""
-    if y.device.type != "cpu" or y.dtype != mean.dtype or y.numel() < 4 * weight.numel():
+    mean, var = moments.own_mean, moments.own_var
+    if y.device.type != "cpu" or y.dtype != mean.dtype:
+        return False
+    if y.numel() < 4 * weight.numel():
         return False
     return bool((mean.square() <= 4 * var).all())
 
@@ -218,140 +199,8 @@ def _var_derivative_near(
     conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, of_mean: Tensor
 ) -> Tensor:
     """``h = 2 E[y phi] - 2 mean m`` from all positions, without a centred copy of ``y``."""
-    product = _weight_gradient(conv, x, padding, y, 1).view(conv.groups, -1, of_mean.shape[1])
-    mean = mean.view(conv.groups, -1, 1)
+    product = kernels.weight_gradient(conv, x, padding, y, 1)
+    by_group = product.view(conv.groups, -1, of_mean.shape[1])
     scale = 2 * y.shape[1] / y.numel()  # 2 / M
-    return torch.baddbmm(product, mean, of_mean[:, None], beta=scale, alpha=-2).flatten(0, 1)
-
-
-def _weight_gradient(
-    conv: nn.Conv2d, x: Tensor, padding: list[int], gradient: Tensor, stride: int
-) -> Tensor:
-    """The weight's gradient for one of every ``stride``-th row and column, ``(C_out, P)``."""
-    steps = [step * stride for step in conv.stride]
-    if stride > 1 and tuple(conv.kernel_size) == (1, 1) and padding == [0, 0]:
-        # What the convolution would pick out slowly: 1.3 against 0.5 ms for 256 to 64 channels.
-        x, steps = x[:, :, :: steps[0], :: steps[1]].contiguous(), [1, 1]
-    return torch.ops.aten.convolution_backward(
-        gradient,
-        x,
-        conv.weight.to(x.dtype),
-        None,
-        steps,
-        padding,
-        conv.dilation,
-        False,
-        [0, 0],
-        conv.groups,
-        [False, True, False],
-    )[1].flatten(1)
-
-
-def _mean_patch(conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor) -> Tensor:
-    """``m = E[phi]``, shape ``(groups, P)``.
-
-    The sum over output positions is separable: along each axis, a 0/1 matrix says which input rows
-    (columns) meet which tap of the kernel. One pass over ``x`` serves all taps.
-    """
-    dtype = statistics_dtype(x.dtype)
-    (images, channels, *size), outputs = x.shape, y.shape[2:]
-    if tuple(conv.kernel_size) == (1, 1) and padding == [0, 0]:
-        seen = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-        return seen.mean((0, 2, 3), dtype=dtype).view(conv.groups, -1)
-    axes = tuple(
-        zip(size, outputs, conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
-    )
-    if size[0] * size[1] <= _SMALL_MAP:
-        one = x[0].to(dtype) if images == 1 else x.mean(0, dtype=dtype)
-        taps = torch.mm(one.reshape(channels, -1), _map_taps(axes, dtype, x.device))
-        return taps.view(conv.groups, -1)
-    count = images * outputs.numel()
-    rows, columns = _taps(*axes[0], x.dtype, x.device).t(), _taps(*axes[1], dtype, x.device)
-    if x.dtype != dtype:  # keep a sum over rows within the range of half precision
-        shrink = 2.0 ** -outputs[0].bit_length()
-        rows, count = rows * shrink, count * shrink
-    if x.is_contiguous(memory_format=torch.channels_last):
-        by_row = rows.expand(images, -1, -1) @ x.permute(0, 2, 3, 1).flatten(2)  # N, kh, W C
-        by_row = by_row.view(images, len(rows), size[1], channels).permute(0, 3, 1, 2)
-    else:
-        by_row = rows.expand(images * channels, -1, -1) @ x.flatten(0, 1)  # N C, kh, W
-        by_row = by_row.view(images, channels, len(rows), size[1])
-    taps = by_row.sum(0, dtype=dtype) @ columns  # C_in, kh, kw
-    return taps.div_(count).view(conv.groups, -1)
-
-
-# The same few feature maps come back in every iteration.
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _map_taps(axes: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which position of a map meets which tap, ``(H W, kh kw)``, over the number of outputs."""
-    rows, columns = (_taps(*axis, dtype, device) / axis[1] for axis in axes)
-    return torch.kron(rows, columns)
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _taps(
-    size: int,
-    outputs: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Whether input index ``i`` meets kernel tap ``j`` at some output position, ``(size, kernel)``.
-
-    It does so at most once, and not at all where the tap's output position does not exist.
-    """
-    index = torch.arange(size)[:, None] + padding
-    start = index - torch.arange(kernel) * dilation
-    meets = (start >= 0) & (start % stride == 0) & (start < outputs * stride)
-    return meets.to(device, dtype)
-
-
-def _padded(conv: nn.Conv2d, x: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
-    """The input with any padding applied that a convolution call cannot express as two numbers.
-
-    Args:
-        conv: The convolution.
-        x: Its input, ``(N, C_in, H_in, W_in)``.
-        y: Its output, whose size tells the padding of a module that pads in its own ``forward``.
-
-    Returns:
-        The input and the zeros still to be added to each side of its height and width.
-    """
-    if isinstance(conv.padding, str):
-        pads = conv._reversed_padding_repeated_twice  # left, right, top, bottom
-    else:
-        pads = [pad for pad in reversed(conv.padding) for _ in range(2)]
-    if _output_size(conv, x, pads) != tuple(y.shape[2:]):
-        pads = _pads_to_size(conv, x, y)
-    if conv.padding_mode != "zeros":
-        return F.pad(x, pads, mode=conv.padding_mode), [0, 0]
-    if pads[0] == pads[1] and pads[2] == pads[3]:
-        return x, [pads[2], pads[0]]
-    return F.pad(x, pads), [0, 0]
-
-
-def _output_size(conv: nn.Conv2d, x: Tensor, pads: list[int]) -> tuple[int, ...]:
-    return tuple(
-        (x.shape[i + 2] + pads[2 - 2 * i] + pads[3 - 2 * i] - _reach(conv, i)) // conv.stride[i] + 1
-        for i in (0, 1)
-    )
-
-
-def _pads_to_size(conv: nn.Conv2d, x: Tensor, y: Tensor) -> list[int]:
-    """TensorFlow's "same" padding, as EfficientNet's convolutions do it: the odd one at the end."""
-    pads = []
-    for i in (1, 0):
-        total = (y.shape[i + 2] - 1) * conv.stride[i] + _reach(conv, i) - x.shape[i + 2]
-        total = max(total, 0)
-        pads += [total // 2, total - total // 2]
-    return pads
-
-
-def _reach(conv: nn.Conv2d, axis: int) -> int:
-    """How many inputs the kernel spans along an axis."""
-    return (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
+    by_group.baddbmm_(mean.view(conv.groups, -1, 1), of_mean[:, None], beta=scale, alpha=-2)
+    return product

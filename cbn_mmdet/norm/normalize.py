@@ -1,56 +1,68 @@
 # Licensed under the Apache License, Version 2.0.
-"""Normalisation with the window's statistics, and its two gradients.
+"""Normalisation with the window's statistics, and its gradients.
 
-Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equation 10. With the
-window's mean ``mu_bar`` and variance ``s``, ``r = (s + eps)^-1/2`` and ``x_hat = (y - mu_bar) r``,
+Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equation 10. With the mean
+``mu_bar`` and variance ``sigma2`` of the union of past and current batch, ``r = (sigma2 +
+eps)^-1/2`` and ``x_hat = (y - mu_bar) r``,
 
     z = gamma x_hat + beta
 
-Of the ``k`` iterations in the window only the current one, with ``M`` positions per channel,
-carries a gradient to ``y``. For ``g``, the gradient of the loss in ``z`` times ``gamma``,
+The current batch, of ``M`` positions per channel, is the share ``s`` of the union. With ``g``, the
+gradient of the loss in ``z`` times ``gamma``, what reaches ``y`` is
 
-    dL/dy = r [g - (sum(g) + x_hat sum(g x_hat)) / (k M)]
+    current, window    dL/dy = r [g - s (E[g] + x_hat E[g x_hat])]
+    full               dL/dy = r [g - s (E[g] + x_hat E[g x_hat]) - (1 - s) (E_b + x_hat E_g)]
+    own                dL/dy = r [g -   (E[g] + x_hat E[g x_hat])]
 
-which is batch normalisation's own formula with ``M`` replaced by ``k M``. If the current batch is
-spread over processes, which may differ in their estimate of the past, each position receives the
-sum of what reaches it from all of them. With their ``U`` and ``S`` (below) and the mean ``mu`` of
-the current batch, of ``M`` positions in all,
+The first is the derivative with the past as a constant. The common part of the gradient that batch
+normalisation takes off is then left in but for the share ``s``: ``full`` takes the rest off as the
+averages ``E_b`` and ``E_g`` of both sums over past iterations, ``own`` as the batch's own.
 
-    dL/dy = r g + (sum U + 2 sum(S (mu - mu_bar)) + 2 (y - mu) sum S) / (k M)
+The past's statistics ``mu_p`` and ``V`` depend on today's weight and bias as well. The paper
+(``current``) takes them as constants. Otherwise, with ``U = dL/d mu_bar = -r M E[g]``, ``S = dL/d
+sigma2 = -1/2 r^2 M E[g x_hat]`` and ``d = mu - mu_p``,
 
-The compensated statistics of the past depend on today's weight and bias as well. The paper takes
-them as constants; the gradient through the window adds their share. With ``U = dL/d mu_bar =
--r sum(g)`` and ``S = dL/d s = -1/2 r^2 sum(g x_hat)``, over the past iterations ``tau``,
+    dL/d mu_p = (1 - s) (U - 2 s S d)           dL/d V = (1 - s) S
 
-    dL/dw += 1/k sum_tau [ (U + 2 S (mu_hat - c delta - mu_bar)) m + S c h ]
-    dL/db += 1/k sum_tau [  U + 2 S (mu_hat - mu_bar) ]
+which the window passes on to the weight; the bias moves ``mu_p`` as it is. Without this share the
+weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image per
+batch training fails. Weight and bias are to have this gradient whatever goes on to the input, so
+they are given back what ``full`` and ``own`` take off ``dL/dy``: with ``(e_b, e_g)`` for ``(E_b,
+E_g)`` or ``(E[g], E[g x_hat])``, and ``E[x_hat phi] = r (h / 2 + (mu - mu_bar) m)``,
 
-where ``c`` is 1 where ``v_hat`` is positive and 0 where the maximum cut it. Without this share
-the weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image
-per batch training fails.
+    dL/dw += (1 - s) r M (e_b m + e_g E[x_hat phi])
+    dL/db += (1 - s) r M (e_b + e_g r (mu - mu_bar))
+
+If the current batch is spread over processes, which may differ in their estimate of the past, each
+position receives the sum of what reaches it from all of them: with the mean ``mu`` of the current
+batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S
+(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``; in ``own`` without ``s``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .moments import channel_sums, full_precision, standardize
-from .sync import Moments, joint_sum
-from .window import Estimate, in_dtype
+from . import kernels
+from .moments import full_precision
+from .record import Record, Vectors
+from .sync import joint_sum
 
 
 def normalize(
     y: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    estimate: Estimate,
+    record: Record,
     eps: float,
     conv_weight: Tensor | None = None,
     conv_bias: Tensor | None = None,
-    spread: Moments | None = None,
 ) -> Tensor:
     """Normalises ``y`` with the window's statistics.
 
@@ -58,116 +70,209 @@ def normalize(
         y: Output of the convolution, ``(N, C, H, W)``.
         gamma: Scale, ``(C,)``, or None for 1.
         beta: Shift, ``(C,)``, or None for 0.
-        estimate: The window's statistics, of which the current batch is one.
+        record: What the forward found, and which gradient is asked for. The backward pass adds its
+            sums to it.
         eps: Added to the variance.
-        conv_weight: The convolution's weight if the gradient is to flow through the past
-            iterations' compensated statistics, else None (the paper's gradient).
+        conv_weight: The convolution's weight if it is to receive the gradient through the past,
+            which is a function of it, else None.
         conv_bias: The convolution's bias, likewise.
-        spread: The current batch's statistics if they are those of several processes, all of which
-            then take part in the backward pass, else None.
 
     Returns:
         The normalised tensor, in the dtype and memory format of ``y``.
     """
-    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, estimate, eps, spread)
+    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, record, eps)
+
+
+class Coefficients(NamedTuple):
+    """What a record's backward pass makes of its sums.
+
+    Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
+    x_hat) + constant``: rows of what is added to ``r g`` (times ``1`` and times ``x_hat``), of
+    ``dL/d mu_p`` and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``).
+
+    Attributes:
+        r: ``(C,)``.
+        scale: ``r gamma``, ``(C,)``.
+        on_mean: ``(4, C)``, or ``(6, C)`` where something is given back.
+        on_var: Likewise.
+        constant: Likewise, or None for 0.
+    """
+
+    r: Tensor
+    scale: Tensor
+    on_mean: Tensor
+    on_var: Tensor
+    constant: Tensor | None
+
+
+def coefficients(vectors: Vectors) -> list[Coefficients]:
+    """The coefficients of each record; all have the same gradient, and are spread alike."""
+    records, share, first = vectors.records, vectors.share, vectors.records[0]
+    backward, is_spread = first.backward, first.is_spread
+    nothing, rest = torch.zeros_like(vectors.mean), 1 - share
+    r = (vectors.var + vectors.eps).rsqrt_()
+    scale, gammas = r, [record.gamma for record in records]
+    if any(gamma is not None for gamma in gammas):
+        scale = r * vectors.cat(gammas, torch.ones_like(r))
+    own_count = vectors.spread([record.moments.own_count for record in records])
+    count = own_count
+    if is_spread:
+        count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
+    slope = rest * r
+    taken = nothing + (-1 if backward == "own" else -share) / count
+    on_mean = [taken, nothing, nothing - rest, nothing]
+    on_var = [nothing, taken, share * slope * (vectors.batch_mean - vectors.past_mean), slope / -2]
+    constant = None
+    if backward in ("full", "own"):
+        own_mean = vectors.batch_mean
+        if is_spread:
+            own_mean = torch.cat([record.moments.own_mean for record in records])
+        own_distance = own_mean - vectors.mean
+    if backward == "own":
+        part = own_count / count
+        on_mean += [nothing + rest * part, nothing]
+        on_var += [slope * part * own_distance, slope * (part / 2)]
+    if backward == "full":
+        on_mean += [nothing, nothing]
+        on_var += [nothing, nothing]
+        averages = [record.averages for record in records]
+        if any(each is not None for each in averages):
+            none = torch.zeros_like(vectors.mean.expand(2, -1))
+            e_b, e_g = vectors.cat(averages, none) * (slope * first.scale)
+            back_b, back_g = e_b * own_count, e_g * r * own_count
+            constant = torch.stack(
+                (-e_b, -e_g, nothing, nothing, back_b + back_g * own_distance, back_g / 2)
+            )
+    on_mean, on_var = torch.stack(on_mean), torch.stack(on_var)
+    if not is_spread:  # else other processes' sums are to come, with scales of their own
+        on_mean, on_var = on_mean * scale, on_var * scale
+    parts = [
+        [None] * len(records) if each is None else vectors.split(each)
+        for each in (r, scale, on_mean, on_var, constant)
+    ]
+    return [Coefficients(*each) for each in zip(*parts, strict=True)]
 
 
 class _Normalize(Function):
     @staticmethod
-    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, estimate, eps, spread):
-        ctx.size, ctx.eps, ctx.spread = estimate.size, eps, spread
+    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, record, eps):
+        ctx.record, ctx.eps = record, eps
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
-        # Only where something flows through the window are its tensors kept.
-        past, window = estimate.past, []
-        if conv_weight is not None or conv_bias is not None:
-            window = [past.mean, None if conv_bias is None else conv_bias.detach()]
-        if conv_weight is not None:
-            window += [past.offset, past.half, *past.derivative]
-        ctx.save_for_backward(y, gamma, estimate.mean, estimate.var, *window)
-        return standardize(y, gamma, beta, estimate.mean, estimate.var, eps)
+        ctx.save_for_backward(y)
+        return kernels.standardize(y, gamma, beta, record.mean, record.var, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        y, gamma, mean, var, *past = ctx.saved_tensors
-        with full_precision(y.device.type):
-            r = (var + ctx.eps).rsqrt_()
-            grad_gamma, grad_beta = channel_sums(grad, y, mean, var, ctx.eps, r)
-            scale = r if gamma is None else r * gamma
-            share = scale / -ctx.size
-            through_mean = share * grad_beta  # U / k
-            through_var = share * grad_gamma  # 2 S / (k r)
-            grad_y = grad_weight = grad_bias = None
-            if ctx.needs_input_grad[0]:
-                grad_y = _backward_current(
-                    ctx, grad, y, mean, var, r, scale, through_mean, through_var
-                )
-            if past:
-                grad_weight, grad_bias = _backward_past(
-                    ctx, through_mean, through_var * r, mean, *past
-                )
-        return (
-            grad_y,
-            grad_gamma if ctx.needs_input_grad[1] else None,
-            grad_beta if ctx.needs_input_grad[2] else None,
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-            None,
-        )
+        # Turning off gradients that are off takes as long as a kernel.
+        return (once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, grad)
 
 
-def _backward_current(ctx, grad, y, mean, var, r, scale, through_mean, through_var):
-    """Gradient in y: its own, and what reaches it through the current batch's statistics."""
-    count = y.numel() // y.shape[1]
-    if ctx.spread is not None:
-        slope = through_var * r
-        through_mean, slope = joint_sum(
-            torch.addcmul(through_mean, slope, ctx.spread.mean - mean), slope
+def _backward(ctx, grad):
+    record, eps, (y,) = ctx.record, ctx.eps, ctx.saved_tensors
+    if record.has_ended:
+        raise record.layer.refusal(
+            "the backward pass comes after the end of its iteration, which has changed the past. "
+            "Call cbn_mmdet.step(model) after the backward pass."
         )
-        mean, count, through_var = ctx.spread.mean, ctx.spread.count, slope / r
-    through_mean, through_var = through_mean / count, through_var / count
-    if y.dtype == mean.dtype:
-        through_statistics = standardize(y, through_var, through_mean, mean, var, ctx.eps)
+    needs_y, needs_gamma, needs_beta, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    with full_precision(y.device.type):
+        if record.coefficients is None:
+            record.finish(record)
+        r, scale, *_ = of = record.coefficients
+        grad_gamma, grad_beta = kernels.channel_sums(grad, y, record.mean, record.var, eps, r)
+        rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
+        grad_y = grad_weight = grad_bias = None
+        if needs_y:
+            grad_y = _grad_y(grad, y, record, eps, of, *rows[:2])
+        if needs_bias:
+            grad_bias = rows[2] if len(rows) == 4 else rows[2] + rows[4]
+        if needs_weight:
+            grad_weight = record.past.gradient(rows[2], rows[3])
+            if len(rows) == 6:
+                m, h = record.derivative[:2]
+                grad_weight.addcmul_(h, rows[5][:, None])
+                kernels.add_outer_(grad_weight, rows[4], m)
+            grad_weight = grad_weight.view(ctx.conv_shape)
+    return (
+        grad_y,
+        grad_gamma if needs_gamma else None,
+        grad_beta if needs_beta else None,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+    )
+
+
+def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Sequence[Tensor]:
+    """The rows that :class:`Coefficients` describes, each ``(C,)``."""
+    if record.backward == "full":
+        first = record.original or record
+        first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
+        first.add_sums(on_mean, on_var)
+    if of.constant is None or record.is_constant_used:
+        rows = of.on_mean * on_mean
+    else:
+        rows = torch.addcmul(of.constant, of.on_mean, on_mean)
+        # Once for a forward, whose gradient may come in several backward passes.
+        record.is_constant_used = True
+    return rows.addcmul_(of.on_var, on_var).unbind()
+
+
+def _rows_of_all(
+    record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor
+) -> Sequence[Tensor]:
+    """The same where the batch is spread: what y is to receive comes from all processes."""
+    own_mean, own_var = of.scale * on_mean, of.scale * on_var
+    # -U - 2 S (mu - mu_bar) and -2 S of all, back to x_hat's centre and scale. Each has its own
+    # share of the batch, which the rows have once more.
+    distance, slope = record.moments.mean - record.mean, own_var * of.r
+    share = 1.0 if record.backward == "own" else record.share
+    sums = joint_sum(torch.addcmul(own_mean, slope, distance) * share, slope * share)
+    all_mean, slope = (each / share for each in sums)
+    all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
+    rows = list(_rows(record, of, all_mean, slope / of.r))
+    rows[2] = own_mean * of.on_mean[2] + own_var * of.on_var[2]
+    rows[3] = own_var * of.on_var[3]
+    return rows
+
+
+def _grad_y(grad, y, record, eps, of, off_mean, off_var):
+    """Gradient in y: its own, and what reaches it through statistics."""
+    if y.dtype == record.mean.dtype:
+        through_statistics = kernels.standardize(y, off_var, off_mean, record.mean, record.var, eps)
     else:
         # Terms that nearly cancel: rounding each to half precision would leave a residue.
-        slope = through_var * r
-        rest = torch.addcmul(through_mean, slope, mean, value=-1)
+        slope = off_var * of.r
+        rest = torch.addcmul(off_mean, slope, record.mean, value=-1)
         through_statistics = torch.addcmul(rest[:, None, None], y, slope[:, None, None])
-    return through_statistics.addcmul_(grad, scale[:, None, None]).to(y.dtype)
+    return through_statistics.addcmul_(grad, of.scale[:, None, None]).to(y.dtype)
 
 
-def _backward_past(
-    ctx,
-    through_mean,
-    through_var,
-    mean,
-    past_mean,
-    conv_bias,
-    offset=None,
-    half=None,
-    m=None,
-    h=None,
-):
-    """Gradients in the convolution's weight and bias through the compensated past.
+@torch.no_grad()
+def new_averages(vectors: Vectors) -> Tensor:
+    """What the averages of the backward pass's sums become, ``E_b`` and ``E_g``, ``(2, N)``.
 
-    ``through_mean`` is ``U / k`` and ``through_var`` is ``2 S / k``.
+    Of records that no backward pass has reached they are what they were, or 0.
     """
-    need_weight, need_bias = ctx.needs_input_grad[3:5]
-    grad_weight = grad_bias = None
-    if conv_bias is not None:
-        mean = mean - conv_bias.to(mean.dtype)
-    if need_bias:
-        grad_bias = torch.addcmul(through_mean, through_var, past_mean - mean) * (ctx.size - 1)
-    if need_weight:
-        (groups, count, patch), channels = m.shape, h.shape[0]
-        rest = torch.addcmul(through_mean, through_var, mean, value=-1)
-        of_mean = torch.addcmul(rest[:, None], through_var[:, None], offset)  # C, T
-        of_var = through_var[:, None] * half  # C, T
-        grad_weight = torch.bmm(of_mean.view(groups, -1, count), m.to(mean.dtype))
-        grad_weight = grad_weight.view(channels, 1, patch)
-        for rows, part in in_dtype(h, mean.dtype):
-            grad_weight[rows].baddbmm_(of_var[rows, None], part)
-        grad_weight = grad_weight.view(ctx.conv_shape)
-    return grad_weight, grad_bias
+    records, nothing = vectors.records, torch.zeros_like(vectors.mean.expand(2, -1))
+    if any(record.sums is None for record in records):
+        now = vectors.cat([each.sums and torch.stack(each.sums) for each in records], nothing)
+    else:
+        sums = [record.sums for record in records]
+        now = torch.stack([torch.cat(each) for each in zip(*sums, strict=True)])
+    # g is the incoming gradient times gamma; sums of all processes have it already, and r.
+    if records[0].is_spread:
+        r = torch.cat([record.coefficients.r for record in records])
+        count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
+        now = now / (r * count)
+    else:
+        gammas = [record.gamma for record in records]
+        if any(gamma is not None for gamma in gammas):
+            now = now * vectors.cat(gammas, torch.ones_like(vectors.mean))
+        now = now / vectors.spread([record.moments.count for record in records])
+    if not isinstance(records[0].scale, float) or records[0].scale != 1.0:
+        now = now / records[0].scale
+    past = vectors.cat([record.past and record.window.sums for record in records], now)
+    shares = [0.0 if record.sums is None else record.share for record in records]
+    return past.lerp(now, vectors.spread(shares))

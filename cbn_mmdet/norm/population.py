@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .moments import batch_moments
-from .sync import Moments, is_distributed, joint_moments
+from .moments import Moments, batch_moments
+from .sync import is_distributed, joint_moments
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ class _Population:
         self._before = layer.running_mean.clone(), layer.running_var.clone()
         # Sums over many images: float32 would lose what the last ones add.
         zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
-        self._moments = Moments(zeros, zeros, 0, zeros)
+        self._moments = Moments(zeros, zeros, 0, zeros, zeros, 0)
 
     def see(self, layer: nn.Module, args: tuple[Tensor]) -> None:
         """Adds a batch, and has the layer normalise it with all that was seen."""
@@ -122,7 +122,7 @@ class _Population:
         count = x.numel() // x.shape[1]
         if count == 0:
             return
-        mean, var = batch_moments(x.reshape(*x.shape[:2], -1, 1))
+        mean, var, *_ = batch_moments(x.reshape(*x.shape[:2], -1, 1))
         if not torch.cat((mean, var)).isfinite().all():  # which a GPU waits for once
             self.spoilt = True
             return
@@ -155,4 +155,5 @@ def _union(seen: Moments, mean: Tensor, var: Tensor, count: int) -> Moments:
     distance = mean - seen.mean
     mean = seen.mean + share * distance
     var = torch.lerp(seen.var, var, share) + share * (1 - share) * distance.square()
-    return Moments(mean, var, seen.count + count, mean)
+    count += seen.count
+    return Moments(mean, var, count, mean, var, count)

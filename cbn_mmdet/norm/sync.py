@@ -7,34 +7,11 @@ positions; the processes may differ in the latter, and some may have none.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class Moments(NamedTuple):
-    """Statistics of the current batch.
-
-    Attributes:
-        mean: Mean of each channel, ``(C,)``.
-        var: Biased variance of each channel, ``(C,)``.
-        count: Number of positions per channel, ``M``; a tensor if it is a sum over processes.
-        own_mean: Mean over the positions of this process alone, ``(C,)``.
-    """
-
-    mean: Tensor
-    var: Tensor
-    count: int | Tensor
-    own_mean: Tensor
-
-    @property
-    def unbiased_var(self) -> Tensor:
-        """The variance as batch normalisation's running statistics take it, ``(C,)``."""
-        others = self.count - 1
-        others = others.clamp_min(1) if isinstance(others, Tensor) else max(others, 1)
-        return self.var * (self.count / others)
+from .moments import Moments
 
 
 def is_distributed() -> bool:
@@ -62,11 +39,11 @@ def joint_moments(own: Moments) -> Moments:
     share = counts / count.clamp_min(1)
     mean = (share * means).sum(0)
     var = (share * (variances + (means - mean).square())).sum(0)
-    return Moments(mean, var, count, own.own_mean)
+    return Moments(mean, var, count, *own[3:])
 
 
 def joint_sum(*vectors: Tensor) -> tuple[Tensor, ...]:
-    """The sums over all processes of vectors of one length, in a single reduction."""
+    """The sums over all processes of vectors of one shape, in a single reduction."""
     stacked = torch.stack(vectors)
     dist.all_reduce(stacked)
     return stacked.unbind()

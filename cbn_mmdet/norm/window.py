@@ -1,487 +1,565 @@
 # Licensed under the Apache License, Version 2.0.
-"""The past iterations of one layer, and what their statistics are at today's weights.
+"""The past of a layer: what its statistics are at today's weights, and how it grows.
 
 Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equations 5 to 9, in a
-centred form. For the iteration ``tau`` steps back, with ``delta = m . (w_t - w_{t-tau})``,
+centred form. A window tells the mean ``mu_p`` and variance ``V`` of past iterations at today's
+weight ``w``. With the share ``s`` of the current batch, whose statistics are ``mu`` and ``v``, the
+union of both is
 
-    mean        mu_hat = mu + delta + b_t - b_{t-tau}
-    variance    v_hat  = max(v + h . (w_t - w_{t-tau}) - delta^2, 0)
+    d = mu - mu_p       mean = mu_p + s d       var = s v + (1 - s) V + s (1 - s) d^2
 
-and over the window of ``k`` iterations, the current one included,
+Two windows do it. :class:`SlidingWindow` is the paper's: the last ``k - 1`` iterations, each moved
+to today's weight by its own derivative, with ``s = 1 / k``. :class:`MovingWindow` keeps the past as
+*one* function of the weight,
 
-    mean        mu_bar = mean(mu_hat)           variance    mean(v_hat) + var(mu_hat, biased)
+    mu_p = A + M . w                        V = max(R + H . w, 0)
 
-This equals the paper's average of ``max(nu_hat, mu_hat^2)`` minus ``mu_bar^2``, without its
-cancellation between large numbers. Old weights are not kept: with what is left of a past statistic
-after its product with the weight of that time, one number per channel,
+which at the end of an iteration becomes the union's value and derivative at the iteration's weight:
 
-    mu_hat = (mu - m . w_{t-tau}) + m . w_t         v_hat + delta^2 = (v - h . w_{t-tau}) + h . w_t
+    M <- s m + (1 - s) M                    A <- mean - M . w
+    H <- s h + (1 - s) H + 2 s (1 - s) d (m - M)        R <- var - H . w
 
-are one batched product each for the whole window. The rest is done for all layers at once, when a
-forward comes to the first of them: the past depends on weights alone, and where maps are small the
-number of operations costs more than their size.
+It averages exponentially, over about ``2 / s - 1`` iterations. Its products with the weight are
+linear in what they are made of, so that only the first two of an iteration, ``M . w`` and ``H . w``
+for the past, are computed, for all layers at once: the past depends on weights alone.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import linking
-from .moments import Derivative, statistics_dtype
+from . import kernels
+from .record import Record, Vectors
 
-_DENSE = torch.contiguous_format
-_BLOCK = 1 << 17  # numbers
+# A window that sets its own size: the largest, and how much a surprise changes it. With the former
+# at the momentum of running statistics for batches of one, and the latter some hundred iterations.
+LARGEST = 64
+_RATE = 0.02
 
-
-class Entry(NamedTuple):
-    """What one iteration leaves behind.
-
-    Attributes:
-        vectors: Mean of the convolution's output (less its bias if that is compensated) and biased
-            variance, ``(2, C)``. With a derivative ``(3, C)``: the mean, and what is left of mean
-            and variance after the products with the weight of that iteration.
-        derivative: Derivatives in the weight, or None where nothing is to be compensated.
-    """
-
-    vectors: Tensor
-    derivative: Derivative | None
-
-    @classmethod
-    def of(
-        cls,
-        mean: Tensor,
-        var: Tensor,
-        derivative: Derivative | None = None,
-        weight: Tensor | None = None,
-    ) -> Entry:
-        """The entry of an iteration.
-
-        Args:
-            mean: ``(C,)``, less the bias if that is compensated.
-            var: Biased variance, ``(C,)``.
-            derivative: Derivatives in the weight, or None where nothing is to be compensated.
-            weight: The weight of that iteration; only needed with a derivative.
-        """
-        if derivative is None:
-            return cls(torch.stack((mean, var)), None)
-        mean_at, var_at = dot(derivative, weight)
-        return cls(torch.stack((mean, mean - mean_at, var - var_at)), derivative)
+WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Past(NamedTuple):
-    """The past iterations of a window at today's weight, and what their gradient needs.
-
-    ``T`` is their number. Means are less the bias where that is compensated.
+class MovingPast(NamedTuple):
+    """What a moving window tells at today's weight and bias.
 
     Attributes:
-        size: ``T``.
-        mean: Mean of ``mu_hat``, ``(C,)``.
-        var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
-        means: ``mu_hat`` of each iteration, ``(C, T)``.
-        positive: ``c``: whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as
-            all that follows, where nothing is compensated.
-        offset: ``mu_hat - c delta``, ``(C, T)``.
-        half: ``c / 2``, ``(C, T)``.
-        derivative: ``m`` as ``(groups, T, P)`` and ``h`` as ``(C, T, P)``.
+        mean: ``mu_p``, ``(C,)``.
+        var: ``V``, ``(C,)``.
+        share: ``s``.
+        positive: Whether ``V`` was not cut to zero, bool ``(C,)``; None, as all that follows, if
+            the past is no function of the weight.
+        mean_at: ``M . w``, ``(C,)``.
+        var_at: ``H . w``, ``(C,)``.
+        m: ``M``, ``(groups, P)``.
+        h: ``H``, ``(C, P)``.
     """
 
-    size: int
     mean: Tensor
     var: Tensor
-    means: Tensor
+    share: float
+    positive: Tensor | None = None
+    mean_at: Tensor | None = None
+    var_at: Tensor | None = None
+    m: Tensor | None = None
+    h: Tensor | None = None
+
+    @property
+    def is_of_weight(self) -> bool:
+        """Whether the past is a function of the weight."""
+        return self.m is not None
+
+    def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
+        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
+        of_var = (of_var * self.positive)[:, None]
+        if self.h.dtype == of_var.dtype:
+            grad = self.h * of_var
+        else:
+            grad = torch.empty_like(self.h, dtype=of_var.dtype)
+            for rows, part in kernels.in_dtype(self.h, of_var.dtype):
+                torch.mul(part, of_var[rows], out=grad[rows])
+        kernels.add_outer_(grad, of_mean, self.m.to(grad.dtype))
+        return grad
+
+
+class SlidingPast(NamedTuple):
+    """What a sliding window of ``T`` past iterations tells at today's weight and bias.
+
+    Attributes:
+        mean: ``mu_p``, the mean of the compensated means ``mu_hat``, ``(C,)``.
+        var: ``V``, the mean of the compensated variances plus the variance of the means, ``(C,)``.
+        share: ``s``, that is ``1 / (T + 1)``.
+        moved: How far the compensation moved each mean, ``(C, T)``.
+        newest: How far the last iteration's compensated mean is from ``mu_p``, ``(C,)``.
+        positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as all
+            that follows, if the past is no function of the weight.
+        offset: ``mu_hat - c delta - mu_p``, ``(C, T)``.
+        m: ``m`` of each iteration, ``(groups, T, P)``.
+        h: ``h`` of each iteration, ``(C, T, P)``.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: float
+    moved: Tensor
+    newest: Tensor
     positive: Tensor | None = None
     offset: Tensor | None = None
-    half: Tensor | None = None
-    derivative: Derivative | None = None
+    m: Tensor | None = None
+    h: Tensor | None = None
+
+    @property
+    def is_of_weight(self) -> bool:
+        """Whether the past is a function of the weight."""
+        return self.m is not None
+
+    def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
+        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
+        (groups, count, patch), dtype = self.m.shape, of_mean.dtype
+        of_var = of_var[:, None] / count
+        of_each = torch.addcmul(of_mean[:, None] / count, of_var, self.offset, value=2)  # C, T
+        grad = torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype)).view(-1, 1, patch)
+        of_var = of_var * self.positive
+        for rows, part in kernels.in_dtype(self.h, dtype):
+            grad[rows].baddbmm_(of_var[rows, None], part)
+        return grad.view(-1, patch)
 
 
-class Look(NamedTuple):
-    """What a window holds, for diagnostics.
-
-    Attributes:
-        past: The past iterations at today's weight.
-        recorded: Their means as they were recorded, ``(C, T)``.
-        newest: Which of them is the last.
-    """
-
-    past: Past
-    recorded: Tensor
-    newest: int
-
-
-class Estimate(NamedTuple):
-    """Statistics over the window at today's weight and bias.
-
-    Attributes:
-        mean: ``mu_bar``, ``(C,)``.
-        var: ``mean(v_hat) + var(mu_hat)``, ``(C,)``.
-        size: ``k``, the current iteration included.
-        past: The iterations before, or None if there is none.
-    """
-
-    mean: Tensor
-    var: Tensor
-    size: int
-    past: Past | None
-
-
-class _Known(NamedTuple):
-    """A past that was computed, and for which forward and weight."""
-
-    past: Past
-    forward: int
-    weight: weakref.ref[Tensor] | None
-    version: int
-
-    def holds_for(self, weight: Tensor | None, dtype: torch.dtype) -> bool:
-        """Whether it is the past at this weight in this dtype."""
-        if self.past.mean.dtype != dtype or (weight is None) != (self.weight is None):
-            return False
-        return weight is None or (
-            self.weight() is weight and self.version == linking.version_of(weight)
-        )
+Past = MovingPast | SlidingPast
 
 
 class Window:
-    """A ring of the last iterations, held as tensors that are allocated once.
-
-    They are float32, except for ``h`` if the entries' is bfloat16.
+    """What both windows have in common.
 
     Args:
-        capacity: Number of past iterations to hold, ``k - 1``.
+        size: The largest window size in force, the current iteration included.
+        sets_itself: Whether the share of the current batch is found from the surprises.
+        dtype: Of ``H`` or the ``h``; everything else is float32.
+
+    Attributes:
+        conv: Reference to the convolution whose output it describes.
+        seen: How many iterations were added.
+        sums: Averages of the backward pass's sums, ``(2, C)``, or None.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, size: int, sets_itself: bool, dtype: torch.dtype) -> None:
+        self.size, self.sets_itself, self.dtype = size, sets_itself, dtype
+        self.conv: weakref.ref[nn.Module] | None = None
+        self.is_verified = False  # that its output is the plain convolution of its weight
         self.clear()
 
-    def __len__(self) -> int:
-        return self._count
-
     def clear(self) -> None:
-        """Forgets everything and frees the memory."""
-        self.feeder: weakref.ref[nn.Module] | None = None  # whose output the entries describe
-        self._company = _Company([self])
-        self._known: _Known | None = None
-        self._count = 0
-        self._next = 0
-        self._vectors: Tensor | None = None  # (capacity, 2 or 3, C), as in an entry
-        self._m: Tensor | None = None  # (groups, capacity, P)
-        self._h: Tensor | None = None  # (C, capacity, P)
+        """Forgets the past and frees its memory."""
+        self.seen = 0
+        self.sums: Tensor | None = None
+        self.m: Tensor | None = None
+        self.h: Tensor | None = None
+        self.known: tuple | None = None  # the past at today's weight, and of which weight
 
-    def to(self, device: torch.device) -> None:
-        """Moves what is held to ``device``; the dtype stays."""
-        self._known = None
-        if self._vectors is None or self._vectors.device == device:
-            return
-        if device.type == "meta":  # no values survive there, so there is nothing to come back to
-            return self.clear()
-        self._vectors = self._vectors.to(device)
-        if self._h is not None:
-            self._m, self._h = self._m.to(device), self._h.to(device)
+    def forget_today(self) -> None:
+        """Lets go of what was computed for today's weight."""
+        self.known = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held, by name."""
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+
+    @property
+    def kind(self) -> str:
+        """What windows of one kind have in common, in words."""
+        own = "of its own size up to" if self.sets_itself else "of"
+        return f"{type(self).__name__} {own} {self.size}"
 
     @property
     def device(self) -> torch.device | None:
         """Where the window lives, None while it is empty."""
-        return None if self._vectors is None else self._vectors.device
-
-    @property
-    def is_of_weight(self) -> bool:
-        """Whether the entries have derivatives in a convolution's weight."""
-        return self._h is not None
+        return next((tensor.device for tensor in self.tensors.values()), None)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        tensors = (self._vectors, self._m, self._h)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(each.numel() * each.element_size() for each in self.tensors.values())
+
+    def move(self, device: torch.device) -> None:
+        """Moves what is held to ``device``; the dtype stays."""
+        if self.device in (None, device):
+            return
+        if device.type == "meta":  # no values survive there, so there is nothing to come back to
+            return self.clear()
+        self.forget_today()
+        for name, tensor in self.tensors.items():
+            setattr(self, name, tensor.to(device))
 
     def state(self) -> dict:
-        """Everything but the feeder, as plain values and the tensors themselves."""
-        return dict(
-            capacity=self.capacity,
-            count=self._count,
-            next=self._next,
-            vectors=self._vectors,
-            m=self._m,
-            h=self._h,
-        )
+        """Everything but the convolution, as plain values and tensors."""
+        held = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        plain = {name: getattr(self, name) for name in self._plain}
+        return dict(kind=self.kind, size=self.size, **plain, **held)
 
-    @classmethod
     @torch.inference_mode(False)
-    def from_state(
-        cls, state: dict, feeder: nn.Module | None, device: torch.device | None
-    ) -> Window:
-        """A window on ``device`` with a copy of what :meth:`state` returned."""
-        window = cls(state["capacity"])
-        window.feeder = None if feeder is None else weakref.ref(feeder)
-        window._count, window._next = state["count"], state["next"]
-        window._vectors, window._m, window._h = (
-            None if state[name] is None else state[name].to(device, copy=True)
-            for name in ("vectors", "m", "h")
-        )
-        return window
-
-    @torch.no_grad()
-    def push(self, entry: Entry) -> None:
-        """Adds an iteration, in the place of the oldest one if the window is full."""
-        self._known = None
-        if self._vectors is None or (entry.derivative is None) != (self._h is None):
-            # A weight that was frozen or thawed changes what an entry is; the two do not mix.
-            self._allocate(entry)
-        slot = self._next
-        self._vectors[slot] = entry.vectors
-        if entry.derivative is not None:
-            self._m[:, slot] = entry.derivative.mean
-            self._h[:, slot] = entry.derivative.var
-        self._next = (slot + 1) % self.capacity
-        self._count = min(self._count + 1, self.capacity)
-
-    @torch.no_grad()
-    def estimate(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Estimate:
-        """The statistics of the past and the current iteration, at today's weight and bias.
-
-        Args:
-            mean: Mean of the current batch, ``(C,)``; its dtype is the one to compute in.
-            var: Biased variance of the current batch, ``(C,)``.
-            weight: Today's weight of the convolution, any shape with ``C`` first. Only read if
-                the entries carry derivatives.
-            bias: Today's bias, ``(C,)``, or None if the entries' means include none to restore.
-
-        Returns:
-            The estimate, in the dtype of ``mean``.
-        """
-        if self._count == 0:
-            return Estimate(mean, var, 1, None)
-        past = self._past(None if self._h is None else weight, mean.dtype)
-        # Of k means, T are the past's: mean and variance of the union, by Chan's formula.
-        size = past.size + 1
-        share = past.size / size
-        distance = (mean if bias is None else mean - bias.to(mean.dtype)) - past.mean
-        return Estimate(
-            torch.add(mean, distance, alpha=-share),
-            torch.lerp(past.var, var, 1 / size).addcmul_(distance, distance, value=share / size),
-            size,
-            past,
-        )
-
-    def _past(self, weight: Tensor | None, dtype: torch.dtype) -> Past:
-        """The past at today's weight.
-
-        The first window that a forward asks learns it for its companions as well, which serves
-        that forward alone.
-        """
-        forward = linking.current_forward()
-        # The repetition of a forward in a backward pass may follow others, at other weights.
-        if forward is not None and not linking.is_recomputation():
-            self._company.learn(forward)
-            known = self._known
-            if known is not None and known.forward == forward and known.holds_for(weight, dtype):
-                return known.past
-        return _pasts([self], [weight], dtype)[0]
-
-    @torch.no_grad()
-    def look(self, weight: Tensor | None) -> Look:
-        """The past iterations, of which there is one at least, as of now.
-
-        Args:
-            weight: Today's weight of the convolution; only read if entries carry derivatives.
-        """
-        dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
-        past = _pasts([self], [None if self._h is None else weight], dtype)[0]
-        newest = (self._next - 1) % self.capacity
-        return Look(past, self._vectors[: self._count, 0].to(dtype).T, newest)
-
-    def fits(self, weight: Tensor) -> bool:
-        """Whether what is held is of a weight of this size, and where it is."""
-        if self._h is None:
-            return True
-        return self._h[:, 0].numel() == weight.numel() and self._h.device == weight.device
-
-    # Entries recorded in inference mode must serve a later forward with gradients.
-    @torch.inference_mode(False)
-    def _allocate(self, entry: Entry) -> None:
-        feeder = self.feeder
+    def load(self, state: dict, device: torch.device) -> None:
+        """Takes over what :meth:`state` returned."""
         self.clear()
-        self.feeder = feeder
-        new = dict(dtype=torch.float32, device=entry.vectors.device)
-        self._vectors = torch.zeros(self.capacity, *entry.vectors.shape, **new)
-        if entry.derivative is not None:
-            m, h = entry.derivative
-            self._m = torch.zeros(m.shape[0], self.capacity, m.shape[1], **new)
-            if h.dtype == torch.bfloat16:
-                new["dtype"] = h.dtype
-            self._h = torch.zeros(h.shape[0], self.capacity, h.shape[1], **new)
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device, copy=True))
+            elif name in self._plain:
+                setattr(self, name, value)
+
+    def fits(self, weight: Tensor | None) -> bool:
+        """Whether the past, if there is any, is a function of a weight like this one."""
+        if self.seen == 0:
+            return True
+        if weight is None or self.h is None:
+            return weight is None and self.h is None
+        return self.patch_size == weight.numel() and self.h.device == weight.device
+
+    def know(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Keeps what was computed for today's weight."""
+        ref = None if weight is None else weakref.ref(weight)
+        self.known = past, ref, _version(weight), _version(bias)
+
+    def past(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Past | None:
+        """The past at today's weight, or None if there is none that fits.
+
+        Args:
+            weight: The convolution's, or None if it does not train.
+            bias: The convolution's, or None.
+            dtype: To compute in.
+        """
+        if self.seen == 0:
+            return None
+        if self.known is not None:
+            past, ref, version, of_bias = self.known
+            is_it = ref is None if weight is None else ref is not None and ref() is weight
+            is_it = is_it and version == _version(weight) and of_bias == _version(bias)
+            if is_it and past.mean.dtype == dtype:
+                return past
+        if not self.fits(weight):  # the iteration's end forgets it
+            return None
+        (past,) = pasts([(self, weight, bias)], dtype)
+        return past
+
+    _plain = ("seen",)
+
+    @property
+    def patch_size(self) -> int:
+        """The number of weights that the past is a function of."""
+        return self.h.numel()
 
 
-class _Company:
-    """Windows that grew in the same iteration and learn their pasts together."""
+class MovingWindow(Window):
+    """The past as one first-order function of the weight.
 
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self._members = [weakref.ref(window) for window in windows]
-        self._forward: int | None = None  # the last that they learnt for
-
-    def learn(self, forward: int) -> None:
-        """Learns for a forward, once."""
-        if self._forward != forward:
-            self._forward = forward
-            members = [member() for member in self._members]
-            _learn([window for window in members if window is not None], forward)
-
-
-def accompany(windows: Sequence[Window]) -> None:
-    """Makes windows that grew in the same iteration learn their pasts together."""
-    company = _Company(windows)
-    for window in windows:
-        window._company = company
-
-
-def _learn(windows: list[Window], forward: int) -> None:
-    """Computes the pasts of windows for a forward, those of one length together."""
-    alike = defaultdict(list)
-    for window in windows:
-        window._known = weight = None
-        if window._h is not None:
-            feeder = None if window.feeder is None else window.feeder()
-            if not _keeps_weight(feeder) or not window.fits(feeder.weight):
-                continue  # left to its own layer
-            weight = feeder.weight
-        if len(window) > 0:
-            dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
-            alike[len(window), window.device, weight is None, dtype].append((window, weight))
-    for (_, _, _, dtype), members in alike.items():
-        pasts = _pasts(*zip(*members, strict=True), dtype)
-        for (window, weight), past in zip(members, pasts, strict=True):
-            if weight is None:
-                window._known = _Known(past, forward, None, 0)
-            else:
-                version = linking.version_of(weight)
-                window._known = _Known(past, forward, weakref.ref(weight), version)
-
-
-def is_whole(weight: Tensor) -> bool:
-    """Whether a weight is not spread over processes: FSDP gathers it for the forward alone."""
-    return type(weight) is nn.Parameter
-
-
-def _keeps_weight(conv: nn.Module | None) -> bool:
-    """Whether the weight is there before the convolution's forward as it will be in it.
-
-    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
+    Attributes:
+        values: ``A``, without the convolution's bias, and ``R``, ``(2, C)``.
+        m: ``M``, ``(groups, P)``, or None if the past is no function of the weight.
+        h: ``H``, ``(C, P)``, likewise.
+        recorded: The union's mean at the last iteration's weight, without the bias, ``(C,)``.
+        surprise: ``d / sqrt(V + v + eps)`` of the last iteration, ``(C,)``.
+        log_share: Logarithm of the share that the surprises led to.
     """
-    return (
-        isinstance(conv, nn.Conv2d)
-        and is_whole(conv.weight)
-        and type(conv).forward is nn.Conv2d.forward
-        and not conv._forward_pre_hooks
-    )
+
+    _plain = ("seen", "log_share")
+
+    def clear(self) -> None:
+        """Forgets the past and frees its memory."""
+        super().clear()
+        self.values: Tensor | None = None
+        self.recorded: Tensor | None = None
+        self.surprise: Tensor | None = None
+        self.log_share = 0.0
+
+    @property
+    def share(self) -> float:
+        """``s``: the next iteration's share of the union. The past fills as a plain mean."""
+        own = math.exp(self.log_share) if self.sets_itself else 0.0
+        return max(own, 1 / self.size, 1 / (self.seen + 1))
+
+    def look(self, past: MovingPast, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For a diagnosis: how far means were moved, and the noise of the last batch.
+
+        Args:
+            past: At today's weight, without the bias.
+            scale: One over the standard deviation, ``(C,)``.
+        """
+        noise = None if self.surprise is None else 2 * self.surprise.square().mean()
+        moved = (past.mean - self.recorded) / past.share
+        return moved, None if noise is None else noise.sqrt()  # V + v are two variances
+
+    def learn(self, correlation: float) -> None:
+        """Adapts the share to how the last two surprises, as vectors over channels, agree.
+
+        If the past is as good as it can be, surprises do not depend on one another. In a window too
+        wide for how fast the network moves they point the same way, in one too narrow opposite
+        ways (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
+        """
+        if math.isfinite(correlation):
+            changed = self.log_share + _RATE * correlation
+            self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
 
 
-def _pasts(
-    windows: Sequence[Window], weights: Sequence[Tensor | None], dtype: torch.dtype
-) -> list[Past]:
-    """The pasts of windows of one length at today's weights, all with derivatives or all without.
+class SlidingWindow(Window):
+    """The paper's window: a ring of the last ``size - 1`` iterations.
 
-    The channels of all windows, ``C`` of them, are one dimension here.
+    Attributes:
+        vectors: Mean without the convolution's bias, what is left of mean and of variance after the
+            products with the weight of that iteration, ``(size - 1, 3, C)``.
+        m: ``m``, ``(groups, size - 1, P)``, or None if nothing is compensated.
+        h: ``h``, ``(C, size - 1, P)``, likewise.
     """
-    count, channels = len(windows[0]), [window._vectors.shape[2] for window in windows]
-    vectors = torch.cat([window._vectors[:count] for window in windows], 2)
-    vectors = vectors.to(dtype).permute(1, 2, 0)  # 2 or 3, C, T
-    derivatives: Sequence[Derivative | None] = [None] * len(windows)
-    positive = offset = half = None
-    if weights[0] is None:
-        means, variances = vectors
-    else:
-        derivatives = [Derivative(window._m[:, :count], window._h[:, :count]) for window in windows]
-        recorded, mean_rest, var_rest = vectors
-        means, variances = (torch.empty_like(recorded, memory_format=_DENSE) for _ in range(2))
-        places = zip(means.split(channels), variances.split(channels), strict=True)
-        for derivative, weight, place in zip(derivatives, weights, places, strict=True):
-            multiply(derivative, weight, *place)
-        means += mean_rest
-        delta = means - recorded
-        variances.add_(var_rest).addcmul_(delta, delta, value=-1)
-        positive = variances > 0
-        variances.clamp_min_(0)
-        half = positive.to(dtype)
-        offset = torch.addcmul(means, half, delta, value=-1)
-        half *= 0.5
-    mean = means.mean(1)
-    spread = means - mean[:, None]
-    var = torch.addcmul(variances, spread, spread).mean(1)
-    parts = zip(
-        *(
-            [None] * len(windows) if each is None else each.split(channels)
-            for each in (mean, var, means, positive, offset, half)
-        ),
-        derivatives,
-        strict=True,
-    )
-    return [Past(count, *part) for part in parts]
+
+    def clear(self) -> None:
+        """Forgets the past and frees its memory."""
+        super().clear()
+        self.vectors: Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        """``T``: the number of past iterations."""
+        return min(self.seen, self.size - 1)
+
+    @property
+    def share(self) -> float:
+        """``s``: the next iteration's share of the union."""
+        return 1 / (self.held + 1)
+
+    def look(self, past: SlidingPast, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For a diagnosis: how far means were moved, and the noise of the last batch."""
+        noise = None if self.held < 2 else (past.newest * scale).square().mean().sqrt()
+        return past.moved, noise
+
+    @property
+    def patch_size(self) -> int:
+        """The number of weights that the past is a function of."""
+        return self.h[:, 0].numel()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def push(self, record: Record) -> None:
+        """Adds an iteration, in the place of the oldest one if the window is full."""
+        if record.past is None:
+            self.clear()
+        mean, var, of = *record.moments[:2], record.derivative
+        if record.bias is not None:
+            mean = mean - record.bias
+        if of is None:
+            vectors = torch.stack((mean, mean, var))
+        else:
+            vectors = torch.stack((mean, mean - of.mean_at, var - 2 * of.half_var_at))
+        slot = self.seen % (self.size - 1)
+        if self.vectors is None:
+            new = dict(dtype=torch.float32, device=mean.device)
+            self.vectors = torch.zeros(self.size - 1, *vectors.shape, **new)
+            if of is not None:
+                (groups, patch), channels = of.mean.shape, len(of.var)
+                self.m = torch.zeros(groups, self.size - 1, patch, **new)
+                self.h = torch.zeros(
+                    channels, self.size - 1, patch, dtype=self.dtype, device=mean.device
+                )
+        self.vectors[slot] = vectors
+        if of is not None:
+            self.m[:, slot] = of.mean
+            self.h[:, slot] = of.var
+            if self.dtype != torch.float32:
+                self.vectors[slot, 2] += _left_out(self, of.var, self.h[:, slot])
+        self.seen += 1
+        self.forget_today()
+
+    def past_at(
+        self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> SlidingPast:
+        """The past at today's weight."""
+        count = self.held
+        recorded, mean_rest, var_rest = self.vectors[:count].to(dtype).permute(1, 2, 0)  # C, T
+        means, variances, positive, delta, m, h = mean_rest, var_rest, None, None, None, None
+        if self.h is not None:
+            m, h = self.m[:, :count], self.h[:, :count]
+            (groups, _, patch), channels = m.shape, len(h)
+            w = weight.detach().reshape(channels, 1, patch).to(dtype)
+            of_mean = (w.view(groups, -1, 1, patch) * m.to(dtype)[:, None]).sum(3)
+            means = mean_rest + of_mean.view(channels, count)
+            of_var = [(w[rows] * part).sum(2) for rows, part in kernels.in_dtype(h, dtype)]
+            delta = means - recorded
+            variances = (var_rest + torch.cat(of_var)).addcmul_(delta, delta, value=-1)
+            positive = variances > 0
+            variances.clamp_min_(0)
+        mean = means.mean(1)
+        distances = means - mean[:, None]
+        var = torch.addcmul(variances, distances, distances).mean(1)
+        offset = None if positive is None else torch.addcmul(distances, positive, delta, value=-1)
+        moved = torch.zeros_like(means) if delta is None else delta
+        newest = distances[:, (self.seen - 1) % (self.size - 1)]
+        if bias is not None:
+            mean = mean + bias.detach().to(dtype)
+        return SlidingPast(mean, var, self.share, moved, newest, positive, offset, m, h)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often it was changed in place, as far as autograd counts it; -1 for None."""
+    if tensor is None:
+        return -1
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
-def dot(derivative: Derivative, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``m . w`` and ``h . w`` of each channel for one iteration.
+def pasts(
+    together: Sequence[tuple[Window, Tensor | None, Tensor | None]], dtype: torch.dtype
+) -> list[Past]:
+    """What windows that are not empty tell at today's weights.
 
     Args:
-        derivative: ``m`` of shape ``(groups, P)`` and ``h`` of ``(C, P)``.
-        weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
-
-    Returns:
-        Two tensors of shape ``(C,)``.
+        together: Windows on one device, each with its weight, or None if the past is no function of
+            one, and with the convolution's bias, or None.
+        dtype: To compute in.
     """
-    m, h = derivative
-    mean, var = m.new_empty(2, len(h), 1)
-    multiply(Derivative(m[:, None], h[:, None]), weight, mean, var)
-    return mean.squeeze(1), var.squeeze(1)
+    moving = [each for each in together if isinstance(each[0], MovingWindow)]
+    found = iter(_moving_pasts(moving, dtype) if moving else ())
+    return [
+        next(found) if isinstance(window, MovingWindow) else window.past_at(weight, bias, dtype)
+        for window, weight, bias in together
+    ]
 
 
-def multiply(derivative: Derivative, weight: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Puts ``m . w`` and ``h . w`` of each channel, for ``T`` iterations, into two tensors.
+def _moving_pasts(
+    together: list[tuple[MovingWindow, Tensor | None, Tensor | None]], dtype: torch.dtype
+) -> list[MovingPast]:
+    """In a few launches for all layers of equal patches; their channels are one dimension here."""
+    products = iter(
+        kernels.weight_products(
+            [window.m for window, weight, _ in together if weight is not None],
+            [window.h for window, weight, _ in together if weight is not None],
+            [weight for _, weight, _ in together if weight is not None],
+            dtype,
+        )
+    )
+    values = [window.values for window, *_ in together]
+    sizes = [each.shape[1] for each in values]
+    at = [
+        (torch.zeros(size, dtype=dtype, device=each.device),) * 2
+        if weight is None
+        else next(products)
+        for (_, weight, _), size, each in zip(together, sizes, values, strict=True)
+    ]  # M . w and H . w
+    value = torch.cat(values, 1).to(dtype)
+    value = value + torch.stack([torch.cat(each) for each in zip(*at, strict=True)])
+    positive = value[1] > 0
+    value[1].clamp_min_(0)
+    means, variances, positives = (
+        torch.split_with_sizes(each, sizes) for each in (*value.unbind(), positive)
+    )
+    found = []
+    for place, (window, weight, bias) in enumerate(together):
+        mean = means[place]
+        if bias is not None:
+            mean = mean + bias.detach().to(dtype)
+        past = mean, variances[place], window.share
+        if weight is not None:
+            past = *past, positives[place], *at[place], window.m, window.h
+        found.append(MovingPast(*past))
+    return found
 
-    Args:
-        derivative: ``m`` of shape ``(groups, T, P)`` and ``h`` of shape ``(C, T, P)``.
-        weight: The convolution's weight, ``(C, C_in / groups, kh, kw)``.
-        mean: For ``m . w``, contiguous, ``(C, T)``.
-        var: For ``h . w``, likewise.
+
+# The end of an iteration.
+
+
+def _left_out(window: Window, h: Tensor, rounded: Tensor) -> Tensor | float:
+    """``(h - rounded) . w`` of each channel, at the weight as it is: what rounding would take off.
+
+    Put back, the rounding touches what the weight will have moved by alone, and not the variance.
     """
-    m, h = derivative
-    groups, (channels, count, patch) = m.shape[0], h.shape
-    w = weight.to(mean.dtype).reshape(channels, patch)
-    product = _product if h.device.type == "cpu" else _product_without_tf32
-    product(w.view(groups, -1, patch), m.to(mean.dtype), mean.view(groups, -1, count))
-    for rows, part in in_dtype(h, mean.dtype):
-        product(w[rows, None], part, var[rows, None])
+    conv = window.conv()
+    weight = None if conv is None else conv._parameters["weight"]
+    if weight is None or weight.numel() != h.numel():  # FSDP gathers it for the forward alone
+        return 0.0
+    return ((h - rounded.to(h.dtype)) * weight.detach().reshape(h.shape).to(h.dtype)).sum(1)
 
 
-def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Goes through ``h``, ``(C, T, P)``, in another dtype by as many channels as a cache holds."""
-    step = len(h)
-    if h.dtype != dtype and h.device.type == "cpu":
-        step = max(1, _BLOCK // h[0].numel())
-    for start in range(0, len(h), step):
-        rows = slice(start, start + step)
-        yield rows, h[rows].to(dtype)
+class Growth(NamedTuple):
+    """What moving windows become by their records, still to be kept or dropped.
 
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``a b^T`` for a batch of matrices; on the CPU with ``a`` the smaller, for speed."""
-    torch.bmm(a, b.transpose(1, 2), out=out)
-
-
-def _product_without_tf32(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """The same by elements.
-
-    A GPU that may use TF32 for matrix products would round each weight by as much as it moves in
-    an iteration, and ``m . w_t - m . w_{t-tau}`` would be lost.
+    Attributes:
+        values: ``A`` and ``R`` of all channels, ``(2, N)``.
+        recorded: The union's means without the bias, ``(N,)``.
+        surprise: Of all channels, ``(N,)``.
+        agreement: Of each window's surprise ``z_t`` with its last one, ``(L, 3)``: ``z_t z_{t-1}``,
+            ``z_t^2`` and ``z_{t-1}^2``, summed over channels.
     """
-    torch.sum(a[:, :, None] * b[:, None], 3, out=out)
+
+    values: Tensor
+    recorded: Tensor
+    surprise: Tensor
+    agreement: Tensor
+
+
+def growth(vectors: Vectors) -> Growth:
+    """The new values of moving windows."""
+    records, share, mean = vectors.records, vectors.share, vectors.mean
+    nothing = torch.zeros_like(mean)
+    ofs, pasts_ = [each.derivative for each in records], [each.past for each in records]
+    # m . w and h . w of the batch, M . w and H . w of the past.
+    mean_at = vectors.cat([of and of.mean_at for of in ofs], nothing)
+    var_at = vectors.cat([of and of.half_var_at for of in ofs], nothing).mul_(2)
+    past_mean_at = vectors.cat([past and past.mean_at for past in pasts_], mean_at)
+    past_var_at = vectors.cat([past and past.var_at for past in pasts_], var_at)
+    biases = [record.bias for record in records]
+    if any(bias is not None for bias in biases):
+        mean = mean - vectors.cat(biases, nothing)
+
+    d = vectors.batch_mean - vectors.past_mean
+    rest = d * (mean_at - past_mean_at) * (2 * share * (1 - share))
+    values = torch.stack(
+        (
+            mean - past_mean_at.lerp(mean_at, share),
+            vectors.var - past_var_at.lerp(var_at, share) - rest,
+        )
+    )
+    surprise = d * (vectors.past_var + vectors.batch_var + vectors.eps).rsqrt_()
+    last = vectors.cat([each.past and each.window.surprise for each in records], nothing)
+    each = torch.stack((surprise * last, surprise * surprise, last * last), 1)
+    return Growth(values, mean, surprise, kernels.segment_sums(each, vectors.sizes))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
+    """Makes moving windows what :func:`growth` found, but for those whose record is dropped."""
+    ms, past_ms, hs, past_hs, rests, grown = [], [], [], [], [], []
+    stored = [vectors.split(each.float()) for each in new[:3]]
+    for record, is_kept, values, recorded, surprise in zip(
+        vectors.records, keep, *stored, strict=True
+    ):
+        window, of, rest = record.window, record.derivative, 1 - record.share
+        window.known = None
+        if not is_kept:
+            continue
+        if record.past is None:
+            window.clear()
+        window.values, window.recorded = values, recorded
+        window.surprise = None if record.past is None else surprise
+        window.seen += 1
+        if of is None:
+            continue
+        m, h = of.mean, of.var
+        if h.is_inference():  # not to be changed outside of inference mode
+            m, h = m.clone(), h.clone()
+        grown.append((window, m, h))
+        if rest > 0:
+            past_m = window.m.to(m.dtype)
+            kernels.add_outer_(h, record.distance, m - past_m, 2 * rest)
+            ms.append(m), past_ms.append(past_m), rests.append(rest)
+            hs.append(h), past_hs.append(window.h.to(h.dtype))
+    kernels.lerp_each_(hs, past_hs, rests)
+    kernels.lerp_each_(ms, past_ms, rests)
+    for window, m, h in grown:
+        window.m, window.h = m.float(), h.to(window.dtype)
+        if window.dtype != torch.float32:
+            window.values[1] += _left_out(window, h, window.h)

@@ -8,4 +8,4 @@ model = dict(
 )
 
 custom_imports = dict(imports=["cbn_mmdet"], allow_failed_imports=False)
-custom_hooks = [dict(type="CBNHook", burn_in=1, diagnose_every=50)]
+custom_hooks = [dict(type="CBNHook", burn_in=1), dict(type="DiagnoseHook", interval=50)]

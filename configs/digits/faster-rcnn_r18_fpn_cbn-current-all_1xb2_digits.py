@@ -1,6 +1,6 @@
 _base_ = "./faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
 
-norm_cfg = dict(backward="current")
+norm_cfg = dict(window="sliding", window_size=8, backward="current")
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import warnings
 import weakref
@@ -11,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_mmdet
-from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
-from cbn_mmdet.norm.cbn import stride_for
+from cbn_mmdet import CBN, SyncCBN, link, links, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm.reference import Reference
+
+KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
 
 
 def pair(channels=4, **kwargs):
@@ -30,13 +32,24 @@ def pair(channels=4, **kwargs):
     return cbn, bn
 
 
-def linked(window=4, affine=True, bias=False, **kwargs):
+def linked(kind="moving", size=4, bias=False, **kwargs):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=bias),
-        CBN(4, window_size=window, affine=affine, **kwargs),
+        CBN(4, window=kind, window_size=size, **kwargs),
     )
     assert link(model) == 1
     return model
+
+
+def state_of(model, name="1"):
+    """What the one window of a layer holds."""
+    (state,) = window_state(model)[name]
+    return state
+
+
+def held(model, name="1"):
+    """How many iterations the one window of a layer has seen."""
+    return state_of(model, name)["seen"]
 
 
 def iterate(model, count, size=(2, 3, 8, 8)):
@@ -56,8 +69,9 @@ class TestIsBatchNorm:
         assert torch.equal(cbn(x), bn(x))
         assert list(cbn.state_dict()) == list(bn.state_dict())
 
-    def test_evaluation_after_training_with_a_window(self):
-        model = linked()
+    @KINDS
+    def test_evaluation_after_training_with_a_window(self, kind):
+        model = linked(kind)
         iterate(model, 6)
         bn = nn.BatchNorm2d(4)
         bn.load_state_dict(model[1].state_dict(), strict=True)
@@ -71,10 +85,11 @@ class TestIsBatchNorm:
         x = torch.randn(2, 4, 5, 6)
         assert torch.equal(cbn(x), bn(x))
 
+    @KINDS
     @pytest.mark.parametrize("momentum", [0.1, None])
     @pytest.mark.parametrize("how", ["window_size", "set_window"])
-    def test_window_of_one_in_training(self, momentum, how):
-        cbn, bn = pair(window_size=1 if how == "window_size" else 8)
+    def test_an_unlinked_window_of_one_in_training(self, momentum, how, kind):
+        cbn, bn = pair(window=kind, window_size=1 if how == "window_size" else 8)
         cbn.momentum = bn.momentum = momentum
         set_window(cbn, 1)
         for _ in range(3):
@@ -90,26 +105,89 @@ class TestIsBatchNorm:
             for ours, theirs in zip(*results, strict=True):
                 assert torch.equal(ours, theirs)
 
-    def test_first_iteration_of_an_open_window(self):
-        """One iteration in the window: BN's output, gradients and running statistics."""
-        model = linked()
-        bn = nn.BatchNorm2d(4)
-        x, x_ = (torch.ones(2, 3, 8, 8).normal_(generator=torch.Generator().manual_seed(0)),) * 2
-        target = torch.randn(2, 4, 8, 8)
-        y = model(x)
-        (y * target).sum().backward()
-        grad = model[0].weight.grad.clone()
-        model.zero_grad()
-        expected = bn(model[0](x_))
-        (expected * target).sum().backward()
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(grad, model[0].weight.grad, rtol=1e-3, atol=1e-3)
-        step(model)
-        for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
-            torch.testing.assert_close(ours, theirs)
+    @KINDS
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    @pytest.mark.parametrize("how", ["window_size", "set_window"])
+    @pytest.mark.parametrize("forwards", [1, 2])
+    def test_a_linked_window_of_one_in_training(self, forwards, momentum, how, kind):
+        """Bit for bit, but that nothing changes before the step, and repeated forwards are one."""
+        model = linked(kind, 1 if how == "window_size" else 8, momentum=momentum)
+        set_window(model, 1)
+        conv, cbn = model
+        bn = nn.BatchNorm2d(4, momentum=momentum)
+        for _ in range(3):
+            x, results = torch.randn(2, 3, 5, 6), []
+            before = copy.deepcopy(cbn.state_dict())
+            for _ in range(forwards - 1):
+                model(torch.randn(2, 3, 5, 6))
+            for norm in (cbn, bn):
+                x_ = x.clone().requires_grad_()
+                model.zero_grad(), norm.zero_grad()
+                y = model(x_) if norm is cbn else bn(conv(x_))
+                y.square().sum().backward()
+                results.append([y, x_.grad, norm.weight.grad, norm.bias.grad, conv.weight.grad])
+            assert all(torch.equal(cbn.state_dict()[name], before[name]) for name in before)
+            step(model)
+            for norm, of in ((cbn, results[0]), (bn, results[1])):
+                of += norm.buffers()
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours, theirs)
+        assert cbn.window_bytes == 0
 
-    def test_bn_error_for_one_value_per_channel(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+    def test_calls_in_a_burn_in_average_one_after_another(self):
+        class Twice(nn.Sequential):
+            def forward(self, *levels):
+                return [super(Twice, self).forward(level) for level in levels]
+
+        model = Twice(nn.Conv2d(3, 4, 3), CBN(4, momentum=0.3))
+        link(model)
+        set_window(model, 1)
+        bn = nn.BatchNorm2d(4, momentum=0.3)
+        for _ in range(2):
+            levels = [torch.randn(1, 3, 9, 9), torch.randn(1, 3, 5, 5) * 3 + 2]
+            for ours, level in zip(model(*levels), levels, strict=True):
+                assert torch.equal(ours, bn(model[0](level)))
+            step(model)
+            for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
+                assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("backward", ["current", "window", "full", "own"])
+    @KINDS
+    def test_first_iteration_of_an_open_window(self, kind, backward):
+        """Nothing in the window yet: BN's output, gradients and running statistics."""
+        model = linked(kind, backward=backward)
+        bn = nn.BatchNorm2d(4)
+        x, target, ends = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8), []
+        for norm in (model[1], bn):
+            x_ = x.clone().requires_grad_()
+            model.zero_grad()
+            y = model(x_) if norm is not bn else bn(model[0](x_))
+            (y * target).sum().backward()
+            grads = x_.grad, model[0].weight.grad, norm.weight.grad, norm.bias.grad
+            ends.append([y.detach(), *(grad.clone() for grad in grads)])
+        step(model)
+        for end, norm in zip(ends, (model[1], bn), strict=True):
+            end += norm.buffers()
+        for ours, theirs in zip(*ends, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    def test_torchs_update_bn(self):
+        """It resets the running statistics and averages over forwards that no step follows."""
+        model = linked()
+        iterate(model, 3)
+        bn = nn.Sequential(model[0], nn.BatchNorm2d(4))
+        data = [torch.randn(2, 3, 8, 8) for _ in range(4)]
+        for each in (model, bn):
+            torch.optim.swa_utils.update_bn(data, each)
+        for ours, theirs in zip(model[1].buffers(), bn[1].buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert model[1].momentum == 0.1
+        iterate(model, 2)  # goes on with an empty window
+        assert held(model) == 2
+
+    @KINDS
+    def test_bn_error_for_one_value_per_channel(self, kind):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, window=kind, window_size=8))
         link(model)
         with pytest.raises(
             ValueError, match=r"'1' \(CBN\): Expected more than 1 value per channel"
@@ -120,25 +198,57 @@ class TestIsBatchNorm:
         assert model(torch.randn(1, 3, 1, 1)).isfinite().all()
 
 
+class Parts(nn.Sequential):
+    """A convolution that may run without gradients, and a norm."""
+
+    is_frozen = False
+
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.is_frozen):
+            y = self[0](x)
+        return self[1](y)
+
+
+class Capped(Reference):
+    """With ``set_window``."""
+
+    cap = None
+
+    def largest(self):
+        own = super().largest()
+        return own if self.cap is None else min(self.cap, own)
+
+    def push(self, entry, y):
+        super().push(entry, y)
+        self.past = self.past[: self.largest() - 1]
+
+
 class TestWindow:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(data=st.data())
     def test_any_sequence_of_calls_is_the_references(self, data):
         """Training forwards, repeated forwards, steps, evaluation and set_window in any order."""
         draw = data.draw
         torch.manual_seed(draw(st.integers(0, 99)))
-        size = draw(st.integers(1, 4))
+        kind, size = draw(
+            st.one_of(
+                st.just(("moving", "auto")),
+                st.tuples(st.sampled_from(["moving", "sliding"]), st.sampled_from([1, 2, 4])),
+            )
+        )
         compensate = draw(st.booleans())
-        backward = draw(st.sampled_from(["window", "current"]))
+        backward = draw(st.sampled_from(["full", "own", "window", "current"]))
         groups = draw(st.sampled_from([1, 2]))
         conv = nn.Conv2d(
             2, 4, draw(st.integers(1, 3)), draw(st.integers(1, 2)), 1, groups=groups,
             bias=draw(st.booleans()),
         ).double()  # fmt: skip
-        norm = CBN(4, window_size=size, compensate=compensate, backward=backward).double()
+        norm = CBN(
+            4, window=kind, window_size=size, compensate=compensate, backward=backward
+        ).double()
         model = nn.Sequential(conv, norm)
         link(model)
-        slow = Reference(conv, size, norm.eps, compensate, flow=backward == "window")
+        slow = Capped(conv, kind, size, norm.eps, compensate, backward)
         x = None
         for action in draw(
             st.lists(st.sampled_from("forward step eval window".split()), max_size=12)
@@ -153,20 +263,25 @@ class TestWindow:
                 if x is not None:
                     slow.step(x)
                 x = None
+                torch.testing.assert_close(norm.running_mean, slow.running.mean)
+                torch.testing.assert_close(norm.running_var, slow.running.var)
                 with torch.no_grad():
                     conv.weight += 0.02 * torch.randn_like(conv.weight)
             elif action == "eval":
                 model.eval()(torch.randn(1, 2, 6, 5, dtype=torch.float64))
                 model.train()
             else:
-                slow.window = draw(st.integers(1, size))
-                if norm.window != slow.window:
-                    slow.past, x = [], None
-                set_window(model, slow.window)
+                before = slow.largest()
+                slow.cap = draw(st.sampled_from([None, *range(1, min(before, 5) + 1)]))
+                if slow.largest() != before:
+                    slow.forget()
+                    x = None
+                set_window(model, slow.cap)
 
+    @KINDS
     @pytest.mark.parametrize("compensate", [True, False])
-    def test_repeating_a_forward_changes_nothing(self, compensate):
-        model = linked(compensate=compensate)
+    def test_repeating_a_forward_changes_nothing(self, compensate, kind):
+        model = linked(kind, compensate=compensate)
         iterate(model, 3)
         once, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 8, 8)
         outputs = [model(x) for _ in range(3)]
@@ -177,8 +292,9 @@ class TestWindow:
         step(model)
         assert model[1].num_batches_tracked.item() == tracked + 1
 
-    def test_closing_forgets(self):
-        model = linked()
+    @KINDS
+    def test_closing_forgets(self, kind):
+        model = linked(kind)
         iterate(model, 5)
         assert model[1].window_bytes > 0
         set_window(model, 1)
@@ -191,25 +307,82 @@ class TestWindow:
     def test_set_window_keeps_to_each_layers_own_size(self):
         model = nn.Sequential(CBN(2, window_size=3), CBN(2, window_size=6))
         set_window(model, 5)
-        assert [layer.window for layer in model] == [3, 5]
+        assert [layer.window_in_force for layer in model] == [3, 5]
         with pytest.raises(ValueError, match="size 7 is above the largest window_size .* 6"):
             set_window(model, 7)
         for size in (0, -1, 2.5, "3"):
             with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
                 set_window(model, size)
+        set_window(model, None)
+        assert [layer.window_in_force for layer in model] == [3, 6]
 
-    @pytest.mark.parametrize("backward", ["window", "current"])
-    def test_running_statistics(self, backward):
-        model = linked(window=3, backward=backward, momentum=0.3)
+    def test_set_window_caps_a_size_that_sets_itself(self):
+        model = nn.Sequential(CBN(2), CBN(2, window_size=6))
+        assert [layer.window_in_force for layer in model] == [64, 6]
+        set_window(model, 20)
+        assert [layer.window_in_force for layer in model] == [20, 6]
+        with pytest.raises(ValueError, match="size 65 is above the largest window_size .* 64"):
+            set_window(model, 65)
+
+    def test_setting_the_size_in_force_forgets_nothing(self):
+        model = linked()
+        iterate(model, 3)
+        for size in (4, None, 4, 4):
+            set_window(model, size)
+        assert held(model) == 3
+
+    def test_the_window_size_as_it_is(self):
+        model = linked(size="auto")
+        assert model[1].mean_window_size == 1
+        iterate(model, 30)
+        log_share = state_of(model)["log_share"]
+        assert log_share < 0
+        size = 1 / max(math.exp(log_share), 1 / 31)
+        assert model[1].mean_window_size == pytest.approx(size)
+        set_window(model, 1)
+        assert model[1].mean_window_size == 1
+        assert linked(size=5)[1].mean_window_size == 5
+
+    def test_a_window_that_sets_itself_widens_in_noise_and_narrows_in_a_drift(self):
+        """Of means that differ by chance a few say little; of a drift the last one says most."""
+        sizes = []
+        for drift in (0, 1):
+            torch.manual_seed(0)
+            model = linked(size="auto")
+            for number in range(300):
+                of_image = drift * number + (1 - drift) * torch.randn(1, 3, 1, 1)
+                model(torch.randn(1, 3, 4, 4) + of_image)
+                step(model)
+            sizes.append(model[1].mean_window_size)
+        assert sizes[0] > 2.5 and sizes[1] < 1.1
+
+    def test_memory_is_one_weight_whatever_the_size(self):
+        held = set()
+        for size in (2, 64, "auto"):
+            model = nn.Sequential(nn.Conv2d(32, 64, 3), CBN(64, window_size=size))
+            link(model)
+            for _ in range(3):
+                model(torch.randn(2, 32, 5, 5)).sum().backward()
+                step(model)
+            held.add(model[1].window_bytes)
+        (size,) = held
+        assert size <= 1.1 * 4 * model[0].weight.numel()
+
+    @KINDS
+    @pytest.mark.parametrize("compensate", [True, False])
+    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    def test_running_statistics(self, backward, compensate, kind):
+        """The window's, but of the paper's gradient, and first, the batch's with BN's variance."""
+        model = linked(kind, 3, backward=backward, compensate=compensate, momentum=0.3)
         conv, norm = model
-        slow = Reference(conv, 3, norm.eps, True, flow=True)
+        slow = Reference(conv, kind, 3, norm.eps, compensate)
         mean, var = torch.zeros(4), torch.ones(4)
         for i in range(5):
             x = torch.randn(1, 3, 4, 4) * (1 + i) + i
             y = conv(x).detach()
             model(x)
             step(model)
-            new_mean, new_var = (t.detach() for t in slow.statistics(x))
+            new_mean, new_var = (t.detach() for t in slow.statistics(y))
             if backward == "current" or i == 0:
                 new_mean, new_var = y.mean((0, 2, 3)), y.var((0, 2, 3))
             mean, var = mean.lerp(new_mean, 0.3), var.lerp(new_var, 0.3)
@@ -230,25 +403,30 @@ class TestWindow:
         for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
             torch.testing.assert_close(ours, theirs)
 
-    def test_without_running_statistics(self):
+    @KINDS
+    def test_without_running_statistics(self, kind):
         """The window works alike; evaluation normalises with the batch, as BN does."""
         torch.manual_seed(0)
-        tracking = linked()
-        bare = nn.Sequential(
-            copy.deepcopy(tracking[0]), CBN(4, window_size=4, track_running_stats=False)
-        )
-        link(bare)
-        for _ in range(4):
+        tracking, bare = linked(kind), linked(kind, track_running_stats=False)
+        bare[0].load_state_dict(tracking[0].state_dict())
+        for size in (1, 1, 4, 4, 4, 4):
             x = torch.randn(2, 3, 8, 8)
+            for model in (bare, tracking):
+                set_window(model, size)
             assert torch.equal(bare(x), tracking(x))
             step(bare), step(tracking)
         bn = nn.BatchNorm2d(4, track_running_stats=False).eval()
         assert torch.equal(bare.eval()(x), bn(bare[0](x)))
 
+    @KINDS
+    @pytest.mark.parametrize("backward", ["full", "own", "window"])
     @pytest.mark.parametrize("frozen", ["input", "weight", "all but the bias"])
-    def test_gradients_of_what_is_frozen_are_not_formed(self, frozen):
+    def test_gradients_of_what_is_frozen_are_not_formed(self, frozen, backward, kind):
         torch.manual_seed(0)
-        model = linked(bias=True)
+        model = Parts(
+            nn.Conv2d(3, 4, 3, padding=1), CBN(4, window=kind, window_size=4, backward=backward)
+        )
+        link(model)
         iterate(model, 4)
         x = torch.randn(2, 3, 8, 8)
         target = torch.randn(2, 4, 8, 8)
@@ -257,9 +435,8 @@ class TestWindow:
         model.zero_grad()
         conv, norm = model
         if frozen == "input":
-            with torch.no_grad():
-                y = conv(x)
-            (norm(y) * target).sum().backward()
+            model.is_frozen = True
+            (model(x) * target).sum().backward()
             assert conv.weight.grad is None and conv.bias.grad is None  # nor through the window
             torch.testing.assert_close(norm.weight.grad, expected["1.weight"])
             return
@@ -272,18 +449,23 @@ class TestWindow:
 
     def test_a_dead_output_is_verified_later(self):
         """A convolution whose output is all zero tells nothing of what it computes."""
-        model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Conv2d(3, 4, 1, bias=False), CBN(4))
-        link(model)
-        model[1].weight.data.zero_()
-        model(torch.randn(2, 3, 5, 5))
-        assert model[2]._verified == []
-        nn.init.normal_(model[1].weight)
-        model(torch.randn(2, 3, 5, 5))
-        (verified,) = model[2]._verified
-        assert verified() is model[1]
 
-    def test_step_tells_what_was_clamped(self):
-        model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2))
+        class Doubled(nn.Conv2d):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        model = nn.Sequential(Doubled(3, 4, 1, bias=False), CBN(4))
+        link(model)
+        model[0].weight.data.zero_()
+        model(torch.randn(2, 3, 5, 5))
+        step(model)
+        nn.init.normal_(model[0].weight)
+        with pytest.raises(RuntimeError, match="not the plain convolution"):
+            model(torch.randn(2, 3, 5, 5))
+
+    @KINDS
+    def test_step_tells_what_was_clamped(self, kind):
+        model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2, window=kind, window_size=8))
         link(model)
         x = torch.randn(4, 1, 5, 5)
         model(x)
@@ -295,14 +477,16 @@ class TestWindow:
         model(x)
         assert step(model).item() == 0.5
 
+    @KINDS
     @pytest.mark.parametrize("direct", [False, True])
-    def test_each_call_in_a_forward_has_its_own_window(self, direct):
+    def test_each_call_in_a_forward_has_its_own_window(self, direct, kind):
         """A head shared between levels: a level meets its own history only."""
 
         class Shared(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), CBN(4, window_size=3)
+                self.conv = nn.Conv2d(3, 4, 3, bias=False)
+                self.norm = CBN(4, window=kind, window_size=3)
 
             def forward(self, *levels):
                 return [self.norm(self.conv(level)) for level in levels]
@@ -323,16 +507,21 @@ class TestWindow:
         if direct:
             call = Detector(shared).loss
         link(getattr(call, "__self__", call))
-        single = [nn.Sequential(copy.deepcopy(shared.conv), CBN(4, window_size=3)) for _ in "ab"]
+        single = [
+            nn.Sequential(copy.deepcopy(shared.conv), CBN(4, window=kind, window_size=3))
+            for _ in "ab"
+        ]
         for model in single:
             link(model)
         for _ in range(4):
             levels = [torch.randn(1, 3, 9, 9), torch.randn(1, 3, 5, 5) * 3 + 2]
-            call(*levels)  # a repeated forward starts to count again
+            if not direct:
+                call(*levels)  # a repeated forward of the linked model starts to count again
             for ours, model, level in zip(call(*levels), single, levels, strict=True):
                 torch.testing.assert_close(ours, model(level))
                 step(model)
             step(shared)
+            assert len(window_state(shared)["norm"]) == 2
             change = 0.05 * torch.randn_like(shared.conv.weight)
             for conv in (shared.conv, single[0][0], single[1][0]):
                 conv.weight.data += change
@@ -348,19 +537,24 @@ class TestWindow:
         with pytest.warns(UserWarning, match=r"cbn_mmdet.step\(model\) was not called"):
             model(torch.randn(2, 3, 8, 8))
 
-    def test_the_first_iterations_may_run_in_inference_mode(self):
-        model = linked()
-        with torch.inference_mode():
-            model(torch.randn(2, 3, 8, 8))
+    @KINDS
+    def test_the_first_iterations_may_run_in_inference_mode(self, kind):
+        model = linked(kind)
+        for _ in range(2):
+            with torch.inference_mode():
+                model(torch.randn(2, 3, 8, 8))
+                step(model)
+        for _ in range(2):
+            model(torch.randn(2, 3, 8, 8)).sum().backward()
             step(model)
-        model(torch.randn(2, 3, 8, 8)).sum().backward()
-        step(model)
+        assert held(model) == 4
 
+    @KINDS
     @pytest.mark.parametrize("stride", [2, 3])
-    def test_a_strided_derivative_is_close(self, stride):
+    def test_a_strided_derivative_is_close(self, stride, kind):
         """On smooth maps the subgrid's derivative compensates almost as well as the whole one."""
         torch.manual_seed(0)
-        full = linked(derivative_stride=1)
+        full = linked(kind, derivative_stride=1)
         strided = copy.deepcopy(full)
         strided[1].derivative_stride = stride
         naive = copy.deepcopy(full)
@@ -378,31 +572,42 @@ class TestWindow:
         error = (outputs[strided] - outputs[full]).norm()
         assert 0 < error < 0.5 * (outputs[naive] - outputs[full]).norm()
 
-    def test_an_empty_batch_changes_nothing(self):
-        model = linked()
+    @KINDS
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_an_empty_batch_changes_nothing(self, size, kind):
+        model = linked(kind, size)
         iterate(model, 3)
         before = copy.deepcopy(model.state_dict())
         x = torch.randn(0, 3, 8, 8, requires_grad=True)
         y = model(x)
         assert y.shape == (0, 4, 8, 8)
         y.sum().backward()
-        held = len(model[1]._windows[0])
+        seen = held(model)
         step(model)
-        assert len(model[1]._windows[0]) == held
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name])
+        assert held(model) == seen
+        if size == 1:  # as batch normalisation does
+            assert model[1].num_batches_tracked == 4
+            before.pop("1.num_batches_tracked")
+        for name, tensor in before.items():
+            assert torch.equal(model.state_dict()[name], tensor), name
 
-    def test_a_frozen_convolution_needs_no_derivative(self):
-        model = linked()
+    @KINDS
+    def test_a_frozen_convolution_needs_no_derivative(self, kind):
+        model = linked(kind)
         model[0].weight.requires_grad_(False)
         iterate(model, 4)
-        assert model[1].window_bytes == 2 * 4 * 3 * 4  # mean and variance, C = 4, 3 iterations
+        state = state_of(model)
+        assert "m" not in state and "h" not in state
+        # Numbers of a channel: of each of 3 iterations 3, or A, R, their last mean and surprise.
+        assert model[1].window_bytes == (9 if kind == "sliding" else 4) * 4 * 4
 
+    @KINDS
     @pytest.mark.parametrize("reentrant", [True, False])
-    @pytest.mark.parametrize("window", [1, 4])
-    def test_checkpointing_records_once(self, reentrant, window):
+    @pytest.mark.parametrize("size", [1, 4])
+    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    def test_checkpointing_records_once(self, backward, size, reentrant, kind):
         torch.manual_seed(0)
-        plain = linked()
+        plain = linked(kind, backward=backward)
         other = copy.deepcopy(plain)
         link(other)
         for _ in range(5):
@@ -410,22 +615,27 @@ class TestWindow:
             target = torch.randn(2, 4, 8, 8)
             grads = []
             for model in (plain, other):
-                set_window(model, window)
+                set_window(model, size)
                 model.zero_grad()
                 x_ = x.clone().requires_grad_()
                 y = model(x_) if model is plain else checkpoint(model, x_, use_reentrant=reentrant)
                 (y * target).sum().backward()
                 step(model)
                 grads.append([y, x_.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+                grads[-1] += [
+                    value for value in state_of(model).values() if isinstance(value, torch.Tensor)
+                ]
                 with torch.no_grad():
                     model[0].weight *= 1.01
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b)
+        assert size == 1 or ("sums" in state_of(other)) == (backward == "full")
 
-    def test_an_evaluation_before_the_repetition(self):
+    @KINDS
+    def test_an_evaluation_before_the_repetition(self, kind):
         """The layer looked at by itself, in evaluation, loses neither window nor past."""
         torch.manual_seed(0)
-        model = linked()
+        model = linked(kind)
         iterate(model, 4)
         x = torch.randn(2, 3, 8, 8, requires_grad=True)
         gradients = []
@@ -435,20 +645,31 @@ class TestWindow:
                 model.eval()[1](torch.randn(2, 4, 8, 8))
                 model.train()
             gradients.append(torch.autograd.grad(y.square().sum(), [x, model[0].weight]))
-        assert len(model[1]._windows[0]) == 3
+        assert held(model) == 4
         torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
-    def test_loading_weights_forgets(self):
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_a_repetition_after_the_step_is_refused(self, reentrant):
         model = linked()
+        iterate(model, 2)
+        y = checkpoint(model, torch.randn(2, 3, 8, 8, requires_grad=True), use_reentrant=reentrant)
+        step(model)
+        with pytest.raises(RuntimeError, match=r"'1' \(CBN\).*repeats a forward.*has ended"):
+            y.sum().backward()
+
+    @KINDS
+    def test_loading_weights_forgets(self, kind):
+        model = linked(kind)
         iterate(model, 4)
         model.load_state_dict(model.state_dict())
         assert model[1].window_bytes == 0
 
 
 class TestHalfPrecision:
-    def test_bfloat16_autocast(self):
+    @KINDS
+    def test_bfloat16_autocast(self, kind):
         torch.manual_seed(0)
-        model = linked()
+        model = linked(kind)
         half = copy.deepcopy(model)
         link(half)
         for _ in range(5):
@@ -464,15 +685,16 @@ class TestHalfPrecision:
             model[0].weight.data += change
             half[0].weight.data += change
         assert half[0].weight.grad.isfinite().all()
-        assert half[1]._windows[0]._h.dtype == torch.float32
+        assert state_of(half)["h"].dtype == torch.float32
 
+    @pytest.mark.parametrize("backward", ["full", "own", "window"])
     @pytest.mark.parametrize("mean", [0, 100])
-    def test_gradient_has_no_residue(self, mean):
+    def test_gradient_has_no_residue(self, mean, backward):
         """dL/dy sums to 0 over a channel; rounding its terms would leave a common part."""
         y = (torch.randn(2, 4, 50, 50) + mean).bfloat16().requires_grad_()
         target = torch.randn(2, 4, 50, 50).bfloat16()
         residues = []
-        model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False).bfloat16(), CBN(4))
+        model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False).bfloat16(), CBN(4, backward=backward))
         nn.init.dirac_(model[0].weight)
         link(model)
         for norm in (model, nn.BatchNorm2d(4)):
@@ -481,16 +703,17 @@ class TestHalfPrecision:
             residues.append(y.grad.double().sum((0, 2, 3)).abs() / y.grad.double().abs().sum())
         assert residues[0].max() < 3 * residues[1].max() + 1e-5
 
+    @KINDS
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_the_window_is_float32_whatever_the_layers_dtype(self, dtype):
-        model = linked(bias=True)
+    def test_the_window_is_float32_whatever_the_layers_dtype(self, dtype, kind):
+        model = linked(kind, bias=True)
         iterate(model, 2)
         model.to(dtype)
         for _ in range(3):
             model(torch.randn(2, 3, 8, 8, dtype=dtype)).sum().backward()
             step(model)
-        window = model[1]._windows[0]
-        assert {window._h.dtype, window._m.dtype, window._vectors.dtype} == {torch.float32}
+        held = [each for each in state_of(model).values() if isinstance(each, torch.Tensor)]
+        assert {each.dtype for each in held} == {torch.float32}
 
     def test_channels_last_stays(self):
         model = linked().to(memory_format=torch.channels_last)
@@ -499,19 +722,19 @@ class TestHalfPrecision:
         assert model(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@KINDS
 class TestLayersTogether:
-    """A forward learns the pasts of all layers at once; each alone comes to the same."""
+    """The pasts of all layers are computed at once; each alone comes to the same."""
 
-    def build(self):
+    def build(self, kind):
         torch.manual_seed(0)
         layers = []
         for index, (width, groups) in enumerate([(4, 1), (8, 2), (6, 1)]):
             width_before = layers[-1].num_features if layers else 3
             layers += [
                 nn.Conv2d(width_before, width, 3, padding=1, groups=groups, bias=index == 1),
-                CBN(width, window_size=4, compensate=index < 2 or width == 6),
+                CBN(width, window=kind, window_size=4, compensate=index < 2),
             ]
-        layers[-1].compensate = False
         model = nn.Sequential(*layers)
         link(model)
         return model
@@ -536,18 +759,22 @@ class TestLayersTogether:
     @pytest.fixture
     def calls(self, monkeypatch):
         """How many windows each computation was for."""
-        calls, pasts = [], cbn_mmdet.norm.window._pasts
+        calls, pasts = [], cbn_mmdet.norm.window.pasts
 
-        def spy(windows, *args):
-            calls.append(len(windows))
-            return pasts(windows, *args)
+        def spy(together, dtype):
+            calls.append(len(together))
+            return pasts(together, dtype)
 
-        monkeypatch.setattr(cbn_mmdet.norm.window, "_pasts", spy)
+        for room in ("window", "iteration"):
+            monkeypatch.setattr(f"cbn_mmdet.norm.{room}.pasts", spy)
         return calls
 
+    def each_alone(self, monkeypatch):
+        monkeypatch.setattr("cbn_mmdet.norm.linking.keeps_weight", lambda conv: False)
+
     @pytest.mark.parametrize("moves", [False, True])
-    def test_as_each_alone(self, moves, calls, monkeypatch):
-        """Even if a weight moves between the first layer's forward and its own layer's."""
+    def test_as_each_alone(self, moves, calls, monkeypatch, kind):
+        """Even if a weight moves between the beginning and its own layer's forward."""
 
         def move(norm, args, output):
             with torch.no_grad():
@@ -556,18 +783,18 @@ class TestLayersTogether:
         ends = []
         for alone in (False, True):
             if alone:
-                monkeypatch.setattr(cbn_mmdet.norm.iteration, "accompany", lambda windows: None)
-            model = self.build()
+                self.each_alone(monkeypatch)
+            model = self.build(kind)
             if moves:
                 model[1].register_forward_hook(move)
             calls.clear()
             ends.append(self.train(model))
-            # Of its own are the naive layer's, and that of the weight that moved.
-            assert calls == ([1, 1, 1] if alone else [2, 1, 1] if moves else [2, 1]) * 5
+            # The naive layer's past is of no weight.
+            assert calls == ([1, 1, 1] if alone else [3, 1] if moves else [3]) * 5
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
-    def test_a_weight_set_within_the_forward(self, calls, monkeypatch):
+    def test_a_weight_set_within_the_forward(self, calls, monkeypatch, kind):
         """As by layers that renormalise their weight, which raises no version."""
 
         class Constrained(nn.Conv2d):
@@ -578,22 +805,23 @@ class TestLayersTogether:
         ends = []
         for alone in (False, True):
             if alone:
-                monkeypatch.setattr(cbn_mmdet.norm.iteration, "accompany", lambda windows: None)
-            model = self.build()
+                self.each_alone(monkeypatch)
+            model = self.build(kind)
             model[2] = Constrained(4, 8, 3, padding=1, groups=2)
             nn.init.constant_(model[2].weight, 0.5)
             link(model)
             calls.clear()
             ends.append(self.train(model))
-            # Its layer looks for itself, and nobody learns twice for that.
-            assert calls == [1, 1, 1] * 5
-        assert all(map(torch.equal, *ends))
+            # Its layer looks for itself.
+            assert calls == ([1, 1, 1] if alone else [2, 1]) * 5
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
-    def test_a_checkpoint_repeated_after_another_forward(self):
+    def test_a_checkpoint_repeated_after_another_forward(self, kind):
         """Of other weights, set in a way that raises no version."""
         grads = []
         for checkpointed in (False, True):
-            model = self.build()
+            model = self.build(kind)
             self.train(model)
             x, target = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 8, 8)
             y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
@@ -610,12 +838,12 @@ class TestLayersTogether:
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other)
 
-    def test_a_companion_whose_weight_is_away(self, calls):
-        """Offloaded until its own block runs, say: it is left to its own layer."""
-        model = self.build()
+    def test_a_weight_that_is_away(self, kind):
+        """Offloaded until its own block runs, say: its past is left to its own layer."""
+        model = self.build(kind)
         full = {}
 
-        def release(conv, args, output):
+        def release(conv):
             full[conv], conv.weight.data = conv.weight.data, torch.empty(0)
 
         with torch.no_grad():
@@ -626,27 +854,35 @@ class TestLayersTogether:
             twin = copy.deepcopy(model)
             link(twin)
             load_window_state(twin, expected)
-            x = torch.randn(2, 3, 8, 8)
             model[2].register_forward_pre_hook(
                 lambda conv, args: setattr(conv.weight, "data", full.pop(conv))
             )
-            release(model[2], None, None)
+            release(model[2])
+            x = torch.randn(2, 3, 8, 8)
             torch.testing.assert_close(model(x), twin(x))
 
-    def test_forwards_of_parts_learn_their_own(self, calls):
-        """Where the linked model itself is not called, each part is a forward."""
-        model = self.build()
-        for _ in range(4):
-            calls.clear()
-            x = torch.randn(2, 3, 8, 8)
-            for layer in model:
-                x = layer(x)
-            x.sum().backward()
-            step(model)
-        assert calls == [1, 1, 1]
+    def test_parts_called_one_by_one(self, calls, kind):
+        """Where the linked model itself is not called, the first layer begins the iteration."""
+        ends = []
+        for parts in (False, True):
+            model = self.build(kind)
+            torch.manual_seed(1)
+            for _ in range(4):
+                calls.clear()
+                x = torch.randn(2, 3, 8, 8)
+                for layer in model if parts else [model]:
+                    x = layer(x)
+                x.square().sum().backward()
+                step(model)
+                with torch.no_grad():
+                    model[0].weight *= 1.01
+            assert calls == [3]
+            ends.append([x, *(parameter.grad for parameter in model.parameters())])
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other)
 
-    def test_nothing_keeps_a_weight_alive(self):
-        model = self.build()
+    def test_nothing_keeps_a_weight_alive(self, kind):
+        model = self.build(kind)
         self.train(model)
         names = [name for name, _ in model.named_parameters()]
         weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
@@ -657,78 +893,66 @@ class TestLayersTogether:
         gc.collect()
         assert gone() is None
 
-    def test_a_layer_that_is_gone(self, calls):
-        model = self.build()
+    def test_a_layer_that_is_gone(self, calls, kind):
+        model = self.build(kind)
         self.train(model)
         del model[2:]
+        gc.collect()
         calls.clear()
-        self.assert_trains(model)
-        assert calls[0] == 1
-
-    def assert_trains(self, model):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         step(model)
-
-    def test_checkpointing_repeats_each_alone(self, calls):
-        model = self.build()
-        self.train(model)
-        calls.clear()
-        checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False).sum().backward()
-        assert calls == [2, 1, 1, 1, 1]
+        assert calls == [1]
 
 
+@KINDS
 class TestWhatChangesALayer:
     """What a window holds is dropped where it is no longer of the layer as it is now."""
 
-    def test_compensation_is_turned_off(self):
-        model = linked()
+    def test_compensation_is_turned_off(self, kind):
+        model = linked(kind)
         iterate(model, 3)
         model[1].compensate = False
         iterate(model, 2)
-        assert len(model[1]._windows[0]) == 2 and model[1]._windows[0]._h is None
+        assert held(model) == 2 and "h" not in state_of(model)
 
-    def test_the_weight_has_another_size(self):
-        model = linked()
+    def test_the_weight_has_another_size(self, kind):
+        model = linked(kind)
         iterate(model, 3)
         model[0].weight = nn.Parameter(torch.randn(4, 3, 1, 1))
         model[0].kernel_size, model[0].padding = (1, 1), (0, 0)
         iterate(model, 2)
-        assert len(model[1]._windows[0]) == 2
+        assert held(model) == 2
 
-    def test_windows_loaded_in_inference_mode(self):
-        model = linked()
+    def test_windows_loaded_in_inference_mode(self, kind):
+        model = linked(kind)
         iterate(model, 3)
-        other = linked()
+        other = linked(kind)
         with torch.inference_mode():
             load_window_state(other, window_state(model))
-        other(torch.randn(2, 3, 8, 8)).sum().backward()
-        step(other)
+        for _ in range(2):
+            other(torch.randn(2, 3, 8, 8)).sum().backward()
+            step(other)
+
+    def test_a_convolution_in_the_same_place(self, kind):
+        """While the window is empty any other may come."""
+        model = linked(kind)
+        set_window(model, 1)
+        iterate(model, 2)
+        model[0] = nn.Conv2d(3, 4, 1)
+        link(model)
+        iterate(model, 2)
+        assert links(model) == {"1": "0"}
 
 
-@pytest.mark.parametrize(
-    "shape, stride",
-    [
-        ((1, 4, 64, 64), 4),
-        ((1, 4, 61, 64), 4),  # 16 rows of 16
-        ((1, 4, 60, 64), 2),  # 15
-        ((2, 4, 16, 16), 1),
-        ((4, 4, 16, 16), 2),
-        ((64, 4, 7, 7), 4),
-        ((1, 4, 1, 1), 1),
-        ((0, 4, 7, 7), 1),
-    ],
-)
-def test_the_default_stride_leaves_256_positions(shape, stride):
-    assert stride_for(torch.empty(shape)) == stride
-    if shape[0] and stride > 1:
-        assert torch.empty(shape)[:, 0, ::stride, ::stride].numel() >= 256
-
-
+@KINDS
 class TestWindowInBfloat16:
-    def test_halves_the_memory_and_hardly_changes_the_output(self):
-        models = [linked(window_dtype=dtype) for dtype in ("float32", "bfloat16")]
-        naive = linked(compensate=False)
+    def pair(self, kind):
+        models = [linked(kind, window_dtype=dtype) for dtype in ("float32", "bfloat16")]
         models[1].load_state_dict(models[0].state_dict())
+        return models
+
+    def test_halves_the_memory_and_hardly_changes_the_output(self, kind):
+        models, naive = self.pair(kind), linked(kind, compensate=False)
         naive.load_state_dict(models[0].state_dict())
         for _ in range(6):
             x = torch.randn(2, 3, 8, 8) + 1
@@ -740,14 +964,14 @@ class TestWindowInBfloat16:
                 model[0].weight.data += change
         full, half, without = outputs
         assert 0 < (half - full).norm() < 0.01 * (without - full).norm()
-        window, halved = (model[1]._windows[0] for model in models)
-        assert halved._h.dtype == torch.bfloat16 and halved._m.dtype == torch.float32
-        assert window.nbytes - halved.nbytes == 2 * window._h.numel()
+        window, halved = map(state_of, models)
+        assert halved["h"].dtype == torch.bfloat16 and halved["m"].dtype == torch.float32
+        saved = models[0][1].window_bytes - models[1][1].window_bytes
+        assert saved == 2 * window["h"].numel()
 
-    def test_is_exact_for_a_weight_that_rests(self):
+    def test_is_exact_for_a_weight_that_rests(self, kind):
         """What h is rounded by meets only the distance that the weight has gone."""
-        models = [linked(window_dtype=dtype) for dtype in ("float32", "bfloat16")]
-        models[1].load_state_dict(models[0].state_dict())
+        models = self.pair(kind)
         for _ in range(4):
             x = torch.randn(2, 3, 8, 8) * 3 + 1
             outputs = [model(x) for model in models]
@@ -756,13 +980,14 @@ class TestWindowInBfloat16:
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("channels", [4, 600])
-    def test_gradient(self, channels, monkeypatch):
+    def test_gradient(self, channels, kind, monkeypatch):
         """Of layers that are converted in one part or in several."""
-        monkeypatch.setattr(cbn_mmdet.norm.window, "_BLOCK", 1 << 12)
+        monkeypatch.setattr(cbn_mmdet.norm.kernels, "_BLOCK", 1 << 12)
         grads = []
         for dtype in ("float32", "bfloat16"):
             torch.manual_seed(0)
-            model = nn.Sequential(nn.Conv2d(3, channels, 3), CBN(channels, window_dtype=dtype))
+            norm = CBN(channels, window=kind, window_size=8, window_dtype=dtype)
+            model = nn.Sequential(nn.Conv2d(3, channels, 3), norm)
             link(model)
             for _ in range(4):
                 model.zero_grad()
@@ -774,14 +999,14 @@ class TestWindowInBfloat16:
         error = (grads[1] - grads[0]).norm() / grads[0].norm()
         assert 0 < error < 0.01
 
-    def test_a_saved_window_of_the_other_dtype_is_refused(self):
-        model = linked(window_dtype="bfloat16")
+    def test_a_saved_window_of_the_other_dtype_is_refused(self, kind):
+        model = linked(kind, window_dtype="bfloat16")
         iterate(model, 3)
         with pytest.raises(ValueError, match="another setting of compensate or window_dtype"):
-            load_window_state(linked(), window_state(model))
-        other = linked(window_dtype="bfloat16")
+            load_window_state(linked(kind), window_state(model))
+        other = linked(kind, window_dtype="bfloat16")
         load_window_state(other, window_state(model))
-        assert torch.equal(other[1]._windows[0]._h, model[1]._windows[0]._h)
+        assert torch.equal(state_of(other)["h"], state_of(model)["h"])
 
 
 class TestCopies:
@@ -793,18 +1018,18 @@ class TestCopies:
         buffer.seek(0)
         yield torch.load(buffer, weights_only=False)
 
-    def test_a_copy_starts_afresh(self):
-        model = linked()
+    @KINDS
+    def test_a_copy_starts_afresh(self, kind):
+        model = linked(kind)
         iterate(model, 4)
         x = torch.randn(2, 3, 8, 8)
         expected = model(x)
         for other in self.copies(model):
-            assert other[1].window_bytes == 0 and other[1].feeder is None
+            assert other[1].window_bytes == 0 and links(other) == {}
             with pytest.raises(RuntimeError, match="never linked"):
                 other(x)
-            hooks = len(other[0]._forward_hooks)
             link(other)
-            assert len(other[0]._forward_hooks) == hooks == 1
+            assert len(other[0]._forward_hooks) == 1
             torch.testing.assert_close(other(x), nn.BatchNorm2d(4)(model[0](x)))
             iterate(other, 2)
         assert torch.equal(model(x), expected)
@@ -816,15 +1041,36 @@ class TestCopies:
         bn.load_state_dict(model.state_dict(), strict=True)
         model.load_state_dict(bn.state_dict(), strict=True)
 
-    def test_moving_the_model_moves_the_window(self):
-        model = linked()
+    @KINDS
+    def test_moving_the_model_moves_the_window(self, kind):
+        model = linked(kind)
         iterate(model, 3)
-        window = model[1]._windows[0]
-        before = window._h.clone()
+        before = state_of(model)["h"]
         model.to("cpu", torch.float64)
-        assert torch.equal(window._h, before)
+        assert torch.equal(state_of(model)["h"], before)
         model.to("meta")
-        assert window.nbytes == 0
+        assert model[1].window_bytes == 0
+
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_a_replica_of_data_parallel_is_refused(self, size):
+        """What it learns would be lost with it."""
+        model = linked()
+        set_window(model, size)
+        replica = model[1]._replicate_for_data_parallel()
+        with pytest.raises(RuntimeError, match="CBN layer of 4 .*DataParallel.*DistributedData"):
+            replica(torch.randn(2, 4, 8, 8))
+        replica.eval()
+        replica._parameters = model[1]._parameters  # as torch.nn.parallel.replicate puts them there
+        x = torch.randn(2, 4, 8, 8)
+        assert torch.equal(replica(x), model[1].eval()(x))
+
+
+def assert_same(one, other):
+    """Whether two windows hold the same."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        is_tensor = isinstance(value, torch.Tensor)
+        assert torch.equal(value, other[name]) if is_tensor else value == other[name], name
 
 
 class TestNotFinite:
@@ -849,17 +1095,18 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("kwargs", [{}, dict(compensate=False), dict(backward="current")])
-    @pytest.mark.parametrize("window", [1, 3])
-    def test_a_spoilt_batch_leaves_no_trace(self, window, kwargs, value):
+    @pytest.mark.parametrize(("kind", "size"), [("moving", 3), ("moving", "auto"), ("sliding", 3)])
+    @pytest.mark.parametrize("in_force", [1, None])
+    def test_a_spoilt_batch_leaves_no_trace(self, in_force, kind, size, kwargs, value):
         ends = []
+        kwargs = dict(window=kind, window_size=size, **kwargs)
         for spoil in (True, False):
             torch.manual_seed(0)
             model = nn.Sequential(
-                *(nn.Conv2d(3, 4, 3), CBN(4, window_size=3, **kwargs)),
-                *(nn.Conv2d(4, 4, 3), CBN(4, window_size=3, **kwargs)),
+                *(nn.Conv2d(3, 4, 3), CBN(4, **kwargs)), *(nn.Conv2d(4, 4, 3), CBN(4, **kwargs))
             )
             link(model)
-            set_window(model, window)
+            set_window(model, in_force)
             self.run(model, spoil, value)
             ends.append((model.state_dict(), window_state(model), model(torch.ones(1, 3, 8, 8))))
         (state, windows, output), (clean, clean_windows, expected) = ends
@@ -867,24 +1114,27 @@ class TestNotFinite:
         assert torch.equal(output, expected) and output.isfinite().all()
         for name in ("1", "3"):
             for one, other in zip(windows[name], clean_windows[name], strict=True):
-                assert one["count"] == other["count"] and torch.equal(
-                    one["vectors"], other["vectors"]
-                )
+                assert_same(one, other)
 
+    @KINDS
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_an_overflowing_derivative_is_dropped(self, dtype):
+    def test_an_overflowing_derivative_is_dropped(self, dtype, kind):
         """It can overflow although neither the activations do nor their variance."""
-        model = linked(window=3, window_dtype=dtype)
+        model = linked(kind, 3, window_dtype=dtype)
+        iterate(model, 2)
+        x = torch.randn(2, 3, 8, 8) * 1e23
         with torch.no_grad():
             model[0].weight *= 1e-6
-        iterate(model, 2)
-        model(torch.randn(2, 3, 8, 8) * 1e23)
-        assert not model[1]._records[0].entry.derivative.var.isfinite().all()
+            assert model[0](x).var().isfinite()
+        assert model(x).isfinite().all()
         self.assert_dropped(model)
 
-    def test_what_no_output_sees_is_dropped(self):
+    @KINDS
+    def test_what_no_output_sees_is_dropped(self, kind):
         """NaN where a strided convolution never looks, but the mean of the patches does."""
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, bias=False), CBN(4, window_size=3))
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2, bias=False), CBN(4, window=kind, window_size=3)
+        )
         link(model)
         for _ in range(2):
             model(torch.randn(2, 3, 8, 8))
@@ -894,9 +1144,10 @@ class TestNotFinite:
         assert model(x).isfinite().all()
         self.assert_dropped(model)
 
-    def test_an_overflowing_estimate_is_dropped(self):
+    @KINDS
+    def test_an_overflowing_past_is_dropped(self, kind):
         """The past can overflow at today's weights although the batch does not."""
-        model = linked(window=3)
+        model = linked(kind, 3)
         for _ in range(2):
             model(torch.randn(2, 3, 8, 8) * 1e6 + 1e6)
             step(model)
@@ -906,26 +1157,27 @@ class TestNotFinite:
         self.assert_dropped(model)
 
     def assert_dropped(self, model):
-        window, buffers = window_state(model), copy.deepcopy(model.state_dict())
-        window = copy.deepcopy(window)
+        before, buffers = state_of(model), copy.deepcopy(model.state_dict())
         with pytest.warns(UserWarning, match="met NaN or infinite values"):
             step(model)
         assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
-        (after,), (before,) = window_state(model)["1"], window["1"]
-        assert after["count"] == before["count"]
-        assert torch.equal(after["h"], before["h"]) and torch.equal(after["m"], before["m"])
+        assert_same(state_of(model), before)
 
 
+@KINDS
 class TestWindowState:
-    @pytest.mark.parametrize("kwargs", [{}, dict(compensate=False), dict(bias=True)])
-    def test_a_resumed_model_goes_on_as_the_saved_one(self, kwargs):
-        model = linked(**kwargs)
+    @pytest.mark.parametrize(
+        "kwargs", [{}, dict(compensate=False), dict(bias=True), dict(backward="window")], ids=str
+    )
+    def test_a_resumed_model_goes_on_as_the_saved_one(self, kwargs, kind):
+        kwargs = dict(size="auto" if kind == "moving" else 4, **kwargs)
+        model = linked(kind, **kwargs)
         iterate(model, 5)
         buffer = io.BytesIO()
         torch.save((model.state_dict(), window_state(model)), buffer)
         buffer.seek(0)
         weights, windows = torch.load(buffer, weights_only=True)
-        resumed = linked(**kwargs)
+        resumed = linked(kind, **kwargs)
         resumed.load_state_dict(weights)
         load_window_state(resumed, windows)
         for seed in range(3):
@@ -935,26 +1187,34 @@ class TestWindowState:
                 iterate(each, 1)
                 ends.append(each.state_dict())
             assert all(torch.equal(ends[0][name], ends[1][name]) for name in weights)
+            assert_same(state_of(model), state_of(resumed))
 
-    def test_the_state_is_copied_on_loading(self):
-        model = linked()
+    def test_the_state_is_a_copy(self, kind):
+        model = linked(kind)
         iterate(model, 4)
+        state = window_state(model)
+        before = copy.deepcopy(state)
         other = copy.deepcopy(model)
         link(other)
-        load_window_state(other, window_state(model))
-        assert other[1].feeder is None and other[1].window_bytes == model[1].window_bytes
-        iterate(other, 1)
-        ours, theirs = (window_state(each)["1"][0]["vectors"] for each in (model, other))
-        assert not torch.equal(ours, theirs)
+        load_window_state(other, state)
+        assert other[1].window_bytes == model[1].window_bytes
+        for each in (model, other):
+            iterate(each, 1)
+            assert_same(state["1"][0], before["1"][0])
+        assert not torch.equal(state_of(model)["h"], state_of(other)["h"])
 
-    def test_refusals(self):
-        model = linked()
+    def test_refusals(self, kind):
+        model = linked(kind)
         iterate(model, 2)
-        state = window_state(model)
-        with pytest.raises(ValueError, match="'1' has a window of 3 in force, the state one of 4"):
-            load_window_state(linked(window=3), state)
-        with pytest.raises(ValueError, match="only one .* has a CBN layer '1'"):
-            load_window_state(nn.Sequential(nn.Conv2d(3, 4, 3)), state)
+        state, other = window_state(model), "sliding" if kind == "moving" else "moving"
+        for fresh, message in (
+            (linked(kind, 3), rf"'1' has a {kind.title()}Window of 3 in force, .*Window of 4"),
+            (linked(other), rf"'1' has a {other.title()}Window of 4 in force, the state a {kind}"),
+            (linked(kind, compensate=False), "another setting of compensate"),
+            (nn.Sequential(nn.Conv2d(3, 4, 3)), "only one .* has a CBN layer '1'"),
+        ):
+            with pytest.raises(ValueError, match=f"(?i){message}"):
+                load_window_state(fresh, state)
 
 
 class TestErrors:
@@ -966,7 +1226,15 @@ class TestErrors:
             (dict(window_size=True), "window_size must be a whole number of at least 1, got True"),
             (dict(derivative_stride=-1), "derivative_stride must be a whole number"),
             (dict(num_features=0), "num_features must be a whole number"),
-            (dict(backward="paper"), "backward must be 'window' .* or 'current' .*'paper'"),
+            (dict(window_size="AUTO"), "window_size must be a whole number .*or 'auto'.*"),
+            (dict(window="sliding"), "window_size='auto' is for window='moving'"),
+            (dict(window="paper"), "window must be 'moving' .* or 'sliding' .*got 'paper'"),
+            (dict(window=8), "window must be 'moving' .* or 'sliding' .*got 8"),
+            (
+                dict(backward="paper"),
+                "backward must be 'full' .* or 'own' .* or 'window' .* or 'current' .*'paper'",
+            ),
+            (dict(window_dtype="float16"), "window_dtype must be 'float32' or 'bfloat16', got"),
             (dict(compensate="no"), "compensate must be True or False, got 'no'"),
             (dict(eps=-1), "eps must be a number of at least 0, got -1"),
             (dict(eps="small"), "eps must be a number"),
@@ -977,6 +1245,16 @@ class TestErrors:
     def test_arguments(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             CBN(**{"num_features": 4, **kwargs})
+
+    def test_the_defaults(self):
+        norm = SyncCBN(4)
+        assert (norm.window, norm.window_size, norm.backward) == ("moving", "auto", "full")
+        assert "window='moving', window_size='auto', compensate=True, backward='full'" in str(norm)
+
+    @pytest.mark.parametrize("loss_scale", [0, -1.0, float("inf"), True, "1024"])
+    def test_a_loss_scale_that_is_none(self, loss_scale):
+        with pytest.raises(ValueError, match="loss_scale must be a number above 0 or a torch.amp"):
+            step(linked(), loss_scale=loss_scale)
 
     def test_never_linked(self):
         norm = CBN(4)

@@ -1,6 +1,8 @@
 """To batch normalisation and back."""
 
 import copy
+import io
+import pickle
 import subprocess
 import sys
 
@@ -11,7 +13,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import cbn_mmdet
-from cbn_mmdet import BRN, CBN, SyncCBN, from_batchnorm, link, links, set_window, step, to_batchnorm
+from cbn_mmdet import (
+    BRN,
+    CBN,
+    SyncCBN,
+    from_batchnorm,
+    link,
+    links,
+    set_window,
+    step,
+    to_batchnorm,
+    window_state,
+)
 
 
 def images(count=2, size=12, seed=0):
@@ -65,7 +78,43 @@ def kinds(model):
 
 
 def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+
+
+def flags(model):
+    """What torch notes of hooks beside them."""
+    return sum(
+        len(module._forward_hooks_with_kwargs) + len(module._forward_hooks_always_called)
+        for module in model.modules()
+    )
+
+
+def window_tensors(model):
+    return [
+        value
+        for states in window_state(model).values()
+        for state in states
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 
 
 class TestToBatchnorm:
@@ -110,16 +159,45 @@ class TestToBatchnorm:
         model = to_batchnorm(nn.ModuleList([norm, nn.Sequential(norm)]))
         assert model[0] is model[1][0] and type(model[0]) is nn.BatchNorm2d
 
-    def test_takes_the_link_away_and_nothing_else(self):
+    @pytest.mark.parametrize("links_before", [1, 2])
+    def test_takes_the_link_away_and_nothing_else(self, links_before):
         model = trained()
         calls = []
-        model[1].register_forward_hook(lambda *_: calls.append("after"), always_call=True)
-        model[0].register_forward_pre_hook(lambda *_: calls.append("before"))
-        assert hooks(model) > 2
+        own = (
+            lambda *_: calls.append("before"),
+            lambda *_: calls.append("module"),
+            lambda *_: calls.append("after"),
+        )
+        model[0].register_forward_pre_hook(own[0])
+        model[0].register_forward_hook(own[1], with_kwargs=True)
+        model[1].register_forward_hook(own[2], always_call=True)
+        for _ in range(1, links_before):
+            link(model)
+        assert len(hooks(model)) > 3 and flags(model) > 2
         to_batchnorm(model)
-        assert hooks(model) == 2
+        assert set(hooks(model)) == set(own) and flags(model) == 2
         model(images())
-        assert calls == ["before", "after"]
+        assert calls == ["before", "module", "after"]
+
+    @COPIES
+    def test_takes_what_is_left_of_a_link_off_a_copy(self, copied):
+        model = copied(trained())
+        assert hooks(model)
+        assert not hooks(to_batchnorm(model)) and not flags(model)
+
+    def test_a_part_of_a_linked_model(self):
+        """The rest goes on; a model with a batch norm in that place does the same."""
+        model, reference = mixed(), mixed()
+        for each in (model, reference):
+            trained(each)
+        to_batchnorm(model[3])
+        assert kinds(model[3]) == {nn.BatchNorm2d} and type(model[1]) is CBN
+        set_window(reference[3], 1)
+        for each in (model, reference):
+            train(each, sgd(each), range(4, 7))
+        for name, tensor in reference.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+        assert links(model) == {"1": "0"}
 
     def test_an_optimizer_goes_on_with_batch_norm(self):
         """As it would have with batch norm and the same weights and momenta from the start."""
@@ -201,11 +279,20 @@ class TestFromBatchnorm:
         for name, tensor in reference.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
 
-    def test_trains_as_a_model_built_with_cbn(self):
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            dict(window_size=4, backward="own"),
+            dict(window="sliding", window_size=4, backward="current"),
+        ],
+        ids=["defaults", "moving", "sliding"],
+    )
+    def test_trains_as_a_model_built_with_cbn(self, options):
         built = with_batchnorm()
-        built[1] = CBN(6, eps=1e-3, momentum=0.3, window_size=4, backward="current")
-        built[4] = CBN(4, window_size=4, backward="current")
-        model = from_batchnorm(with_batchnorm(), window_size=4, backward="current")
+        built[1] = CBN(6, eps=1e-3, momentum=0.3, **options)
+        built[4] = CBN(4, **options)
+        model = from_batchnorm(with_batchnorm(), **options)
         for each in (model, built):
             trained(each)
         for name, tensor in built.state_dict().items():
@@ -219,6 +306,19 @@ class TestFromBatchnorm:
             model(images())
         trained(model)
         assert links(model) == {"1": "0", "4": "3"}
+
+    def test_options_of_the_window(self):
+        options = dict(
+            window="sliding",
+            window_size=4,
+            compensate=False,
+            backward="own",
+            window_dtype="bfloat16",
+        )
+        layer = from_batchnorm(nn.BatchNorm2d(2), **options)
+        assert {name: getattr(layer, name) for name in options} == options
+        layer = from_batchnorm(nn.BatchNorm2d(2), window="moving", window_size="auto")
+        assert repr(layer) == repr(CBN(2)) == repr(from_batchnorm(nn.BatchNorm2d(2)))
 
     def test_options(self):
         model = nn.ModuleList([nn.BatchNorm2d(2, eps=1e-2, momentum=None), nn.SyncBatchNorm(2)])
@@ -239,6 +339,10 @@ class TestFromBatchnorm:
             from_batchnorm(model, windows=4)
         with pytest.raises(ValueError, match="window_size must be"):
             from_batchnorm(model, window_size=0)
+        with pytest.raises(ValueError, match="window must be 'moving'"):
+            from_batchnorm(model, window=4)
+        with pytest.raises(ValueError, match="window_size='auto' is for window='moving'"):
+            from_batchnorm(model, window="sliding")
         assert kinds(model) == {nn.BatchNorm2d}
 
     def test_refuses_to_widen_the_group_of_a_sync_batch_norm(self):
@@ -320,6 +424,68 @@ class TestFromBatchnorm:
             sum(out.mean() for out in model(images(size=64, seed=seed))).backward()
             step(model)
         assert links(model)["bn1"] == "conv1" and len(links(model)) == 20
+
+
+class TestCopies:
+    """What nn.Module offers on a linked model."""
+
+    @COPIES
+    def test_hooks_do_nothing_until_it_is_linked(self, copied):
+        model = trained()
+        before, found = window_tensors(model), links(model)
+        other = copied(model)
+        assert links(other) == {} and set(map(str, window_state(other).values())) == {"[]"}
+        assert torch.equal(other.eval()(images()), model.eval()(images()))
+        model.train()
+        with pytest.raises(RuntimeError, match="never linked"):
+            other.train()(images())
+        reference = mixed()  # never linked
+        reference.load_state_dict(model.state_dict())
+        for each in (other, reference):
+            set_window(each, 1)
+        for seed in range(3):
+            assert torch.equal(other(images(seed=seed)), reference(images(seed=seed)))
+        assert step(other) is None
+        assert links(other) == {} and links(model) == found
+        assert before
+        torch.testing.assert_close(window_tensors(model), before, rtol=0, atol=0)
+
+    @COPIES
+    def test_goes_on_as_a_model_that_was_built_and_linked(self, copied):
+        model = trained()
+        built = mixed()
+        built.load_state_dict(model.state_dict())
+        other = copied(model)
+        for each in (other, built):
+            trained(each)
+        for name, tensor in built.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+        assert links(other) == links(model) == links(built)
+        assert len(hooks(other)) == len(hooks(model)) and flags(other) == flags(model)
+
+    @COPIES
+    def test_in_the_midst_of_an_iteration(self, copied):
+        """The original ends it as if there were no copy, which a training of it leaves alone."""
+        model, reference = trained(), trained()
+        for each in (model, reference):
+            each(images(seed=5)).square().mean().backward()
+        trained(copied(model))
+        for each in (model, reference):
+            step(each)
+            train(each, sgd(each), range(6, 8))
+        for name, tensor in reference.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+    def test_an_averaged_model(self):
+        """Which torch copies from the one that trains, and evaluates."""
+        model = trained()
+        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        averaged.update_parameters(model)
+        train(model, sgd(model), range(4, 6))
+        averaged.update_parameters(model)
+        y = averaged.eval()(images())
+        assert torch.equal(to_batchnorm(averaged)(images()), y)
+        assert not torch.equal(model.eval()(images()), y)
 
 
 def test_both_are_public():

@@ -6,48 +6,97 @@ import pytest
 import torch
 from torch import nn
 
-from cbn_mmdet import CBN, diagnose, link, set_window, step
+from cbn_mmdet import CBN, diagnose, link, set_window, step, window_state
+
+KINDS = pytest.mark.parametrize("window", ["moving", "sliding"])
 
 
 def train(norm, steps, rate=0.05):
-    """A training, and what its last 3 iterations saw: the images, and the mean at that time."""
+    """A training, and of its iterations the images, the weight and the share of the window."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Conv2d(4, 1, 1)).double()
     link(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     seen = []
-    for _ in range(steps):
+    for number in range(1, steps + 1):
         x = torch.randn(2, 2, 6, 6, dtype=torch.float64) + torch.randn(1, dtype=torch.float64)
-        with torch.no_grad():
-            seen.append((x, (model[0](x) - model[0].bias[:, None, None]).mean((0, 2, 3))))
+        size = norm.mean_window_size if norm.window_size == "auto" else norm.window_size
+        seen.append((x, model[0].weight.detach().clone(), 1 / min(size, number)))
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         step(model)
-    return model, seen[-3:]
+    return model, seen
 
 
-def test_against_the_inputs():
+def statistics(weight, images, shares=None):
+    """Mean and variance of all images together, each with its share, at a weight."""
+    outputs = [nn.functional.conv2d(x, weight) for x in images]
+    if shares is None:
+        shares = [1 / len(images)] * len(images)
+    mean = sum(s * y.mean((0, 2, 3)) for s, y in zip(shares, outputs, strict=True))
+    squares = [(y - mean[:, None, None]).square().mean((0, 2, 3)) for y in outputs]
+    return mean, sum(s * each for s, each in zip(shares, squares, strict=True))
+
+
+def shares_of(own):
+    """Of each iteration in the past, from its own share when it was added."""
+    shares = []
+    for share in own:
+        shares = [(1 - share) * each for each in shares] + [share]
+    return shares
+
+
+def root_mean_square(values):
+    return values.square().mean().sqrt().item()
+
+
+def test_a_sliding_window_against_the_inputs():
     """With the last of them through today's weight."""
-    model, seen = train(CBN(4, window_size=4, eps=1e-12), 9)
+    model, seen = train(CBN(4, window="sliding", window_size=4, eps=1e-12), 9)
     found = diagnose(model)
     assert list(found) == ["1"]
-    with torch.no_grad():
-        outputs = [model[0](x) - model[0].bias[:, None, None] for x, _ in seen]
-    means = torch.stack([y.mean((0, 2, 3)) for y in outputs])
-    var = torch.cat(outputs).var((0, 2, 3), unbiased=False)
-    recorded = torch.stack([mean for _, mean in seen])
+    weight = model[0].weight.detach()
+    images, weights, _ = zip(*seen[-3:], strict=True)
+    mean, var = statistics(weight, images)
+    means = torch.stack([statistics(weight, [x])[0] for x in images])
+    recorded = torch.stack(
+        [statistics(each, [x])[0] for x, each in zip(images, weights, strict=True)]
+    )
     # The compensated variance is of second order only: hence the tolerance.
     correction = ((means - recorded).abs() / var.sqrt()).mean().item()
-    noise = ((means[-1] - means.mean(0)) / var.sqrt()).square().mean().sqrt().item()
+    noise = root_mean_square((means[-1] - mean) / var.sqrt())
     assert found["1"].correction == pytest.approx(correction, rel=0.05) and correction > 0.01
     assert found["1"].noise == pytest.approx(noise, rel=0.05) and noise > 0.1
-    assert found["1"].clamped == 0.0
+    assert found["1"].clamped == 0.0 and found["1"].window_size == 4
     assert not found["1"].is_doubtful
 
 
-def test_weights_that_leap():
-    model, _ = train(CBN(4, window_size=4), 9)
+@pytest.mark.parametrize("window_size", [4, "auto"])
+def test_a_moving_window_against_the_inputs(window_size):
+    """With all of them through the weights of today and of the last iteration."""
+    norm = CBN(4, window_size=window_size, eps=1e-12)
+    model, seen = train(norm, 9)
+    found = diagnose(model)["1"]
+    images, weights, own = zip(*seen, strict=True)
+    shares, last = shares_of(own), weights[-1]
+    mean, var = statistics(model[0].weight.detach(), images, shares)
+    moved = mean - statistics(last, images, shares)[0]
+    correction = norm.mean_window_size * (moved.abs() / var.sqrt()).mean().item()
+    past_mean, past_var = statistics(last, images[:-1], shares_of(own[:-1]))
+    batch_mean, batch_var = statistics(last, images[-1:])
+    noise = root_mean_square((batch_mean - past_mean) / ((past_var + batch_var) / 2).sqrt())
+    # Of second order only is the compensated variance, as above.
+    assert found.correction == pytest.approx(correction, rel=0.05) and correction > 0.001
+    assert found.noise == pytest.approx(noise, rel=0.05) and noise > 0.1
+    assert found.clamped == 0.0
+    assert found.window_size == pytest.approx(norm.mean_window_size)
+    assert not found.is_doubtful
+
+
+@KINDS
+def test_weights_that_leap(window):
+    model, _ = train(CBN(4, window=window, window_size=4), 9)
     with torch.no_grad():
         model[0].weight += 0.5
     found = diagnose(model)["1"]
@@ -57,31 +106,53 @@ def test_weights_that_leap():
     assert diagnose(model)["1"].is_doubtful
 
 
-def test_without_compensation_there_is_none():
-    found = diagnose(train(CBN(4, window_size=4, compensate=False), 9)[0])["1"]
+@KINDS
+def test_without_compensation_there_is_none(window):
+    norm = CBN(4, window=window, window_size=4, compensate=False)
+    found = diagnose(train(norm, 9)[0])["1"]
     assert found.correction == found.clamped == 0.0
-    assert found.noise > 0.1
+    assert found.noise > 0.1 and found.window_size == 4
 
 
-@pytest.mark.parametrize("window_size, steps", [(2, 4), (4, 1)])
-def test_one_past_iteration_tells_all_but_the_noise(window_size, steps):
-    model, seen = train(CBN(4, window_size=window_size, eps=1e-12), steps)
+@KINDS
+def test_a_frozen_weight_needs_none(window):
+    """Its bias, which trains, is no part of what is recorded."""
+    norm = CBN(4, window=window, window_size=4)
+    model, _ = train(norm, 0)
+    model[0].weight.requires_grad_(False)
+    for _ in range(9):
+        model(torch.randn(2, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
+        step(model)
+        model[0].bias = nn.Parameter(model[0].bias.detach() + 1)
+    model(torch.randn(2, 2, 6, 6, dtype=torch.float64))  # which makes the past with the bias
+    found = diagnose(model)["1"]
+    assert found.correction == found.clamped == 0.0 and 0 < found.noise < 1
+
+
+@pytest.mark.parametrize(
+    "window, window_size, steps",
+    [("sliding", 2, 4), ("sliding", 4, 1), ("moving", 4, 1), ("moving", "auto", 1)],
+)
+def test_one_past_iteration_tells_all_but_the_noise(window, window_size, steps):
+    norm = CBN(4, window=window, window_size=window_size, eps=1e-12)
+    model, seen = train(norm, steps)
     with torch.no_grad():
         model[0].weight *= -3
     found = diagnose(model)["1"]
-    x, recorded = seen[-1]
-    with torch.no_grad():
-        y = model[0](x) - model[0].bias[:, None, None]
-    moved = (y.mean((0, 2, 3)) - recorded).abs()
+    x, weight, _ = seen[-1]
+    mean, var = statistics(model[0].weight.detach(), [x])
+    moved = (mean - statistics(weight, [x])[0]).abs()
     # The variance of the first order comes out negative, and is cut to the mean's square at most.
-    assert found.clamped == 1 and found.correction > (moved / y.std((0, 2, 3))).mean()
+    assert found.clamped == 1 and found.correction > (moved / var.sqrt()).mean()
     assert math.isnan(found.noise) and found.is_doubtful
+    assert found.window_size == (1 if window_size == "auto" else 2)
 
 
 class Often(nn.Module):
-    def __init__(self):
+    def __init__(self, window):
         super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), CBN(4, window_size=4))
+        norm = CBN(4, window=window, window_size=4)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm)
 
     def forward(self, x, calls):
         for _ in range(calls):
@@ -89,35 +160,61 @@ class Often(nn.Module):
         return x
 
 
-def test_a_window_that_is_younger_than_the_layers_others():
+@KINDS
+def test_a_window_that_is_younger_than_the_layers_others(window):
     """The noise is that of the windows that can tell."""
     torch.manual_seed(0)
-    model = Often()
+    model = Often(window)
     link(model)
     for calls in (1, 1, 1, 2):
         model(torch.randn(2, 4, 6, 6), calls).square().mean().backward()
         step(model)
-    assert [len(window) for window in model.block[1]._windows] == [3, 1]
-    assert 0 < diagnose(model)["block.1"].noise < 1
+    assert [state["seen"] for state in window_state(model)["block.1"]] == [4, 1]
+    found = diagnose(model)["block.1"]
+    assert 0 < found.noise < 1
+    assert found.window_size == 3  # of 4 and 2
 
 
-def test_empty_windows():
-    assert diagnose(train(CBN(4, window_size=4), 0)[0]) == {}
-    assert diagnose(train(CBN(4, window_size=1), 4)[0]) == {}
+def test_from_the_narrowest_window_to_the_widest():
+    norms = [CBN(3, window_size=5), CBN(3, window="sliding", window_size=3), CBN(3), CBN(3)]
+    norms[-1].set_window(4)
+    layers = [layer for norm in norms for layer in (nn.Conv2d(3, 3, 3, padding=1), norm)]
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers, nn.Conv2d(3, 3, 3, padding=1), CBN(3, window_size=1))
+    link(model)
+    for _ in range(8):
+        model(torch.randn(2, 3, 6, 6)).square().mean().backward()
+        step(model)
+    found = diagnose(model)
+    sizes = [each.window_size for each in found.values()]
+    assert sizes == sorted(sizes) and found.keys() == {"1", "3", "5", "7"}
+    assert (found["1"].window_size, found["3"].window_size) == (5, 3)
+    for name in ("5", "7"):  # which set their own
+        size = model.get_submodule(name).mean_window_size
+        assert found[name].window_size == pytest.approx(size) and size < 2
+
+
+@KINDS
+def test_empty_windows(window):
+    assert diagnose(train(CBN(4, window=window, window_size=4), 0)[0]) == {}
+    assert diagnose(train(CBN(4, window=window, window_size=1), 4)[0]) == {}
     assert diagnose(nn.Conv2d(1, 1, 1)) == {}
 
 
-def test_a_convolution_that_is_gone():
-    model, _ = train(CBN(4, window_size=4), 4)
+@KINDS
+def test_a_convolution_that_is_gone(window):
+    model, _ = train(CBN(4, window=window, window_size=4), 4)
     model[0] = nn.Conv2d(2, 4, 3)
     assert diagnose(model) == {}
 
 
-def test_it_changes_nothing():
+@KINDS
+def test_it_changes_nothing(window):
     ends = []
     for looks in (False, True):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(2, 4, 3), CBN(4, window_size=3), nn.Conv2d(4, 1, 1))
+        norm = CBN(4, window=window, window_size=3)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Conv2d(4, 1, 1))
         link(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for number in range(6):
@@ -127,5 +224,7 @@ def test_it_changes_nothing():
             step(model)
             if looks:
                 diagnose(model)
-        ends.append(model.state_dict())
-    assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
+        ends.append({**model.state_dict(), **window_state(model)["1"][0]})
+    assert ends[0].keys() == ends[1].keys()
+    for one, other in zip(*(end.values() for end in ends), strict=True):
+        assert one.equal(other) if isinstance(one, torch.Tensor) else one == other

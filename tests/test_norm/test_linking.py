@@ -2,17 +2,18 @@
 
 import copy
 import gc
-import signal
+import pickle
+import sys
 import threading
-import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cbn_mmdet import CBN, link, links, set_window, step
-from cbn_mmdet.norm import linking
+import cbn_mmdet.norm
+from cbn_mmdet import CBN, link, links, set_window, step, window_state
 
 
 def train_once(model, *inputs):
@@ -20,6 +21,17 @@ def train_once(model, *inputs):
     output = model(*inputs)
     step(model)
     return output
+
+
+def held(model):
+    """The number of iterations that each window of each layer has seen."""
+    return {
+        name: [each["seen"] for each in windows] for name, windows in window_state(model).items()
+    }
+
+
+def images(seed=0, channels=3):
+    return torch.randn(2, channels, 5, 5, generator=torch.Generator().manual_seed(seed))
 
 
 class TestPlainModels:
@@ -34,7 +46,7 @@ class TestPlainModels:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
         assert link(model) == link(model) == 1
         assert len(model[0]._forward_hooks) == 1
-        assert len(model._forward_pre_hooks) == 1
+        assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
         train_once(model, torch.randn(2, 3, 8, 8))
         assert links(model) == {"1": "0"}
 
@@ -57,13 +69,6 @@ class TestPlainModels:
         train_once(model, torch.randn(2, 4, 5, 5))
         assert links(model) == {"norms.0": "convs.2", "norms.1": "convs.0", "norms.2": "convs.1"}
 
-    def test_a_linked_part_does_not_end_the_forward(self):
-        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), CBN(4))
-        link(model[0])
-        link(model)
-        train_once(model, torch.randn(2, 3, 8, 8))
-        assert links(model) == {"1": "0.0"}
-
     def test_a_copy_that_runs_within_the_forward(self):
         """A teacher, say: copies carry the hooks."""
 
@@ -76,9 +81,10 @@ class TestPlainModels:
         model = Student(nn.Conv2d(3, 4, 3), CBN(4))
         link(model)
         model.__dict__["teacher"] = [copy.deepcopy(nn.Sequential(*model)).eval()]
-        link(model.teacher[0])
-        train_once(model, torch.randn(2, 3, 8, 8))
-        assert links(model) == {"1": "0"}
+        for _ in range(2):
+            train_once(model, torch.randn(2, 3, 8, 8))
+            assert links(model) == {"1": "0"}
+            link(model.teacher[0])
 
     def test_one_convolution_feeds_several_norms(self):
         class Fork(nn.Module):
@@ -107,13 +113,24 @@ class TestPlainModels:
         train_once(model, torch.randn(2, 3, 5, 5))
         assert links(model) == {"1": "0.0.0"}
 
-    def test_links_are_known_in_evaluation_and_for_naive_cbn(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.ReLU(), CBN(4, compensate=False))
+    def test_naive_cbn_may_follow_anything(self):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 1), CBN(4, compensate=False), nn.ReLU(), CBN(4, compensate=False)
+        )
         link(model)
-        model.eval()
+        train_once(model, images())
+        assert links(model) == {"1": "0"}  # a ReLU has no weight to be told by
+        assert held(model) == {"1": [1], "3": [1]}
+
+    def test_links_are_of_the_last_run_in_training(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
         with torch.inference_mode():
-            model(torch.randn(2, 3, 5, 5))
-        assert links(model) == {"1": "0", "3": "2"}
+            model.eval()(images())
+        assert links(model) == {}
+        train_once(model, images())
+        model.eval()[1](images(channels=4))
+        assert links(model) == {"1": "0"}
 
     def test_links_of_a_window_of_one(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, window_size=1))
@@ -139,7 +156,79 @@ class TestPlainModels:
         assert links(model) == {"1": "0"}
 
 
-class TestNothingIsKept:
+class TestMarks:
+    """What rides on a tensor during a forward, so that a norm knows who returned it."""
+
+    def model(self):
+        """A linked model, and the outputs of its convolution with what rides on each."""
+        model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1)), []
+        link(model)
+        model[0].register_forward_hook(lambda *args: seen.append((args[2], dict(vars(args[2])))))
+        return model, seen
+
+    def check_clean(self, tensor):
+        """It is copied and saved without anything of this package."""
+        assert not vars(tensor)
+        assert b"cbn_mmdet" not in pickle.dumps(tensor.detach())
+        assert torch.equal(copy.deepcopy(tensor.detach()), tensor)
+
+    def test_they_are_gone_after_the_forward(self):
+        model, seen = self.model()
+        output = model(images())
+        ((inner, during),) = seen
+        assert during
+        for tensor in (inner, output):
+            self.check_clean(tensor)
+
+    def test_they_are_gone_after_a_forward_that_failed(self):
+        model, seen = self.model()
+        with pytest.raises(RuntimeError, match="expected input"):
+            model[2].weight.data = model[2].weight.data[:, :2]
+            model(images())
+        self.check_clean(seen[0][0])
+
+    def test_of_parts_they_are_gone_after_the_step(self):
+        model, seen = self.model()
+        model[1](model[0](images()))
+        assert vars(seen[0][0])
+        step(model)
+        self.check_clean(seen[0][0])
+
+    def test_there_are_none_in_evaluation(self):
+        model, seen = self.model()
+        model.eval()(images())
+        assert not seen[0][1]
+
+    @pytest.mark.parametrize(
+        "module", [nn.ReLU(), nn.Identity(), nn.Sequential(nn.Tanh()), nn.MaxPool2d(2), CBN(3)]
+    )
+    def test_only_modules_with_a_weight_put_one(self, module):
+        during, model = [], nn.Sequential(module, nn.Conv2d(3, 4, 1), CBN(4))
+        module.compensate = False
+        link(model)
+        module.register_forward_hook(lambda *args: during.append(dict(vars(args[2]))))
+        model(torch.randn(2, 3, 8, 8))
+        assert during == [{}]
+
+    def test_an_operation_in_place_takes_it_back(self):
+        class InPlace(nn.Sequential):
+            change = None
+
+            def forward(self, x):
+                y = self[0](x)
+                if self.change is not None:
+                    self.change(y)
+                return self[1](y)
+
+        model = InPlace(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        whole, part = nn.functional.relu_, lambda y: y[:, :1].zero_()
+        for model.change in (whole, part):
+            with pytest.raises(RuntimeError, match="'1'.*operation in place"):
+                model(images())
+        model.change = None
+        assert model(images()).isfinite().all()
+
     def test_inputs_are_free_after_the_forward(self):
         """A held output does not hold the convolution's input."""
         inputs = []
@@ -152,114 +241,312 @@ class TestNothingIsKept:
 
         model = nn.Sequential(Remember(), nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1))
         link(model)
-        output = model(torch.randn(2, 3, 5, 5))
+        output = model(images())
         output.sum().backward()
         step(model)
         gc.collect()
         assert inputs[0]() is None
-        assert not output.__dict__  # nothing rides along when it is copied or saved
-        del output
-        assert not linking._here.signatures
+        assert output.shape == (2, 4, 5, 5)
 
-    def test_a_failed_forward_leaves_no_open_scope(self):
-        class Fails(nn.Module):
-            def forward(self, x):
-                raise KeyError("stop")
-
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), Fails())
-        link(model)
-        with pytest.raises(KeyError):
-            model(torch.randn(2, 3, 5, 5))
-        assert linking.current_forward() is None
-        assert all(held.input is None for held in linking._here.signatures.values())
-
-    def test_an_interrupt_is_not_lost_with_a_tensor(self):
-        """Python drops what is raised while an object dies: Ctrl-C would do nothing."""
+    def test_a_model_can_be_freed(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
         link(model)
-        held = [model[0](torch.randn(2, 3, 5, 5))]
-        held += [object() for _ in range(1_000_000)]  # which die before it, without any Python code
+        train_once(model, images())
+        ref = weakref.ref(model[0])
+        del model
+        gc.collect()
+        assert ref() is None
 
-        def interrupt(*_):
-            raise KeyboardInterrupt
 
-        before = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 1e-3)
-                held.clear()
-                time.sleep(1)
-        finally:
-            signal.signal(signal.SIGALRM, before)
-            held.clear()  # should the alarm have come before
-        assert not linking._here.signatures
+class Stages(nn.Module):
+    """Has a method beside its forward, and can be made to stop in between."""
 
-    def test_an_interrupted_forward_ends_with_the_iteration(self):
-        """Ctrl-C in a notebook: no hook runs, and the next iterations must still count right."""
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window_size=4), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 1), CBN(4, window_size=4))
+        self.failure = None
 
-        class Interrupt(nn.Module):
-            armed = True
+    def forward(self, x):
+        return self.loss(x)
 
-            def forward(self, x):
-                if self.armed:
-                    raise KeyboardInterrupt
-                return x
+    def loss(self, x):
+        x = self.body(x)
+        if self.failure is not None:
+            raise self.failure
+        return self.head(x).square().mean()
 
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), Interrupt())
-        link(model)
-        with pytest.raises(KeyboardInterrupt):
-            model(torch.randn(2, 3, 5, 5))
+
+def stages(count=2, call=lambda model, x: model(x)):
+    """A model after some iterations."""
+    model = Stages()
+    link(model)
+    for number in range(count):
+        iterate(model, number, call)
+    return model
+
+
+def iterate(model, seed, call=lambda model, x: model(x)):
+    """One iteration, after which the weights are others."""
+    model.zero_grad()
+    call(model, images(seed)).backward()
+    step(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+
+
+def assert_same(model, other):
+    """The same windows, running statistics and weights, bit for bit."""
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    ours, theirs = window_state(model), window_state(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        for one, another in zip(ours[name], theirs[name], strict=True):
+            assert one.keys() == another.keys()
+            for key, value in one.items():
+                is_tensor = isinstance(value, torch.Tensor)
+                same = torch.equal(value, another[key]) if is_tensor else value == another[key]
+                assert same, f"{name}: {key}"
+
+
+class TestIterations:
+    """What begins an iteration, what belongs to it, and what ends it."""
+
+    def test_of_two_forwards_the_last_counts(self):
+        twice, once = stages(), stages()
+        twice(images(7))
+        iterate(twice, 8), iterate(once, 8)
+        assert_same(twice, once)
+        assert held(twice) == {"body.1": [3], "head.1": [3]}
+
+    def test_a_method_instead_of_the_model(self):
+        """As the model itself, if it is called once in an iteration."""
+        model = stages(5, call=lambda model, x: model.loss(x))
+        assert_same(model, stages(5))
+
+    def test_each_call_of_a_part_has_its_own_window(self):
+        """Without the root nothing tells a repetition from one more call."""
+        model = stages(0)
+        for number in range(3):
+            iterate(model, number, lambda model, x: model.loss(x) + model.loss(2 * x))
+        assert held(model) == {"body.1": [3, 3], "head.1": [3, 3]}
+        assert model.body[1].num_batches_tracked == 6
+        first, second = window_state(model)["body.1"]
+        assert not torch.allclose(first["recorded"], second["recorded"])
+
+    def test_parts_in_turn(self):
+        """A loop that calls the parts is an iteration from step to step."""
+        model = stages(4, call=lambda model, x: model.head(model.body(x)).square().mean())
+        assert_same(model, stages(4))
+        assert links(model) == {"body.1": "body.0", "head.1": "head.0"}
+
+    def test_a_forward_drops_what_parts_left(self):
+        model, other = stages(), stages()
+        model.body(images(7))
+        iterate(model, 8), iterate(other, 8)
+        assert_same(model, other)
+
+    def test_a_part_after_the_forward_is_one_more_call(self):
+        model = stages(0)
+        for number in range(2):
+            iterate(model, number, lambda model, x: model(x) + model.body(x).mean())
+        assert held(model) == {"body.1": [2, 2], "head.1": [2]}
+
+    def test_a_step_without_a_forward_changes_nothing(self):
+        model, other = stages(), stages()
+        assert step(model) is None
+        assert_same(model, other)
+
+    def test_an_evaluation_between_forward_and_step(self):
+        model, other = stages(), stages()
+
+        def call(model, x):
+            loss = model(x)
+            model.eval()(images(9))
+            model.train()
+            return loss
+
+        iterate(model, 8, call), iterate(other, 8)
+        assert_same(model, other)
+
+    @pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
+    @pytest.mark.parametrize("is_stepped", [False, True])
+    def test_an_interrupted_forward(self, kind, is_stepped):
+        """The next forward begins anew; only a step in between keeps what the first layers saw."""
+        model, other = stages(), stages()
+        model.failure = kind("stop")
+        with pytest.raises(kind):
+            model(images(7))
+        model.failure = None
+        if is_stepped:
+            step(model)
+        else:
+            iterate(model, 8), iterate(other, 8)
+            assert_same(model, other)
+        for number in (10, 11):
+            model(images(number))
         step(model)
-        model[2].armed = False
-        for _ in range(3):
-            model(torch.randn(2, 3, 5, 5))
-        step(model)
-        assert len(model[1]._windows) == 1
-        assert model[1].num_batches_tracked == 2
+        assert held(model) == {"body.1": [4], "head.1": [3 + (not is_stepped)]}
 
-    def test_a_module_that_calls_itself_stays_in_its_forward(self):
+    def test_a_model_that_calls_itself_stays_in_its_forward(self):
         class Again(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.conv, self.norm = nn.Conv2d(4, 4, 1), CBN(4)
 
-            def forward(self, x, again=True):
+            def forward(self, x, again=2):
                 if again:
-                    x = self(x, again=False)
+                    x = self(x, again=again - 1)
                 return self.norm(self.conv(x))
 
         model = Again()
         link(model)
-        for _ in range(3):
-            train_once(model, torch.randn(2, 4, 5, 5))
-        assert [len(window) for window in model.norm._windows] == [3, 3]
+        for number in range(3):
+            model(images(9, 4))  # of which the step is to know nothing
+            train_once(model, images(number, 4))
+        assert held(model) == {"norm": [3, 3, 3]}
 
     def test_models_in_threads_do_not_meet(self):
-        def train(errors):
-            try:
-                model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1), CBN(4))
-                link(model)
-                for _ in range(30):
-                    train_once(model, torch.randn(2, 3, 16, 16))
-            except Exception as error:
-                errors.append(error)
+        expected, found = stages(30), []
 
-        errors = []
-        threads = [threading.Thread(target=train, args=(errors,)) for _ in range(4)]
+        def train():
+            model = copy.deepcopy(start)
+            link(model)
+            for number in range(30):
+                iterate(model, number)
+            found.append(model)
+
+        start = Stages()
+        threads = [threading.Thread(target=train) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not errors
+        assert len(found) == 4
+        for model in found:
+            assert_same(model, expected)
 
-    def test_a_model_can_be_freed(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+
+class TestModelsWithinModels:
+    def test_a_linked_part_of_a_linked_model(self):
+        """The model was linked last: its forward is the iteration, the part's is not."""
+        model, other = Stages(), stages(0)
+        link(model.body)
         link(model)
-        train_once(model, torch.randn(2, 3, 5, 5))
-        ref = weakref.ref(model[0])
-        del model
-        gc.collect()
-        assert ref() is None
+        for number in range(4):
+            iterate(model, number), iterate(other, number)
+        assert_same(model, other)
+        assert len(model.body._forward_pre_hooks) == 0
+
+    def test_its_end_ends_the_iteration_of_the_whole(self):
+        model, other = stages(), stages()
+        model(images(7)), other(images(7))
+        step(model.head), step(other)
+        assert_same(model, other)
+
+    def test_a_part_that_was_linked_last_has_iterations_of_its_own(self):
+        """Of two of its forwards the last counts; the step of the model ends both."""
+        model, other = stages(), stages()
+        link(model.head)
+
+        def call(model, x):
+            model.head(torch.randn(2, 4, 3, 3))
+            return model(x)
+
+        for number in (7, 8):
+            iterate(model, number, call), iterate(other, number)
+        assert_same(model, other)
+        model(images(9))
+        step(model.head)
+        assert held(model) == {"body.1": [4], "head.1": [5]}
+        step(model)
+        assert held(model) == {"body.1": [5], "head.1": [5]}
+
+    def test_a_linked_part_does_not_end_the_forward(self):
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), CBN(4))
+        link(model[0])
+        link(model)
+        train_once(model, images())
+        assert links(model) == {"1": "0.0"}
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_linking_again_keeps_the_windows(self, whole):
+        """Also of the model in a wrapper that is linked in its place."""
+        model, other = stages(3), stages(3)
+        linked = nn.Sequential(model) if whole else model
+        link(linked)
+        assert held(linked) == {f"{'0.' * whole}{name}": [3] for name in ("body.1", "head.1")}
+        for number in (7, 8):
+            iterate(linked, number), iterate(other, number)
+        assert_same(model, other)
+
+    def test_linking_again_in_an_iteration_keeps_it(self):
+        model, other = stages(), stages()
+        iterate(model, 7, lambda model, x: (model(x), link(model))[0])
+        iterate(other, 7)
+        assert_same(model, other)
+
+    def test_linking_again_takes_in_what_is_new(self):
+        model = stages()
+        model.head.append(nn.Conv2d(4, 4, 1))
+        model.head.append(CBN(4))
+        assert link(model) == 3
+        iterate(model, 7)
+        assert links(model)["head.3"] == "head.2"
+        assert held(model) == {"body.1": [3], "head.1": [3], "head.3": [1]}
+
+
+class TestHowMuchRuns:
+    """The package's own part in a forward, which for small maps is most of its cost."""
+
+    LAYERS, FOLDER = 20, str(Path(cbn_mmdet.norm.__file__).parent)
+
+    @pytest.mark.parametrize(
+        "layer", [{}, dict(window="sliding", window_size=4, backward="current")], ids=str
+    )
+    def test_functions_of_a_forward(self, layer):
+        blocks = [
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), CBN(4, **layer))
+            for _ in range(self.LAYERS)
+        ]
+        model = nn.Sequential(*blocks)
+        link(model)
+        for number in range(6):
+            model(images(number, 4)).sum().backward()
+            step(model)
+
+        functions, everything, into_linking, depth = set(), 0, 0, 0
+
+        def watch(frame, event, _):
+            nonlocal everything, into_linking, depth
+            code = frame.f_code
+            if code is CBN.forward.__code__:
+                depth += {"call": 1, "return": -1}.get(event, 0)
+            if event != "call" or not code.co_filename.startswith(self.FOLDER):
+                return
+            everything += 1
+            if depth > 0:
+                functions.add(code)
+                is_entry = code.co_filename != frame.f_back.f_code.co_filename
+                into_linking += is_entry and code.co_filename.endswith("linking.py")
+
+        x = images(9, 4)
+        sys.setprofile(watch)
+        try:
+            model(x)
+        finally:
+            sys.setprofile(None)
+        assert 10 < len(functions) <= 35
+        assert into_linking == self.LAYERS
+        # With the marks of the convolutions and what is done for all layers at once.
+        assert everything / self.LAYERS <= 62
+
+    def test_attributes_that_a_layer_hides(self):
+        hidden = {name for name in vars(CBN(4)) if name.startswith("_")}
+        assert len(hidden - set(vars(nn.BatchNorm2d(4)))) <= 3
 
 
 class TestRefusals:
@@ -281,11 +568,16 @@ class TestRefusals:
 
     def test_after_an_activation(self):
         self.refuse(
-            nn.Conv2d(3, 4, 1), nn.ReLU(), CBN(4), message=r"layer '2' \(CBN\).*'1' \(ReLU\)"
+            nn.Conv2d(3, 4, 1),
+            nn.ReLU(),
+            CBN(4),
+            message=r"layer '2' \(CBN\).*shape \(2, 4, 8, 8\) that no module.*of an activation",
         )
 
     def test_after_an_activation_in_place(self):
-        self.refuse(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), CBN(4), message=r"'2'.*'1' \(ReLU\)")
+        self.refuse(
+            nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), CBN(4), message=r"'2'.*no module.*in place"
+        )
 
     def test_on_the_input(self):
         self.refuse(CBN(3), message=r"'0'.*shape \(2, 3, 8, 8\) that no module")
@@ -303,7 +595,7 @@ class TestRefusals:
             def forward(self, x):
                 return nn.functional.relu_(self.conv(x))
 
-        self.refuse(Blocks(), CBN(4), message=r"'1'.*'0' \(Blocks\), which is no nn.Conv2d")
+        self.refuse(Blocks(), CBN(4), message=r"'1'.*that no module with a weight.*a function")
         self.refuse(Sum(3, 4, 1), CBN(4), message=r"'1'.*'0' \(Sum\).*not the plain convolution")
 
     def test_after_a_transposed_convolution(self):
@@ -381,7 +673,7 @@ STOCK = {
     "rtmdet/rtmdet_tiny_8xb32-300e_coco.py": [],
     "efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py": [],
 }
-NORM = dict(type="CBN", window_size=3)
+NORM = dict(type="CBN")
 
 
 def with_cbn(node):

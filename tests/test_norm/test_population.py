@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, link, precise_statistics, window_state
+from cbn_mmdet import BRN, CBN, link, precise_statistics, step, window_state
 
 NORMS = {"BN": nn.BatchNorm2d, "CBN": CBN, "BRN": BRN}
 
@@ -71,14 +71,16 @@ def test_deep_layers_come_close_to_those_of_inference():
     assert errors["precise"] < 0.5 * errors["own"]
 
 
-def test_the_model_is_left_as_found():
-    model, data = network(CBN), images()
+@pytest.mark.parametrize("window", ["moving", "sliding"])
+def test_the_model_is_left_as_found(window):
+    model, data = network(lambda channels: CBN(channels, window=window, window_size=3)), images()
     for batch in data.split(4):  # a training that has begun
         model(batch).sum().backward()
+        step(model)
     frozen = copy.deepcopy(model[1].eval())
     before = copy.deepcopy(model.state_dict())
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    windows = copy.deepcopy(window_state(model))
+    windows = window_state(model)
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     assert precise_statistics(model, data.split(1)) == ["4"]
@@ -89,7 +91,10 @@ def test_the_model_is_left_as_found():
     assert torch.equal(frozen.running_mean, model[1].running_mean)
     for one, other in zip(gradients, model.parameters(), strict=True):
         assert torch.equal(one, other.grad)
-    assert str(windows) == str(window_state(model))
+    for name, (state,) in window_state(model).items():
+        assert state["seen"] == 3 and state.keys() == windows[name][0].keys()
+        for found, expected in zip(state.values(), windows[name][0].values(), strict=True):
+            assert found.equal(expected) if torch.is_tensor(found) else found == expected
 
 
 def test_what_others_count_is_left_as_found():

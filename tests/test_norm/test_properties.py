@@ -1,15 +1,17 @@
-"""The whole layer in any sequence of what a training does, against the paper's formulas.
+"""The whole layer in any sequence of what a training does, against the plain reference.
 
 Everything is compared after each operation: the output, the gradients in the input and in all
-parameters, the running statistics, the number of past iterations held and their memory.
+parameters, the running statistics, the number of past iterations seen, the window's size and its
+memory. Before an iteration ends, nothing may have changed.
 """
 
 import copy
 import io
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,17 +21,18 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from reference import Reference
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import CBN, link, links, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm.reference import Reference
 
 # Largest error of an entry, relative to the largest entry of the tensor, or to 1 if that is less.
 # The reference computes in float64. The window is stored in float32 even so, each past statistic
-# rounded by 2^-24 of what its product with the weight was, and the normalisation magnifies that by
-# (var + eps)^-1/2, up to 30 here: that sets the tolerance of a float64 layer.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 0.1}
+# rounded by 2^-24 of what its product with the weight was. The normalisation magnifies that by
+# (var + eps)^-1/2, up to 30 here, and its gradient once more: hence a float64 layer's tolerance.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-5, torch.bfloat16: 0.1}
 
 
 @st.composite
@@ -55,18 +58,28 @@ def convolutions(draw):
     )
 
 
-norms = st.fixed_dictionaries(
-    dict(
-        eps=st.sampled_from([1e-3, 0.1]),
-        momentum=st.sampled_from([0.1, 0.7, None]),
-        affine=st.booleans(),
-        track_running_stats=st.sampled_from([True, True, False]),
-        window_size=st.sampled_from([3, 2, 4, 5, 1]),
-        compensate=st.sampled_from([True, True, True, False]),
-        backward=st.sampled_from(["window", "current"]),
-        derivative_stride=st.sampled_from([1, 1, 2, None]),
+# Every window with every gradient has runs of its own.
+WINDOWS = {
+    "moving": dict(window="moving", window_size=st.sampled_from([3, 2, 4, 5, 3, 2, 4, 1])),
+    "auto": dict(window="moving", window_size=st.just("auto")),
+    "sliding": dict(window="sliding", window_size=st.sampled_from([3, 2, 4, 5, 3, 2, 4, 1])),
+}
+BACKWARDS = ["full", "own", "window", "current"]
+
+
+@st.composite
+def norms(draw):
+    """The arguments of a CBN that every run draws for itself."""
+    return dict(
+        eps=draw(st.sampled_from([1e-3, 0.1])),
+        momentum=draw(st.sampled_from([0.1, 0.7, None])),
+        affine=draw(st.booleans()),
+        track_running_stats=draw(st.sampled_from([True, True, False])),
+        compensate=draw(st.sampled_from([True, True, True, False])),
+        derivative_stride=draw(st.sampled_from([1, 1, 2, None])),
     )
-)
+
+
 small = st.tuples(st.integers(1, 9), st.integers(1, 9))
 # The mean patch of a map of more than 1,024 positions is computed in another way.
 sizes = st.one_of(small, small, small, st.just((30, 40)))
@@ -75,50 +88,106 @@ batches = dict(
     size=sizes,
     shift=st.sampled_from([0, 1, -3]),
     times=st.integers(1, 2),
-    how=st.sampled_from(["backward", "backward", "checkpointed", "no_grad"]),
+    how=st.sampled_from(
+        ["backward", "backward", "backward", "in two parts", "overflow", "checkpointed", "no_grad"]
+    ),
 )
 distances = st.sampled_from([0.01, 0.1, "flip"])
 
 
-class Training(RuleBasedStateMachine):
-    """A convolution with its CBN, and the same in float64 from the paper's formulas."""
+class Limited(Reference):
+    """The reference with a largest window size in force, as ``set_window`` sets it."""
 
-    def __init__(self, dtype):
+    limit: int | None = None
+
+    def largest(self):
+        """The largest window size."""
+        own = super().largest()
+        return own if self.limit is None else min(own, self.limit)
+
+    def moves(self):
+        """Whether what is learnt now is a function of the weight."""
+        return self.compensate and self.conv.weight.requires_grad
+
+    def uncut_variances(self):
+        """Past variances at today's weight before those below zero are cut, ``(T, C)``."""
+        found = []
+        for entry in self.past:
+            mean, var = entry.at(self.conv.weight.detach())
+            if self.window == "sliding":
+                var = var - (mean - entry.mean).square()
+            found.append(var)
+        return torch.stack(found)
+
+
+class Pending(NamedTuple):
+    """What a forward of the reference leaves for the end of its iteration.
+
+    Attributes:
+        running: What is averaged into the running statistics.
+        entry: What enters the window, or None in a burn-in.
+        y: The convolution's output.
+        conv: State of the convolution.
+        variances: Of the past, before those below zero were cut, or None.
+        is_clear_cut: Whether rounding does not decide which were.
+    """
+
+    running: tuple
+    entry: tuple | None = None
+    y: torch.Tensor | None = None
+    conv: dict | None = None
+    variances: torch.Tensor | None = None
+    is_clear_cut: bool = True
+
+
+class Training(RuleBasedStateMachine):
+    """A convolution with its CBN, and the same in float64 in the plainest code."""
+
+    def __init__(self, dtype, window, backward):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.window, self.backward = dtype, WINDOWS[window], backward
 
     @initialize(
         conv=convolutions(),
-        norm=norms,
+        norm=norms(),
+        data=st.data(),
+        loss_scale=st.sampled_from([None, None, 8.0]),
         channels_last=st.booleans(),
         seed=st.integers(0, 99),
         iterations=st.integers(1, 6),
         size=sizes,
     )
-    def build(self, conv, norm, channels_last, seed, iterations, size):
+    def build(self, conv, norm, data, loss_scale, channels_last, seed, iterations, size):
         torch.manual_seed(seed)
         if self.dtype == torch.bfloat16:
             channels_last = False  # torch's gradient of a dilated depthwise one is wrong on the CPU
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         conv = nn.Conv2d(**conv)
-        norm = CBN(conv.out_channels, **norm)
+        norm.update(self.window, window_size=data.draw(self.window["window_size"]))
+        if self.backward in ("full", "own"):
+            # What they give back to the weight is made of the derivative, estimated or not.
+            norm["derivative_stride"] = 1
+        norm = CBN(conv.out_channels, backward=self.backward, **norm)
         if norm.affine:
             nn.init.normal_(norm.weight, 1, 0.3)
             nn.init.normal_(norm.bias)
         self.model = nn.Sequential(conv, norm).to(dtype=self.dtype, memory_format=self.format)
         link(self.model)
         self.saved = copy.deepcopy(self.model.state_dict())
-        self.slow = Reference(
+        self.slow = Limited(
             copy.deepcopy(conv).double(),
+            norm.window,
             norm.window_size,
             norm.eps,
             norm.compensate,
-            flow=norm.backward == "window",
-            stride=norm.derivative_stride,
-            momentum=norm.momentum,
-            dtype=self.dtype,
+            norm.backward,
+            norm.derivative_stride,
+            norm.momentum,
+            self.dtype,
         )
+        self.loss_scale = loss_scale
         self.pending = None  # what the last forward leaves for the end of the iteration
+        self.is_plain = False  # batch normalisation itself, which averages in the forward
         self.iterate(iterations, 0.1, True, images=2, size=size, shift=1, times=1, how="backward")
 
     @property
@@ -146,48 +215,65 @@ class Training(RuleBasedStateMachine):
         """A training step's forward and backward, repeated or not."""
         x = self.input(images, size, shift)
         positions = self.conv(x).numel() // self.conv.out_channels
-        opened = self.norm.window > 1
+        if self.is_plain and how == "checkpointed":
+            how = "backward"  # torch's own would average once more in the repetition
         for _ in range(times):
-            if positions == 1 and not (opened and self.slow.past):
-                self.learn_nothing(opened)
+            self.pending = self.slow.sums = None
+            if positions == 1 and not self.fitting().past:
+                self.count_nothing()
                 with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
                     self.model(x)
                 return
             if positions == 0:
-                self.learn_nothing(opened)
+                self.count_nothing()
                 expected = None
             else:
-                expected = self.learn(x, opened)
+                expected = self.learn(x)
+            before = self.everything()
             self.compare(x, expected, how)
-        assert links(self.model) == {"1": "0"}
+            if not self.is_plain:
+                self.assert_same(self.everything(), before)
+        if not self.is_plain:
+            assert links(self.model) == {"1": "0"}
 
     @rule()
     def end(self):
         """The iteration ends."""
-        clamped = step(self.model)
-        if self.pending is None:
+        clamped = step(self.model, self.loss_scale)
+        self.is_plain = False
+        pending, self.pending = self.pending, None
+        if pending is None:
             assert clamped is None
             return
-        entry, running, cut = self.pending
-        self.slow.push(entry)
         if self.norm.track_running_stats:
-            self.slow.average(*running)
+            self.slow.average(*pending.running)
+        cut = None
+        if pending.entry is not None:
+            if pending.variances is not None:
+                cut = (pending.variances <= 0).double().mean().item()
+            self.slow.conv.load_state_dict(pending.conv)  # which has moved since
+            self.slow.push(pending.entry, pending.y)
         if cut is None:
             assert clamped is None
-        elif self.is_clear_cut:
+        elif pending.is_clear_cut:
             assert clamped.item() == pytest.approx(cut, abs=1e-6)
-        self.pending = None
 
-    @rule(value=st.sampled_from([float("nan"), float("inf")]))
-    def diverge(self, value):
+    @rule(
+        value=st.sampled_from([float("nan"), float("inf"), "overflow"]), has_backward=st.booleans()
+    )
+    def diverge(self, value, has_backward):
         """An iteration with NaN or infinite values leaves nothing behind."""
         self.end()
         x = self.input(2, (9, 9), 0)
-        x[0, 0] = value
-        self.model(x)
-        if self.norm.window > 1 or self.norm.track_running_stats:
+        # The square root of the largest number: the output is finite, its variance is not.
+        limit = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).max
+        x[0, 0] *= 1e4 * limit**0.5 if value == "overflow" else value
+        y = self.model(x.requires_grad_())
+        if has_backward:
+            y.sum().backward()
+        if self.slow.largest() > 1 or self.norm.track_running_stats:
             with pytest.warns(UserWarning, match="'1' is the first of 1 that met NaN or infinite"):
-                step(self.model)
+                step(self.model, self.loss_scale)
 
     @rule(distance=distances, biases=st.booleans())
     def optimize(self, distance, biases):
@@ -216,24 +302,37 @@ class Training(RuleBasedStateMachine):
         with torch.no_grad():
             y = self.model.eval()(x)
             self.model.train()
-            args = (x.double(), *self.affine())
-            if not self.norm.track_running_stats:
-                past, self.slow.past = self.slow.past, []
-                expected = self.slow.forward(*args)
-                self.slow.past = past
-            else:
-                expected = self.slow.evaluate(*args)
+            slow, statistics = self.slow, self.slow.running
+            if not self.norm.track_running_stats and y.numel() > 0:
+                maps = slow.output(x.double())
+                statistics = maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=0)
+            of = type(slow.running)(*statistics)
+            expected = slow.normalize(slow.output(x.double()), of, *self.affine())
         self.assert_close("output in evaluation", y, expected)
 
     @rule(data=st.data())
     def set_window(self, data):
         """The window opens, closes or changes."""
-        size = data.draw(st.integers(1, self.norm.window_size))
-        if size != self.norm.window:
-            self.slow.past, self.pending = [], None
-        self.slow.window = size
+        own = self.norm.window_size
+        size = data.draw(st.none() | st.integers(1, 6 if own == "auto" else own))
+        before, self.slow.limit = self.slow.largest(), size
+        if self.slow.largest() != before:
+            self.forget()
         set_window(self.model, size)
-        assert self.norm.window == size
+        assert self.norm.window_in_force == self.slow.largest()
+
+    @precondition(
+        lambda self: (
+            self.norm.window_size == "auto" and self.pending is None and self.fitting() is self.slow
+        )
+    )
+    @rule(log_share=st.sampled_from([-0.3, -1.5, -4.0]))
+    def widen(self, log_share):
+        """The window is as wide as after a long training."""
+        state = window_state(self.model)
+        if self.slow.past:
+            state["1"][0]["log_share"] = self.slow.log_share = log_share
+        load_window_state(self.model, state)
 
     @rule()
     def save(self):
@@ -243,25 +342,38 @@ class Training(RuleBasedStateMachine):
     def load(self):
         """Loading weights forgets the past, which was of others."""
         self.model.load_state_dict(self.saved)
-        self.slow.past, self.pending = [], None
+        self.forget()
         if self.norm.track_running_stats:
-            self.slow.running_mean = self.norm.running_mean.double().clone()
-            self.slow.running_var = self.norm.running_var.double().clone()
+            self.slow.running = type(self.slow.running)(
+                self.norm.running_mean.double().clone(), self.norm.running_var.double().clone()
+            )
             self.slow.tracked = self.norm.num_batches_tracked.item()
+
+    @rule()
+    def reset(self):
+        """As torch's ``update_bn`` does, which also sets ``momentum`` to None, to average after."""
+        self.norm.reset_running_stats()
+        self.forget()
+        self.is_plain = self.norm.momentum is None
+        fresh = Reference(self.slow.conv)
+        self.slow.running, self.slow.tracked = fresh.running, 0
 
     @precondition(lambda self: self.pending is None)
     @rule(with_window=st.booleans())
     def resume(self, with_window):
         """Training goes on with a copy, whose window is the original's or empty."""
         original, self.model = self.model, copy.deepcopy(self.model)
+        self.is_plain = False
         link(self.model)
-        if with_window:
+        step(self.model, self.loss_scale)  # so that it knows the scale of the first iteration
+        if with_window and self.fitting() is self.slow:
             buffer = io.BytesIO()
             torch.save(window_state(original), buffer)
             buffer.seek(0)
             load_window_state(self.model, torch.load(buffer, weights_only=True))
+            self.assert_same(window_state(self.model), window_state(original))
         else:
-            self.slow.past = []
+            self.slow.forget()
 
     @rule()
     def train_a_copy(self):
@@ -276,17 +388,33 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def window_is_the_references(self):
-        held = [window["count"] for window in window_state(self.model)["1"]]
-        past = self.slow.past
-        assert sum(held) == len(past)
-        expected = 0
-        if past:
+        """In the number of past iterations, its size and its memory."""
+        slow, windows = self.slow, window_state(self.model)["1"]
+        assert len(windows) <= 1
+        seen = sum(window["seen"] for window in windows)
+        if self.norm.window == "moving":
+            assert seen == slow.seen
+        else:
+            assert min(seen, slow.largest() - 1) == len(slow.past)
+        numbers = 0
+        if slow.past:
             channels, patch = self.conv.weight.flatten(1).shape
-            numbers = 2 * channels
-            if past[0].moves:
-                numbers = 3 * channels + (channels + self.conv.groups) * patch
-            expected = (self.norm.window - 1) * 4 * numbers
-        assert self.norm.window_bytes == expected
+            derivative = (self.conv.groups + channels) * patch if slow.past[0].moves else 0
+            if self.norm.window == "moving":
+                numbers = 3 * channels + derivative  # A, R, and the mean where they were found
+                numbers += channels * (slow.surprise is not None)
+            else:
+                numbers = (slow.largest() - 1) * (3 * channels + derivative)
+            numbers += 2 * channels * (slow.averages is not None)
+        assert self.norm.window_bytes == 4 * numbers
+        tensors = [each for window in windows for each in window.values() if torch.is_tensor(each)]
+        assert sum(each.numel() * each.element_size() for each in tensors) == 4 * numbers
+        size = slow.largest()
+        if self.norm.window_size == "auto":
+            size = 1 / slow.share() if slow.past and size > 1 else 1
+        # In half precision the sign of a surprise may be a matter of rounding.
+        tolerance = 0.1 if self.dtype == torch.bfloat16 else 1e-3
+        assert self.norm.mean_window_size == pytest.approx(size, rel=tolerance)
 
     @invariant()
     def running_statistics_are_the_references(self):
@@ -294,8 +422,8 @@ class Training(RuleBasedStateMachine):
             assert self.norm.running_mean is None
             return
         assert self.norm.num_batches_tracked.item() == self.slow.tracked
-        for name in ("running_mean", "running_var"):
-            self.assert_close(name, getattr(self.norm, name), getattr(self.slow, name))
+        self.assert_close("running_mean", self.norm.running_mean, self.slow.running.mean)
+        self.assert_close("running_var", self.norm.running_var, self.slow.running.var)
 
     # The two sides of a comparison.
 
@@ -330,32 +458,61 @@ class Training(RuleBasedStateMachine):
             return torch.ones(channels).double(), torch.zeros(channels).double()
         return [p.detach().double().clone().requires_grad_() for p in self.norm.parameters()]
 
-    def learn_nothing(self, opened):
+    def forget(self):
+        """Empties the reference's window, and drops what the running iteration learnt."""
+        self.slow.forget()
         self.pending = None
-        if not opened and self.norm.track_running_stats:
-            self.slow.tracked += 1  # as batch normalisation does, even before it raises its error
 
-    def learn(self, x, opened):
-        """The reference's output and gradients; what it learns waits for the iteration's end."""
+    def fitting(self):
+        """The reference at today's weights, without a past of a frozen weight if it trains now."""
         self.sync()
         slow = self.slow
+        if slow.past and slow.past[0].moves != slow.moves():
+            slow = copy.copy(slow)
+            slow.forget()
+        return slow
+
+    def everything(self):
+        """What may only change when the iteration ends."""
+        windows = [window for window in window_state(self.model)["1"] if window["seen"]]
+        return windows, [buffer.clone() for buffer in self.norm.buffers()]
+
+    def count_nothing(self):
+        """Batch normalisation counts a batch even if it is empty, or before it raises its error."""
+        if not self.norm.track_running_stats:
+            return
+        if self.is_plain:
+            self.slow.tracked += 1
+        elif self.slow.largest() == 1:
+            self.pending = Pending(self.slow.running)
+
+    def learn(self, x):
+        """The reference's output and gradients; what it learns waits for the iteration's end."""
+        slow = self.fitting()
         running = slow.new_running_statistics(x.double())
-        self.pending = None
-        if opened:
-            cut = None
-            if slow.past and slow.past[0].moves:
-                cut = (slow.past_variances() <= 0).double().mean().item()
-            self.pending = slow.entry(x.double()), running, cut
-        elif self.norm.track_running_stats:
-            slow.average(*running)
+        if self.is_plain:
+            if self.norm.track_running_stats:
+                slow.average(*running)
+        elif slow.largest() == 1:
+            self.pending = Pending(running)
+        else:
+            self.pending = Pending(
+                running,
+                slow.new_entry(x.double()),
+                slow.output(x.double()).detach(),
+                copy.deepcopy(slow.conv.state_dict()),
+                slow.uncut_variances() if slow.past and slow.moves() else None,
+                self.is_clear_cut,
+            )
 
         slow.conv.zero_grad()
         x, affine = x.double().clone().requires_grad_(), self.affine()
         y = slow.forward(x, *affine)
         target = torch.randn_like(y).to(self.dtype)
         (y * target).sum().backward()
+        self.slow.sums = slow.sums
         # Sums over all positions nearly cancel in some gradients: what is rounded are their terms.
-        slope = affine[0] * (slow.statistics(x)[1] + slow.eps).rsqrt()
+        slope = affine[0] * (slow.statistics(slow.output(x)).var + slow.eps).rsqrt()
         terms = (target.abs().sum((0, 2, 3)) * slope.abs()).max().item()
         return y.detach(), target, terms, [x, *slow.conv.parameters(), *affine]
 
@@ -369,6 +526,8 @@ class Training(RuleBasedStateMachine):
             with torch.set_grad_enabled(how != "no_grad"):
                 y = self.model(x)
         assert y.dtype == self.dtype
+        if how in ("no_grad", "overflow"):  # nothing of such a backward pass is kept
+            self.slow.sums = None
         if expected is None:
             assert y.numel() == 0
             if how != "no_grad":
@@ -382,22 +541,37 @@ class Training(RuleBasedStateMachine):
             )
         if how == "no_grad":
             return
-        (y * target).sum().backward()
+        scale = self.loss_scale or 1.0
+        if how == "overflow":
+            (y * float("inf")).sum().backward()
+            return
+        if how == "in two parts":
+            part = torch.where(torch.rand_like(y) < 0.5, target, 0)
+            (y * part).sum().mul(scale).backward(retain_graph=True)
+            target = target - part
+        (y * target).sum().mul(scale).backward()
         names = ["x", *(name for name, _ in self.model.named_parameters())]
         for name, ours, slow in zip(names, (x, *self.model.parameters()), leaves, strict=False):
             assert (ours.grad is None) == (not ours.requires_grad)
             if ours.requires_grad and self.is_clear_cut:
-                scale = 1.0 if name == "x" else terms
-                self.assert_close(f"gradient in {name}", ours.grad, slow.grad, scale)
+                size = 1.0 if name == "x" else terms
+                self.assert_close(f"gradient in {name}", ours.grad / scale, slow.grad, size)
 
     @property
     def is_clear_cut(self):
         """Whether no past variance is so near zero that rounding decides whether it is cut."""
-        if not self.slow.past or not self.slow.past[0].moves:
+        slow = self.fitting()
+        if not slow.past or not slow.moves():
             return True
-        self.sync()
-        variances = self.slow.past_variances()
+        variances = slow.uncut_variances()
         return bool((variances.abs() > 10 * TOLERANCE[self.dtype] * variances.abs().max()).all())
+
+    def assert_same(self, one, other):
+        """Both are equal, tensors bit for bit."""
+        (ours, of_ours), (others, of_others) = tree_flatten(one), tree_flatten(other)
+        assert of_ours == of_others
+        for here, there in zip(ours, others, strict=True):
+            assert torch.equal(here, there) if torch.is_tensor(here) else here == there
 
     def assert_close(self, name, ours, slow, scale=1.0):
         ours, slow = ours.detach().double(), slow.detach()
@@ -415,17 +589,20 @@ class Training(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.filterwarnings("ignore:CBN. the weights changed since:UserWarning")
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
-    "dtype, examples", [(torch.float64, 200), (torch.float32, 40), (torch.bfloat16, 40)]
+    "dtype, examples", [(torch.float64, 30), (torch.float32, 8), (torch.bfloat16, 6)]
 )
-def test_any_training_is_the_references(dtype, examples):
+def test_any_training_is_the_references(dtype, examples, window, backward):
+    settled = seed(f"{dtype} {window} {backward}")  # the same runs every time
     run_state_machine_as_test(
-        lambda: Training(dtype),
+        settled(lambda: Training(dtype, window, backward)),
         settings=settings(
             max_examples=examples,
             stateful_step_count=15,
             deadline=None,
-            derandomize=True,
+            database=None,
             phases=[Phase.generate],  # add Phase.shrink to look into a failure: it takes minutes
             suppress_health_check=list(HealthCheck),
         ),

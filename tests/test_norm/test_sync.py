@@ -10,16 +10,23 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cbn_mmdet import CBN, SyncCBN, link, set_window, step, window_state
+from cbn_mmdet import CBN, SyncCBN, link, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm.reference import RATE, Reference
 
 WORLD = 2
-MOVES = 4
-LAYERS = {
-    "window 1": dict(window=1),
-    "window": dict(window=3),
-    "current": dict(window=3, backward="current"),
-    "naive": dict(window=3, compensate=False),
+MOVES = 5
+WINDOWS = {
+    "moving": dict(window="moving", window_size=3),
+    "auto": dict(window="moving", window_size="auto"),
+    "sliding": dict(window="sliding", window_size=3),
 }
+LAYERS = {
+    f"{name}, {backward}": dict(window, backward=backward)
+    for name, window in WINDOWS.items()
+    for backward in ("full", "own", "window", "current")
+}
+LAYERS |= {f"{name}, naive": dict(window, compensate=False) for name, window in WINDOWS.items()}
+LAYERS["window 1"] = dict(window="moving", window_size=1)
 # Unequal batches, and one process without any position.
 SIZES = [(2, 3), (1, 0), (2, 2)]
 CASES = {
@@ -27,15 +34,30 @@ CASES = {
     for name, layer in LAYERS.items()
     for recompute in (False, True)
 }
-CASES["unequal windows"] = dict(layer=LAYERS["window"], sizes=SIZES, recompute=False, forget=2)
-CASES["all empty"] = dict(layer=dict(window=3), sizes=[(2, 3), (0, 0)], recompute=False)
+FIRST_EMPTY = [(0, 2), (3, 0), (2, 2)]
+CASES |= {
+    (name, "first empty"): dict(layer=LAYERS[name], sizes=FIRST_EMPTY)
+    for name in ("moving, full", "auto, own", "sliding, full")
+}
+# A window that one process forgets leaves it with a share of its own.
+UNEQUAL = ["moving, window", "moving, current", "sliding, window", "sliding, current"]
+CASES |= {
+    (name, "unequal windows"): dict(layer=LAYERS[name], sizes=SIZES, forget=2) for name in UNEQUAL
+}
+for name in ("moving, full", "sliding, window", "window 1"):
+    CASES[name, "all empty"] = dict(layer=LAYERS[name], sizes=[(2, 3), (0, 0)])
+    CASES[name, "plain average"] = dict(layer=dict(LAYERS[name], momentum=None), sizes=SIZES)
+    CASES[name, "burn-in"] = dict(layer=LAYERS[name], sizes=SIZES, limit=1)
+CASES["moving, full", "burn-in, plain average"] = dict(
+    layer=dict(LAYERS["moving, full"], momentum=None), sizes=SIZES, limit=1
+)
 
 
-def build(window, **kwargs):
+def build(momentum=0.3, **kwargs):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3, padding=1, groups=2),
-        SyncCBN(6, window_size=window, momentum=0.3, **kwargs),
+        SyncCBN(6, momentum=momentum, derivative_stride=1, **kwargs),
     ).double()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2)
@@ -52,7 +74,8 @@ def batch(rank, iteration, sizes):
 def head(rank, iteration, sizes):
     """A loss that is linear in the output with random weights."""
     generator = torch.Generator().manual_seed(7 + 100 * iteration + rank)
-    return torch.randn(sizes[rank], 6, 5, 6, dtype=torch.float64, generator=generator)
+    weights = torch.randn(sizes[rank], 6, 5, 6, dtype=torch.float64, generator=generator)
+    return weights + 0.3  # of which past batches want the same
 
 
 def move(conv, iteration):
@@ -72,40 +95,54 @@ def worker(rank, folder):
         timeout=timedelta(seconds=60),
     )
     seen = {name: train(rank, **case) for name, case in CASES.items()}
-    seen["burn-in"] = burn_in(rank)
     torch.save(seen, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
-def train(rank, layer, sizes, recompute, forget=None):
-    """Outputs, gradients and buffers of some iterations."""
+def train(rank, layer, sizes, recompute=False, forget=None, limit=None):
+    """Of each iteration output, gradients, buffers, windows, and whether anything changed early."""
     model = build(**layer)
     link(model)
+    set_window(model, limit)
     seen = []
     for iteration in range(MOVES):
         now = sizes[iteration % len(sizes)]
         if iteration == forget and rank == 1:
-            model[1]._windows.clear()
+            set_window(model, 2)
+            set_window(model, None)
+        before = everything(model)
         x = batch(rank, iteration, now).requires_grad_()
         out = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
         model.zero_grad()
         (out * head(rank, iteration, now)).sum().backward()
+        is_early = any(
+            not torch.equal(*pair) for pair in zip(before, everything(model), strict=True)
+        )
         step(model)
+        if iteration == 0 and layer.get("window_size") == "auto" and limit is None:
+            widen(model)
         gradients = [x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
         buffers = [buffer.clone() for buffer in model.buffers()]
-        seen.append((out.detach(), gradients, buffers))
+        seen.append((out.detach(), gradients, buffers, window_state(model)["1"], is_early))
         move(model[0], iteration)
     return seen
 
 
-def burn_in(rank):
-    """What the windows hold after an iteration in which they are closed."""
-    model = build(window=3)
-    link(model)
-    set_window(model, 1)
-    model(batch(rank, 0, (2, 3))).sum().backward()
-    step(model)
-    return window_state(model)
+def everything(model):
+    """Copies of what only the end of an iteration may change."""
+    windows = [each for each in window_state(model)["1"] if each["seen"]]
+    held = [value for window in windows for value in window.values() if torch.is_tensor(value)]
+    return [buffer.clone() for buffer in model.buffers()] + held
+
+
+LOG_SHARE = -1.2
+
+
+def widen(model):
+    """Makes a window that sets its own as wide as it is later in a training."""
+    state = window_state(model)
+    state["1"][0]["log_share"] = LOG_SHARE
+    load_window_state(model, state)
 
 
 @pytest.fixture(scope="module")
@@ -116,129 +153,226 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pth") for rank in range(WORLD)]
 
 
-class Union:
-    """The same iterations in one process: the paper's formulas, with autograd throughout."""
+class Rank(Reference):
+    """The past as one process has it, whose surprises are for all together to judge."""
 
-    def __init__(self, window, backward="window", compensate=True, **_):
-        self.model, self.window = build(window), window
-        self.flow, self.compensate = backward == "window", compensate
-        self.past = [[] for _ in range(WORLD)]
+    last = None
+
+    def forget(self):
+        """Empties the window."""
+        super().forget()
+        self.last = None
+
+    def watch(self, surprise):
+        """Keeps the last two surprises."""
+        self.last, self.surprise = self.surprise, surprise
+
+
+class Union:
+    """The same iterations in one process: the plainest code, with autograd throughout."""
+
+    def __init__(self, **layer):
+        self.model = build(**layer)
+        self.conv, self.norm = self.model
+        norm = self.norm
+        self.ranks = [
+            Rank(self.conv, norm.window, norm.window_size, norm.eps, norm.compensate, norm.backward)
+            for _ in range(WORLD)
+        ]
 
     def iterate(self, iteration, sizes):
-        conv, norm = self.model
+        """Outputs, means and variances, gradients of each process; those of parameters summed."""
         self.model.zero_grad()
+        heads = [head(rank, iteration, sizes) for rank in range(WORLD)]
         inputs = [batch(rank, iteration, sizes).requires_grad_() for rank in range(WORLD)]
-        outputs = [conv(x) for x in inputs]
+        outputs = [self.conv(x) for x in inputs]
         union = torch.cat(outputs)
-        mean, second = union.mean((0, 2, 3)), union.square().mean((0, 2, 3))
-        result, loss = [], 0
-        for rank, y in enumerate(outputs):
-            terms = [(mean, second)] + [self.compensated(entry) for entry in self.past[rank]]
-            bar = torch.stack([mu for mu, _ in terms]).mean(0)
-            nu = torch.stack([torch.maximum(nu, mu**2) for mu, nu in terms]).mean(0)
-            scale = norm.weight * (nu - bar**2 + norm.eps).rsqrt()
-            out = (y - bar[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
-            loss = loss + (out * head(rank, iteration, sizes)).sum()
-            result.append((out.detach(), bar.detach(), (nu - bar**2).detach()))
-        loss.backward(retain_graph=True)
+        self.of_batch = union.mean((0, 2, 3)).detach(), union.var((0, 2, 3), correction=0).detach()
+        of = [rank.statistics(union) for rank in self.ranks]
+        scale, shift = self.norm.weight, self.norm.bias
+        out = [
+            rank.normalize(y, each, scale, shift)
+            for rank, y, each in zip(self.ranks, outputs, of, strict=True)
+        ]
+        losses = [(each * weights).sum() for each, weights in zip(out, heads, strict=True)]
+        sum(losses).backward(retain_graph=True)
         gradients = [parameter.grad.clone() for parameter in self.model.parameters()]
         x_gradients = [x.grad.clone() for x in inputs]
-        for rank, y in enumerate(outputs):
-            self.past[rank].insert(0, self.entry(mean, second, y))
-            del self.past[rank][self.window - 1 :]
-        move(conv, iteration)
-        return result, x_gradients, gradients
+        if self.norm.compensate and self.norm.backward in ("full", "own"):
+            off = self.taken_off(union, of, losses)
+            x_gradients = [
+                torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+                for x, y, grad in zip(
+                    inputs, outputs, self.y_gradients(outputs, of, heads, off), strict=True
+                )
+            ]
+        for rank, x in zip(self.ranks, inputs, strict=True):
+            rank.push(self.entry(rank, inputs, x), union.detach())
+        self.set_share()
+        if iteration == 0 and self.norm.window_size == "auto":
+            for rank in self.ranks:
+                rank.log_share = LOG_SHARE
+        move(self.conv, iteration)
+        means = [(each.mean.detach(), each.var.detach()) for each in of]
+        return [each.detach() for each in out], means, x_gradients, gradients
 
-    def entry(self, mean, second, own):
-        """Joint moments, and derivatives of this process's own."""
-        conv = self.model[0]
+    def taken_off(self, union, of, losses):
+        """What each process takes off for ``E[g]`` and ``E[g x_hat]``: it is linear in ``y``.
 
-        def derivative(values):
-            return torch.stack(
-                [
-                    torch.autograd.grad(value, conv.weight, retain_graph=True)[0][channel]
-                    for channel, value in enumerate(values)
+        All processes' losses, in the statistics of all, pull at each position alike.
+        """
+        count, now = len(union) * union[0, 0].numel(), union.mean((0, 2, 3)).detach()
+        pull = slope = 0
+        for each, loss in zip(of, losses, strict=True):
+            of_mean, of_var = torch.autograd.grad(loss, each, retain_graph=True)
+            # A mean that moves by the batch's moves the variance by their distance.
+            pull = pull + of_mean + 2 * of_var * (now - each.mean)
+            slope = slope + of_var
+        found = []
+        for rank, each in zip(self.ranks, of, strict=True):
+            r = (each.var + rank.eps).rsqrt()
+            # dL/dy = (pull + 2 (y - mu) slope) / M, and y - mu = x_hat / r + mu_bar - mu.
+            at_centre = pull + 2 * (each.mean - now) * slope
+            own = [-at_centre / (r * count), -2 * slope / (r * r * count)]
+            own = [value.detach() for value in own]
+            if rank.backward == "full":
+                rank.sums, s = tuple(own), rank.share()
+                own = [
+                    s * value + (1 - s) * past
+                    for value, past in zip(own, rank.averages or (0, 0), strict=True)
                 ]
+            found.append(own)
+        return found
+
+    def y_gradients(self, outputs, of, heads, off):
+        """What reaches each process's output with that taken off."""
+        found = []
+        for y, each, weights, (of_mean, of_var) in zip(outputs, of, heads, off, strict=True):
+            r = (each.var + self.norm.eps).rsqrt()
+            x_hat = (y - maps(each.mean)) * maps(r)
+            g = weights * maps(self.norm.weight)
+            found.append((maps(r) * (g - maps(of_mean) - x_hat * maps(of_var))).detach())
+        return found
+
+    def entry(self, rank, inputs, x):
+        """Joint moments, and derivatives of this process's own."""
+        joint = rank.new_entry(torch.cat(inputs).detach())
+        if len(x) == 0:
+            nothing = torch.zeros_like(joint.weight)
+            return joint._replace(mean_in_w=nothing, var_in_w=nothing)
+        own = rank.new_entry(x.detach())
+        return joint._replace(mean_in_w=own.mean_in_w, var_in_w=own.var_in_w)
+
+    def set_share(self):
+        """By the agreement of surprises over the channels of all processes."""
+        if any(rank.last is None for rank in self.ranks):
+            return
+        product, now, last = (
+            sum((a * b).sum() for a, b in pairs)
+            for pairs in (
+                [(rank.surprise, rank.last) for rank in self.ranks],
+                [(rank.surprise, rank.surprise) for rank in self.ranks],
+                [(rank.last, rank.last) for rank in self.ranks],
             )
+        )
+        for rank in self.ranks:
+            rank.log_share += RATE * (product / (now * last).sqrt()).item()
 
-        if len(own):
-            mu = own.mean((0, 2, 3))
-            of_mean = derivative(mu)
-            of_var = derivative((own - mu[:, None, None]).square().mean((0, 2, 3)))
-        else:
-            of_mean = of_var = torch.zeros_like(conv.weight)
-        now = conv.weight.detach().clone(), conv.bias.detach().clone()
-        return mean.detach(), (second - mean**2).detach(), of_mean, of_var, *now
 
-    def compensated(self, entry):
-        mean, var, of_mean, of_var, weight, bias = entry
-        if not self.compensate:
-            return mean, var + mean**2
-        conv = self.model[0]
-        now = (conv.weight, conv.bias) if self.flow else (conv.weight.detach(), conv.bias.detach())
-        delta = (of_mean * (now[0] - weight)).flatten(1).sum(1)
-        var = var + (of_var * (now[0] - weight)).flatten(1).sum(1) - delta**2
-        mean = mean + delta + now[1] - bias
-        return mean, var + mean**2
+def maps(vector):
+    return vector[:, None, None]
+
+
+def assert_union(seen, union, sizes, forget=None):
+    """What both processes saw is what one sees that has both batches."""
+    momentum = union.norm.momentum
+    running = [[torch.zeros(6).double(), torch.ones(6).double()] for _ in range(WORLD)]
+    # The window is held in float32.
+    is_open = union.norm.window_size != 1
+    tolerance = dict(rtol=1e-6, atol=1e-6) if is_open else {}
+    gradients_tolerance = dict(rtol=1e-5, atol=1e-5) if is_open else {}
+    for iteration in range(MOVES):
+        if iteration == forget:
+            union.ranks[1].forget()
+        now = sizes[iteration % len(sizes)]
+        is_first = [not rank.past for rank in union.ranks]
+        outputs, of, x_gradients, gradients = union.iterate(iteration, now)
+        count = sum(now) * 30
+        for rank in range(WORLD):
+            out, (x_gradient, *_), buffers, (window,), _ = seen[rank][iteration]
+            torch.testing.assert_close(out, outputs[rank], **tolerance)
+            torch.testing.assert_close(x_gradient, x_gradients[rank], **gradients_tolerance)
+            mean, var = of[rank]
+            if union.norm.backward == "current":
+                mean, var = union.of_batch
+            if union.norm.backward == "current" or is_first[rank] or not is_open:
+                var = var * count / (count - 1)
+            weight = 1 / (iteration + 1) if momentum is None else momentum
+            running[rank] = [
+                old.lerp(new, weight) for old, new in zip(running[rank], (mean, var), strict=True)
+            ]
+            torch.testing.assert_close(buffers[:2], running[rank], **tolerance)
+            assert buffers[2] == iteration + 1
+            if union.norm.window_size == "auto":
+                share = union.ranks[rank].log_share
+                assert window["log_share"] == pytest.approx(share, abs=1e-6)
+        for index, expected in enumerate(gradients, 1):
+            total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
+            torch.testing.assert_close(total, expected, **gradients_tolerance)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_union(ranks, name, recompute):
-    layer, seen = LAYERS[name], [each[name, recompute] for each in ranks]
-    union = Union(**layer)
-    running = [[torch.zeros(6), torch.ones(6)] for _ in range(WORLD)]
-    # The window is held in float32.
-    tolerance = dict(rtol=1e-6, atol=1e-6) if layer["window"] > 1 else {}
-    for iteration in range(MOVES):
-        sizes = SIZES[iteration % len(SIZES)]
-        result, x_gradients, gradients = union.iterate(iteration, sizes)
-        count = sum(sizes) * 30
-        for rank in range(WORLD):
-            out, (x_gradient, *_), buffers = seen[rank][iteration]
-            expected, mean, var = result[rank]
-            torch.testing.assert_close(out, expected, **tolerance)
-            torch.testing.assert_close(x_gradient, x_gradients[rank], **tolerance)
-            if name == "current":
-                continue
-            if layer["window"] == 1 or iteration == 0:
-                var = var * count / (count - 1)
-            running[rank] = [
-                old.lerp(new.to(old), 0.3)
-                for old, new in zip(running[rank], (mean, var), strict=True)
-            ]
-            torch.testing.assert_close(
-                buffers[:2], [each.double() for each in running[rank]], rtol=1e-5, atol=1e-5
-            )
-        for index, expected in enumerate(gradients, 1):
-            total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
-            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    assert_union([each[name, recompute] for each in ranks], Union(**LAYERS[name]), SIZES)
 
 
-def test_a_burn_in_leaves_no_window(ranks):
-    assert [each["burn-in"] for each in ranks] == [{"1": []}] * WORLD
+@pytest.mark.parametrize("name", [name for name, what in CASES if what == "first empty"])
+def test_a_process_that_starts_without_a_position(ranks, name):
+    seen = [each[name, "first empty"] for each in ranks]
+    assert_union(seen, Union(**LAYERS[name]), FIRST_EMPTY)
 
 
-def test_windows_of_unequal_length(ranks):
-    """Each process divides by the length of its own window."""
-    union, seen = Union(**LAYERS["window"]), [each["unequal windows"] for each in ranks]
-    for iteration in range(MOVES):
-        if iteration == 2:
-            union.past[1].clear()
-        result, x_gradients, gradients = union.iterate(iteration, SIZES[iteration % len(SIZES)])
-        for rank in range(WORLD):
-            out, (x_gradient, *own), _ = seen[rank][iteration]
-            torch.testing.assert_close(out, result[rank][0], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(x_gradient, x_gradients[rank], rtol=1e-6, atol=1e-6)
-        for index, expected in enumerate(gradients, 1):
-            total = sum(seen[rank][iteration][1][index] for rank in range(WORLD))
-            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_windows_of_unequal_length(ranks, name):
+    """Each process's own share of the union decides what its statistics want of the batches."""
+    seen = [each[name, "unequal windows"] for each in ranks]
+    assert_union(seen, Union(**LAYERS[name]), SIZES, forget=2)
 
 
-@pytest.mark.parametrize("name", ["window 1", "current"])
+@pytest.mark.parametrize("name", [name for name, what in CASES if what == "plain average"])
+def test_plain_average_of_the_running_statistics(ranks, name):
+    case = CASES[name, "plain average"]
+    assert_union([each[name, "plain average"] for each in ranks], Union(**case["layer"]), SIZES)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES if name.startswith("auto")])
+def test_one_share_for_all_processes(ranks, name):
+    cases = [what for which, what in CASES if which == name]
+    for what in cases:
+        one, other = ([windows for *_, (windows,), _ in each[name, what]] for each in ranks)
+        assert [each["log_share"] for each in one] == [each["log_share"] for each in other]
+    assert one[-1]["log_share"] != one[0]["log_share"]
+
+
+@pytest.mark.parametrize("name, what", [key for key in CASES if str(key[1]).startswith("burn-in")])
+def test_a_burn_in_is_batch_normalisation_of_the_union(ranks, name, what):
+    layer = dict(CASES[name, what]["layer"], window="moving", window_size=1)
+    seen = [each[name, what] for each in ranks]
+    assert_union(seen, Union(**layer), SIZES)
+    windows = [window for each in seen for *_, (window,), _ in each]
+    assert all(window["seen"] == 0 for window in windows)
+
+
+def test_nothing_changes_before_the_end_of_an_iteration(ranks):
+    early = [name for each in ranks for name, seen in each.items() if any(it[-1] for it in seen)]
+    assert early == []
+
+
+@pytest.mark.parametrize("name", ["window 1", *(name for name in LAYERS if "current" in name)])
 def test_running_statistics_of_the_union(ranks, name):
     """With a window of 1, or the paper's gradient, they are nn.BatchNorm2d's on the union."""
-    union = build(1)
+    union = build(window_size=1)
     bn = nn.BatchNorm2d(6, momentum=0.3).double()
     for iteration in range(MOVES):
         sizes = SIZES[iteration % len(SIZES)]
@@ -249,19 +383,21 @@ def test_running_statistics_of_the_union(ranks, name):
             torch.testing.assert_close(buffers, list(bn.buffers()))
 
 
-def test_all_empty(ranks):
+@pytest.mark.parametrize("name", [name for name, what in CASES if what == "all empty"])
+def test_all_empty(ranks, name):
     """An iteration without a position on any process leaves everything as it was."""
     for rank in range(WORLD):
-        seen = ranks[rank]["all empty"]
+        seen = ranks[rank][name, "all empty"]
         torch.testing.assert_close(seen[1][2], seen[0][2], rtol=0, atol=0)
+        assert seen[1][3][0]["seen"] == seen[0][3][0]["seen"]
         assert all(tensor.isfinite().all() for tensor in seen[2][1])
 
 
-@pytest.mark.parametrize("window", [1, 4])
-def test_alone_it_is_cbn(window):
-    synced = build(window).float()
+@pytest.mark.parametrize("name", ["moving, full", "auto, own", "sliding, current", "window 1"])
+def test_alone_it_is_cbn(name):
+    synced = build(**LAYERS[name]).float()
     alone = copy.deepcopy(synced)
-    alone[1] = CBN(6, window_size=window, momentum=0.3)
+    alone[1] = CBN(6, momentum=0.3, derivative_stride=1, **LAYERS[name])
     alone.load_state_dict(synced.state_dict())
     for model in (synced, alone):
         link(model)

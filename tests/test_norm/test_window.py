@@ -1,26 +1,51 @@
-"""The estimate over the window, against recomputing the statistics from the stored inputs."""
+"""What windows tell of the past, against recomputing the statistics from the stored inputs."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
-from cbn_mmdet.norm.window import (
-    Entry,
-    Window,
-    _product,
-    _product_without_tf32,
-    dot,
-    multiply,
-)
+from cbn_mmdet import CBN, link, step, window_state
+from cbn_mmdet.norm.window import LARGEST, MovingWindow, SlidingWindow, pasts
+
+KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
+CPU = torch.device("cpu")
 
 
-def entry_of(conv, x, stride=1):
-    y = conv(x).detach()
-    mean, var = batch_moments(y)
-    derivative = batch_derivative(conv, x, y, mean, stride)
-    bias = 0 if conv.bias is None else conv.bias.detach()
-    return Entry.of(mean - bias, var, derivative, conv.weight)
+def model_of(conv, kind="moving", size=8, **kwargs):
+    norm = CBN(conv.out_channels, window=kind, window_size=size, derivative_stride=1, **kwargs)
+    model = nn.Sequential(conv, norm.to(conv.weight.dtype))
+    link(model)
+    return model
+
+
+def iterate(model, *batches):
+    for x in batches:
+        model(x)
+        step(model)
+    return window_of(model)
+
+
+def window_of(model):
+    """A window of its own that holds what the layer's does."""
+    (state,), norm = window_state(model)["1"], model[1]
+    kind = {"moving": MovingWindow, "sliding": SlidingWindow}[norm.window]
+    dtype = getattr(torch, norm.window_dtype)
+    window = kind(state["size"], norm.window_size == "auto", dtype)
+    window.load(state, CPU)
+    return window
+
+
+def past_of(window, conv):
+    """Mean and variance at today's weight and bias."""
+    weight = conv.weight if window.h is not None else None
+    bias = conv.bias if window.h is not None else None
+    return window.past(weight, bias, conv.weight.dtype)
+
+
+def moments(y):
+    return y.mean((0, 2, 3)).detach(), y.var((0, 2, 3), correction=0).detach()
 
 
 def moved(conv, distance):
@@ -31,141 +56,269 @@ def moved(conv, distance):
             parameter += distance * parameter.norm() * noise / noise.norm()
 
 
-def past_statistics(window, conv, channels):
-    """Mean and variance of each past iteration alone, from windows of one entry."""
-    zero = torch.zeros(channels)
-    estimate = window.estimate(zero, zero, conv.weight, conv.bias)
-    assert estimate.size == 2
-    # With a current batch of mean 0 and variance 0: mean = mu_hat / 2,
-    # var = v_hat / 2 + (mu_hat / 2)^2.
-    return 2 * estimate.mean, 2 * (estimate.var - estimate.mean.square())
-
-
+@KINDS
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_compensation_against_recomputation(groups, bias):
+def test_compensation_against_recomputation(groups, bias, kind):
     """The mean is exact; the variance is low by E[(dw . phi)^2], the Taylor rest, exactly."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, 2, 1, groups=groups, bias=bias)
     x = torch.randn(2, 4, 15, 11) + 0.5
-    window = Window(1)
-    window.push(entry_of(conv, x))
+    window = iterate(model_of(conv, kind), x)
     before = conv.weight.detach().clone()
     errors = []
     for distance in (0.02, 0.02, 0.04):
         moved(conv, distance)
-        mean, var = past_statistics(window, conv, 6)
-        true_mean, true_var = batch_moments(conv(x).detach())
+        mean, var, *_ = past_of(window, conv)
+        true_mean, true_var = moments(conv(x))
         torch.testing.assert_close(mean, true_mean, rtol=0, atol=1e-6)
         change = nn.functional.conv2d(x, conv.weight - before, None, 2, 1, groups=groups)
         rest = change.square().mean((0, 2, 3))
+        if kind == "moving":  # the paper's expansion is of E[y^2], not of the variance
+            rest = rest - change.mean((0, 2, 3)).square()
         torch.testing.assert_close(true_var - var, rest, rtol=0.02, atol=2e-6)
         errors.append((true_var - var).mean().item())
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
-def test_the_error_is_of_second_order():
+@KINDS
+def test_the_error_is_of_second_order(kind):
     torch.manual_seed(1)
     conv = nn.Conv2d(4, 6, 3, padding=1).double()
     x = torch.randn(2, 4, 15, 11, dtype=torch.float64)
     start = conv.weight.detach().clone()
     direction = torch.randn_like(start) * 0.05
-    window = Window(1)
-    window.push(entry_of(conv, x))
+    window = iterate(model_of(conv, kind), x)
     errors = []
     for scale in (1.0, 0.5, 0.25):
         with torch.no_grad():
             conv.weight.copy_(start + scale * direction)
-        zero = torch.zeros(6, dtype=torch.float64)
-        estimate = window.estimate(zero, zero, conv.weight, conv.bias)
-        var = 2 * (estimate.var - estimate.mean.square())
-        errors.append((batch_moments(conv(x).detach())[1] - var).mean().item())
+        errors.append((moments(conv(x))[1] - past_of(window, conv).var).mean().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.05)
 
 
-def test_uncompensated_error_is_larger():
+@KINDS
+def test_uncompensated_error_is_larger(kind):
     torch.manual_seed(2)
     conv = nn.Conv2d(4, 6, 3)
     x = torch.randn(2, 4, 15, 11) + 1
-    window, naive = Window(1), Window(1)
-    entry = entry_of(conv, x)
-    window.push(entry)
-    naive.push(Entry.of(*batch_moments(conv(x).detach())))
+    window, naive = (iterate(model_of(conv, kind, compensate=each), x) for each in (True, False))
     moved(conv, 0.05)
-    true_mean, true_var = batch_moments(conv(x).detach())
-    mean, var = past_statistics(window, conv, 6)
-    conv.bias = None
-    naive_mean, naive_var = past_statistics(naive, conv, 6)
+    true_mean, true_var = moments(conv(x))
+    mean, var, *_ = past_of(window, conv)
+    naive_mean, naive_var, *_ = past_of(naive, conv)
     assert (mean - true_mean).norm() < 1e-4 * (naive_mean - true_mean).norm()
     assert (var - true_var).norm() < 0.3 * (naive_var - true_var).norm()
 
 
-def test_a_negative_variance_is_cut():
+@KINDS
+def test_a_negative_variance_is_cut(kind):
     conv = nn.Conv2d(1, 1, 1, bias=False)
-    window = Window(1)
-    window.push(entry_of(conv, torch.randn(4, 1, 8, 8)))
+    window = iterate(model_of(conv, kind), torch.randn(4, 1, 8, 8))
     with torch.no_grad():
         conv.weight.mul_(-3)  # v + h dw = v (1 + 2 * -4): far below zero
-    estimate = window.estimate(torch.zeros(1), torch.ones(1), conv.weight, None)
-    assert not estimate.past.positive.any()
-    # Means of mu_hat and 0; variances of 0, as it was cut, and 1.
-    torch.testing.assert_close(estimate.var, 0.5 + estimate.mean.square())
+    past = past_of(window, conv)
+    assert not past.positive.any() and not past.var.any()
+    # Then it does not depend on the weight.
+    assert not past.gradient(torch.zeros(1), torch.ones(1)).any()
 
 
-def test_the_ring_keeps_the_newest():
-    window = Window(3)
-    for value in range(5):
-        window.push(Entry.of(torch.tensor([float(value)]), torch.tensor([1.0])))
-        assert len(window) == min(value + 1, 3)
-    estimate = window.estimate(torch.tensor([9.0]), torch.tensor([1.0]), None, None)
-    assert estimate.size == 4
-    assert estimate.mean.item() == pytest.approx((2 + 3 + 4 + 9) / 4)
-    assert estimate.var.item() == pytest.approx(1 + torch.tensor([2.0, 3, 4, 9]).var(correction=0))
+@KINDS
+@pytest.mark.parametrize("compensate", [True, False])
+def test_what_is_kept_of_a_weight_that_rests(compensate, kind):
+    """The last iterations, as one batch; or the union of unions, each newer of the share 1 / k."""
+    conv = nn.Conv2d(2, 4, 3)
+    model, outputs, union = model_of(conv, kind, 4, compensate=compensate), [], None
+    for number in range(9):
+        x = torch.randn(2, 2, 6, 5) * (1 + number % 2) + number % 3
+        outputs.append(conv(x).detach())
+        past = past_of(iterate(model, x), conv)
+        if kind == "sliding":
+            expected = moments(torch.cat(outputs[-3:]))
+            assert past.share == 1 / min(number + 2, 4)
+        else:
+            mean, var = moments(outputs[-1])
+            s = 1 / min(number + 1, 4)
+            d = mean - union[0] if union else 0 * mean
+            old_mean, old_var = union or (mean, var)
+            union = old_mean + s * d, s * var + (1 - s) * old_var + s * (1 - s) * d.square()
+            expected = union
+            assert past.share == 1 / min(number + 2, 4)
+        torch.testing.assert_close(past.mean, expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(past.var, expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_memory_is_one_weight_per_entry():
+@pytest.mark.parametrize("size", [2, 8, 64, "auto"])
+def test_memory_of_a_moving_window_is_one_weight(size):
     conv = nn.Conv2d(64, 64, 3)
-    window = Window(7)
-    assert window.nbytes == 0
-    window.push(entry_of(conv, torch.randn(1, 64, 5, 5)))
-    weight = conv.weight.numel() * 4
-    assert window.nbytes <= 7 * 1.05 * weight
+    model = model_of(conv, "moving", size)
+    model(torch.randn(2, 64, 5, 5)).sum().backward()
+    step(model)
+    model(torch.randn(2, 64, 5, 5)).sum().backward()
+    step(model)
+    window, weight = window_of(model), conv.weight.numel() * 4
+    assert None not in (window.sums, window.surprise)  # nothing is still to come
+    assert weight < window.nbytes <= 1.1 * weight
+    assert model[1].window_bytes == window.nbytes
     window.clear()
-    assert window.nbytes == 0 and len(window) == 0
+    assert window.nbytes == 0 and window.seen == 0
 
 
-def test_state_is_float32_for_any_input():
-    window = Window(2)
-    window.push(entry_of(nn.Conv2d(2, 3, 3).double(), torch.randn(1, 2, 6, 6).double()))
-    assert window.nbytes == 4 * (3 * 3 * 2 + 2 * 18 + 2 * 3 * 18)
+def test_memory_of_a_sliding_window_is_one_weight_per_entry():
+    conv = nn.Conv2d(64, 64, 3)
+    window = iterate(model_of(conv, "sliding", 8), torch.randn(1, 64, 5, 5))
+    weight = conv.weight.numel() * 4
+    assert 7 * weight < window.nbytes <= 7 * 1.05 * weight
+    window.clear()
+    assert window.nbytes == 0 and window.seen == 0
 
 
-def test_entries_with_and_without_derivative_do_not_mix():
+@KINDS
+def test_the_state_is_float32_for_any_input(kind):
+    conv = nn.Conv2d(2, 3, 3).double()
+    model = model_of(conv, kind)
+    for _ in range(2):
+        model(torch.randn(1, 2, 6, 6).double()).sum().backward()
+        step(model)
+    assert {tensor.dtype for tensor in window_of(model).tensors.values()} == {torch.float32}
+
+
+@KINDS
+@pytest.mark.parametrize("trains", [True, False])
+def test_iterations_with_and_without_derivative_do_not_mix(trains, kind):
     conv = nn.Conv2d(2, 3, 3, bias=False)
-    window = Window(4)
+    model = model_of(conv, kind)
+    conv.weight.requires_grad_(trains)
+    assert iterate(model, *torch.randn(2, 1, 2, 6, 6)).seen == 2
+    conv.weight.requires_grad_(not trains)
     x = torch.randn(1, 2, 6, 6)
-    moments = batch_moments(conv(x).detach())
-    window.push(entry_of(conv, x))
-    window.push(entry_of(conv, x))
-    window.push(Entry.of(*moments))
-    assert len(window) == 1
-    assert window.estimate(*moments, conv.weight, None).past.derivative is None
+    window = iterate(model, x)
+    assert window.seen == 1 and (window.h is None) == trains
+    mean, var = moments(conv(x))
+    torch.testing.assert_close(past_of(window, conv).mean, mean)
+    torch.testing.assert_close(past_of(window, conv).var, var)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("product", [_product, _product_without_tf32])
-def test_products_with_the_weight(groups, product, monkeypatch):
-    monkeypatch.setattr("cbn_mmdet.norm.window._product", product)
-    weight = torch.randn(6, 4, 3, 3)
-    derivative = Derivative(torch.randn(groups, 5, 36), torch.randn(6, 5, 36))
-    mean, var = torch.empty(2, 6, 5)
-    multiply(derivative, weight, mean, var)
-    for channel in range(6):
-        w = weight[channel].flatten()
-        of_group = derivative.mean[channel * groups // 6]
-        torch.testing.assert_close(mean[channel], of_group @ w)
-        torch.testing.assert_close(var[channel], derivative.var[channel] @ w)
-    one = Derivative(derivative.mean[:, 0], derivative.var[:, 0])
-    torch.testing.assert_close(dot(one, weight)[0], mean[:, 0])
-    torch.testing.assert_close(dot(one, weight)[1], var[:, 0])
+@KINDS
+@pytest.mark.parametrize("window_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradient(groups, window_dtype, kind):
+    """By finite differences of what the window tells at a weight."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3, groups=groups).double()
+    model = model_of(conv, kind, 4, window_dtype=window_dtype)
+    for _ in range(5):
+        window = iterate(model, torch.randn(2, 2, 6, 5, dtype=torch.float64) + torch.randn(1))
+        moved(conv, 0.05)
+    with torch.no_grad():
+        conv.weight[0] *= -3  # is cut
+    of_mean, of_var = torch.randn(2, 4, dtype=torch.float64)
+    past = past_of(window, conv)
+    assert not past.positive[0].any() and past.positive.any()
+    found = past.gradient(of_mean, of_var)
+    for place in range(found.shape[1]):
+        ends = []
+        for distance in (1e-4, -1e-4):  # each channel depends on its own weights alone
+            weight = conv.weight.detach().clone()
+            weight.flatten(1)[:, place] += distance
+            at = window.past(weight, conv.bias, torch.float64)
+            ends.append(of_mean * at.mean + of_var * at.var)
+        expected = (ends[0] - ends[1]) / 2e-4
+        torch.testing.assert_close(found[:, place], expected, rtol=1e-6, atol=1e-6)
+
+
+@KINDS
+def test_several_windows_at_once_tell_what_each_does(kind):
+    together = []
+    for channels, groups, bias in ((4, 1, True), (6, 2, False), (4, 2, True)):
+        conv = nn.Conv2d(2 * groups, channels, 3, groups=groups, bias=bias)
+        batches = torch.randn(3, 2, 2 * groups, 6, 5)
+        window = iterate(model_of(conv, kind, 4), *batches)
+        moved(conv, 0.05)
+        together.append((window, conv.weight, conv.bias))
+    together.insert(1, (iterate(model_of(conv, kind, 4, compensate=False), *batches), None, None))
+    for past, (window, weight, bias) in zip(pasts(together, torch.float32), together, strict=True):
+        alone = window.past(weight, bias, torch.float32)
+        torch.testing.assert_close(past.mean, alone.mean)
+        torch.testing.assert_close(past.var, alone.var)
+        assert past.is_of_weight == (weight is not None)
+        if past.is_of_weight:
+            assert torch.equal(past.positive, alone.positive)
+
+
+@KINDS
+def test_what_is_known_is_of_the_weight_as_it_is(kind):
+    conv = nn.Conv2d(2, 4, 3)
+    window = iterate(model_of(conv, kind), torch.randn(2, 2, 6, 5))
+    past = past_of(window, conv)
+    window.know(past, conv.weight, conv.bias)
+    assert past_of(window, conv) is past
+    assert window.past(conv.weight.detach().clone(), conv.bias, torch.float32) is not past
+    assert window.past(conv.weight, conv.bias, torch.float64) is not past
+    for parameter in conv.parameters():
+        window.know(past, conv.weight, conv.bias)
+        with torch.no_grad():
+            parameter.add_(1)
+        found = past_of(window, conv)
+        assert found is not past and not torch.equal(found.mean, past.mean)
+
+
+@KINDS
+def test_a_past_of_another_weight_is_none(kind):
+    window = iterate(model_of(nn.Conv2d(2, 4, 3), kind), torch.randn(2, 2, 6, 5))
+    assert window.fits(torch.empty(4, 2, 3, 3)) and not window.fits(None)
+    for other in (None, torch.empty(4, 2, 1, 1), torch.empty(4, 2, 3, 3, device="meta")):
+        assert window.past(other, None, torch.float32) is None
+    naive = iterate(model_of(nn.Conv2d(2, 4, 3), kind, compensate=False), torch.randn(2, 2, 6, 5))
+    assert naive.fits(None) and not naive.fits(torch.empty(4, 2, 3, 3))
+
+
+@KINDS
+def test_a_window_moves(kind):
+    window = iterate(model_of(nn.Conv2d(2, 4, 3), kind), torch.randn(2, 2, 6, 5))
+    before = window.state()
+    window.move(CPU)
+    assert window.seen == 1 and torch.equal(window.h, before["h"])
+    window.move(torch.device("meta"))  # where nothing keeps its values
+    assert window.seen == 0 and window.nbytes == 0
+
+
+class TestShare:
+    """Of a moving window that sets its own."""
+
+    def test_starts_at_one_and_keeps_within_its_bounds(self):
+        window = MovingWindow(LARGEST, True, torch.float32)
+        window.seen = 1000
+        assert window.share == 1
+        window.learn(-1)
+        assert window.share == pytest.approx(math.exp(-0.02))
+        for _ in range(300):
+            window.learn(-1)
+        assert window.share == pytest.approx(1 / 64)
+        for _ in range(300):
+            window.learn(1)
+        assert window.share == 1
+
+    def test_the_past_fills_as_a_plain_mean(self):
+        window = MovingWindow(LARGEST, True, torch.float32)
+        window.log_share = -math.log(8)
+        for window.seen, share in ((0, 1), (1, 1 / 2), (6, 1 / 7), (9, 1 / 8)):
+            assert window.share == pytest.approx(share)
+
+    def test_is_held_by_the_size_in_force(self):
+        window = MovingWindow(4, True, torch.float32)
+        window.seen, window.log_share = 1000, -math.log(64)
+        assert window.share == 1 / 4
+
+    def test_what_is_no_number_teaches_nothing(self):
+        window = MovingWindow(LARGEST, True, torch.float32)
+        window.learn(-1)
+        before = window.log_share
+        window.learn(math.nan)
+        assert window.log_share == before
+
+    def test_a_size_that_is_given_is_not_learnt(self):
+        window = MovingWindow(8, False, torch.float32)
+        window.seen, window.log_share = 1000, -math.log(64)
+        assert window.share == 1 / 8

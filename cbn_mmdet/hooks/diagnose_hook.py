@@ -1,0 +1,88 @@
+# Licensed under the Apache License, Version 2.0.
+"""Figures of each layer's window, logged in a run."""
+
+from __future__ import annotations
+
+import math
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from ..norm import diagnose
+from ..norm.diagnostics import LARGE_CLAMPED, LARGE_CORRECTION, Diagnosis
+from ..norm.layer import check_count
+from .cbn_hook import log_scalar, unwrapped
+
+
+@HOOKS.register_module()
+class DiagnoseHook(Hook):
+    """Logs what :func:`cbn_mmdet.diagnose` tells of each layer, beside ``CBNHook``.
+
+    - ``cbn/correction`` and ``cbn/worst_correction``: by how many standard deviations the
+      compensation moves past means, in the mean over the layers and in the worst of them, whose
+      name the log has;
+    - ``cbn/noise``: how many standard deviations the last batch's means were from the past's.
+
+    The log also names the layers with the narrowest and the widest window, where they differ. A
+    warning names the worst layer, once, when more than 5 % of a layer's past variances are cut to
+    zero, or its correction is above 0.3. In distributed training the figures are those of rank 0.
+
+    Args:
+        interval: Iterations from one diagnosis to the next. Each reads all windows once.
+
+    Raises:
+        ValueError: ``interval`` is no whole number of at least 1.
+    """
+
+    # After CBNHook, which ends the iteration.
+    priority = "NORMAL"
+
+    def __init__(self, interval: int = 50) -> None:
+        check_count("DiagnoseHook", "interval", interval, "iterations")
+        self.interval = interval
+        self._has_warned = False
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Logs a diagnosis, if it is time."""
+        if self.every_n_train_iters(runner, self.interval):
+            found = diagnose(unwrapped(runner.model))
+            if found:
+                self._warn(runner, found)
+                _log(runner, found)
+
+    def _warn(self, runner, found: dict[str, Diagnosis]) -> None:
+        doubtful = [name for name in found if found[name].is_doubtful]
+        if not doubtful or self._has_warned:
+            return
+        self._has_warned = True
+        name = max(doubtful, key=lambda name: found[name].correction)
+        runner.logger.warning(
+            f"DiagnoseHook: the weights move too fast for the window: '{name}' is the worst of "
+            f"{len(doubtful)} CBN layers (of {len(found)}) whose past means are moved by more than "
+            f"{LARGE_CORRECTION} standard deviations (its: {found[name].correction:.2f}) or of "
+            f"whose past variances more than {LARGE_CLAMPED:.0%} are cut to zero (its: "
+            f"{found[name].clamped:.0%}). Lengthen burn_in, narrow window_size, or lower the "
+            "learning rate."
+        )
+
+
+def _log(runner, found: dict[str, Diagnosis]) -> None:
+    worst = max(found, key=lambda name: found[name].correction)
+    correction = sum(each.correction for each in found.values()) / len(found)
+    log_scalar("correction", correction)
+    log_scalar("worst_correction", found[worst].correction)
+    told = f"correction {correction:.4f}, worst {found[worst].correction:.4f} in '{worst}'"
+    noises = [each.noise for each in found.values() if not math.isnan(each.noise)]
+    if noises:
+        noise = sum(noises) / len(noises)
+        log_scalar("noise", noise)
+        told += f"; noise {noise:.4f}"
+    told += f"; {len(found)} layers, in standard deviations"
+    names = list(found)  # from the narrowest window to the widest
+    narrowest, widest = names[0], names[-1]
+    if found[narrowest].window_size < found[widest].window_size:
+        told += (
+            f"; windows from {found[narrowest].window_size:.1f} in '{narrowest}' to "
+            f"{found[widest].window_size:.1f} in '{widest}'"
+        )
+    runner.logger.info(f"DiagnoseHook: {told}.")
