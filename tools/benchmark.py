@@ -5,11 +5,10 @@ A time is a ratio to BN's. The norms take turns, in another order each round, so
 the machine does meets them all. The ratio is the median over the rounds; they go on until half of
 its 95 % interval, which is printed after it, is within --stable-to or the time is up.
 
-A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='current'), say.
-CBN(compensate=False) is the paper's naive CBN. Rows of layer and count alone are 'autograd', the
-paper's formulas written down plainly, and 'BN + weight gradient', which forms one gradient of the
-weight more: the least that any derivative from all positions can cost. layer, growth and count need
-torch and rich alone, the others MMDetection.
+A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='own'), say.
+CBN(compensate=False) is the paper's naive CBN. A row of layer and count alone is 'BN + weight
+gradient', which forms one gradient of the weight more: the least that any derivative from all
+positions can cost. layer, host, growth and count need torch and rich alone, the others MMDetection.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cbn_mmdet import CBN, link, step
+from cbn_mmdet import CBN, link, links, step
 from cbn_mmdet.norm.names import NORMS, build_norm, norm_cfg, replace_norms
 
 if TYPE_CHECKING:
@@ -69,17 +68,22 @@ R50 = [
     for norm in ("bn", "bn-all")
 ]
 DIGITS = osp.join(CONFIGS, "digits", "faster-rcnn_r18_fpn_bn-all_1xb1_digits.py")
-AUTOGRAD, FLOOR = "autograd", "BN + weight gradient"
+FLOOR = "BN + weight gradient"
 NAIVE = "CBN(compensate=False)"
+CBNS = [NAIVE, "CBN", "CBN(backward='own')", "CBN(backward='window')"]
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
 BFLOAT16 = "CBN(window_dtype='bfloat16')"
-CURRENT = ["CBN(backward='current')", *(f"{each[:-1]}, backward='current')" for each in STRIDES)]
+SLIDING = [  # the paper's, and one of which past iterations have a gradient, too
+    "CBN(window='sliding', window_size=4, backward='current')",
+    "CBN(window='sliding', window_size=8, backward='window')",
+]
 ROWS = {
-    "layer": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16, *CURRENT, AUTOGRAD, FLOOR],
-    "count": ["GN", NAIVE, "CBN", *STRIDES, AUTOGRAD],
-    "step": ["GN", "SyncBN", "BRN", NAIVE, "CBN", *STRIDES, BFLOAT16],
+    "layer": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING, FLOOR],
+    "host": ["GN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
+    "count": ["GN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
+    "step": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
     "inference": ["GN", "CBN"],
-    "memory": ["GN", "SyncBN", "BRN", NAIVE, "CBN", BFLOAT16, CURRENT[0]],
+    "memory": ["GN", "SyncBN", "BRN", *CBNS, BFLOAT16, *SLIDING],
 }
 # Of a detector with 2 images of about 800 x 1333 at a scale a CPU can bear: the box head's
 # convolution on 64 regions, the FPN's, and three of the backbone's. And those of the digits.
@@ -96,18 +100,24 @@ SMALL = [
     Shape(1, 256, 256, 3, 4),
     Shape(32, 64, 64, 3, 7),
 ]
+# Layers so small that what they compute takes no time, and how many of them in a row.
+TINY, DEPTH = Shape(1, 8, 8, 3, 4), 20
 WINDOWS = [1, 2, 4, 8, 16, 32]
 IMAGES = [1, 2, 4, 8]
 MIN_ROUNDS, FEWEST_ROUNDS = 12, 3  # to call it stable, and when the time is up
 FLOAT, MIB = 4, 2**20  # bytes
 COUNTED = 8  # layers side by side, which share what the norm does for all layers at once
 SAMPLE_SECONDS = 0.005  # shorter calls are repeated, to be above the noise of the clock
+HOST_SECONDS = 0.05  # and above what it takes the caches to turn to another norm
+WARM_UP = 8  # iterations of a window that chooses its own size
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    common, timed, shaped, detector = (argparse.ArgumentParser(add_help=False) for _ in range(4))
-    add = common.add_argument
+    common, placed, timed, shaped, detector = (
+        argparse.ArgumentParser(add_help=False) for _ in range(5)
+    )
+    add = placed.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--threads", type=positive, metavar="N", help="of torch on the CPU")
     add(
@@ -116,7 +126,8 @@ def parse_args() -> argparse.Namespace:
         default="float32",
         help="the half types by autocast, on a GPU",
     )
-    add("--json", action="store_true", help="print JSON instead of Markdown")
+    text = "print JSON instead of Markdown"
+    common.add_argument("--json", action="store_true", help=text)
 
     add, text = timed.add_argument, "a relative error (0.03)"
     add("--stable-to", type=float, default=0.03, metavar="ERROR", help=text)
@@ -143,14 +154,18 @@ def parse_args() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for command, text, *parents in (
-        ("layer", "convolution and norm, forward and backward", timed, shaped),
-        ("growth", "the same for other windows and batches", timed, shaped),
-        ("count", "operations and bytes of convolution and norm, which no noise touches", shaped),
-        ("step", "a whole training step of Faster R-CNN R-50-FPN", timed, detector),
-        ("inference", "the detector in evaluation mode", timed, detector),
-        ("memory", "peak memory of a training step, and the windows'", detector),
+        ("layer", "convolution and norm, forward and backward", placed, timed, shaped),
+        ("host", "CPU time of layer on maps so small that all is overhead", timed),
+        ("growth", "layer for other sliding windows and other batches", placed, timed, shaped),
+        ("count", "operations and bytes of a layer, which no noise touches", placed, shaped),
+        ("step", "a whole training step of Faster R-CNN R-50-FPN", placed, timed, detector),
+        ("inference", "the detector in evaluation mode", placed, timed, detector),
+        ("memory", "peak memory of a training step, and the windows'", placed, detector),
     ):
-        add = commands.add_parser(command, help=text, parents=[common, *parents]).add_argument
+        subparser = commands.add_parser(command, help=text, parents=[common, *parents])
+        add = subparser.add_argument
+        if placed not in parents:
+            subparser.set_defaults(device="cpu", threads=1, dtype="float32")
         if command == "growth":
             add("--plot", metavar="FILE.png", help="plot cost against the window")
         else:
@@ -173,9 +188,8 @@ def complete(args: argparse.Namespace) -> str | None:
         return f"--dtype {args.dtype} is measured on a GPU only: add --device cuda"
     if not gpu and "SyncBN" in (asked or ()):
         return "--norms SyncBN: it runs on a GPU only: add --device cuda"
-    for row in {AUTOGRAD, FLOOR}.intersection(asked or ()):
-        if args.command not in ("layer", "count"):
-            return f"--norms {row}: this row is layer's and count's alone"
+    if FLOOR in (asked or ()) and args.command not in ("layer", "count"):
+        return f"--norms '{FLOOR}': this row is layer's and count's alone"
     plot = getattr(args, "plot", None)
     if plot and not (plot.endswith(".png") and osp.isdir(osp.dirname(plot) or ".")):
         return f"--plot {plot}: takes a .png file in a folder that exists"
@@ -210,11 +224,11 @@ def shape(text: str) -> Shape:
 def norm(text: str) -> str:
     """Check that a norm can be built; its name is all that is kept."""
     try:
-        if text not in (AUTOGRAD, FLOOR):
+        if text != FLOOR:
             build_norm(norm_cfg(text), 32)
     except (SyntaxError, AttributeError, KeyError) as error:
         raise argparse.ArgumentTypeError(
-            f"takes {', '.join(NORMS)} or {AUTOGRAD}, or CBN(derivative_stride=2), got {text}"
+            f"takes {', '.join(NORMS)}, or CBN(derivative_stride=2), say, got {text}"
         ) from error
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"cannot build {text}: {error}") from error
@@ -295,15 +309,20 @@ class Clock:
     """Adds up the time spent in ``with`` blocks.
 
     On a GPU it is the GPU's, read at the end: waiting for each block would leave the GPU idle.
+
+    Args:
+        device: ``'cpu'`` or ``'cuda'``.
+        tell: Tells the time, on the CPU.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, tell: Callable[[], float] = time.perf_counter) -> None:
         self._gpu = device == "cuda"
+        self._tell = tell
         self._blocks = []
 
     def _now(self) -> object:
         if not self._gpu:
-            return time.perf_counter()
+            return self._tell()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -323,21 +342,27 @@ class Clock:
 
 
 def interleave(
-    runs: dict[str, Run], args: argparse.Namespace, bar: Progress, notes: list[str], label: str
+    runs: dict[str, Run],
+    args: argparse.Namespace,
+    bar: Progress,
+    notes: list[str],
+    label: str,
+    tell: Callable[[], float] = time.perf_counter,
+    sample: float = SAMPLE_SECONDS,
 ) -> dict[str, list[float]]:
     """Take turns until each ratio to BN is stable, or the time is up; returns seconds by round."""
     seconds = {name: [] for name in runs}
     order = random.Random(0)
-    first = Clock(args.device)
+    first = Clock(args.device, tell)
     runs["BN"](0, first)
-    repeats = min(100, math.ceil(SAMPLE_SECONDS / first.seconds()))
+    repeats = min(100, math.ceil(sample / first.seconds()))
     start, rounds, worst = time.monotonic(), 0, math.inf
     while rounds < MIN_ROUNDS or worst > args.stable_to:
         if rounds >= FEWEST_ROUNDS and time.monotonic() - start > args.max_seconds:
             notes.append(f"{label}: after {rounds} rounds stable to {100 * worst:.1f} % only.")
             break
         for name in order.sample(list(runs), len(runs)):
-            clock = Clock(args.device)
+            clock = Clock(args.device, tell)
             for each in range(repeats):
                 runs[name](rounds * repeats + each, clock)
             seconds[name].append(clock.seconds() / repeats)
@@ -375,54 +400,6 @@ def average(figures: list[dict]) -> dict:
 # A convolution and its norm.
 
 
-class TextbookCBN(nn.Module):
-    """The paper's equations 5 to 9 with autograd's derivatives, and nothing else of this package.
-
-    It computes what ``CBN(backward='current', derivative_stride=1)`` does, from the raw second
-    moment ``nu = E[y^2]`` instead of the variance. Each forward ends an iteration.
-
-    Args:
-        conv: The convolution that feeds it, without bias.
-        window_size: The paper's ``k``.
-    """
-
-    def __init__(self, conv: nn.Conv2d, window_size: int = 8) -> None:
-        super().__init__()
-        self.conv = conv
-        self.window_size = window_size
-        self.affine = nn.BatchNorm2d(conv.out_channels)  # scale, shift, running statistics
-        self.past = []  # of each iteration: mu, nu, d mu / d w, d nu / d w, w
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Normalises ``y``, ``(N, C, H, W)``."""
-        weight, channels = self.conv.weight, (1, -1, 1, 1)
-        mu, nu = y.float().mean((0, 2, 3)), y.float().square().mean((0, 2, 3))
-        # Row c of the weight moves channel c alone, so the gradient of the sum has all channels'.
-        dmu, dnu = (
-            torch.autograd.grad(moment.sum(), weight, retain_graph=True)[0] for moment in (mu, nu)
-        )
-        mus, nus = mu[None], nu[None]  # T, C
-        if self.past:
-            with torch.no_grad():
-                past = map(torch.stack, zip(*self.past, strict=True))
-                past_mu, past_nu, past_dmu, past_dnu, past_weight = past
-                moved = weight - past_weight
-                past_mu = past_mu + (past_dmu * moved).sum((2, 3, 4))
-                past_nu = past_nu + (past_dnu * moved).sum((2, 3, 4))
-            mus, nus = torch.cat([mus, past_mu]), torch.cat([nus, past_nu])
-        mean = mus.mean(0)
-        var = torch.maximum(nus, mus.square()).mean(0) - mean.square()
-        with torch.no_grad():
-            self.past.append((mu.detach(), nu.detach(), dmu, dnu, weight.detach().clone()))
-            del self.past[: -(self.window_size - 1)]
-            count, momentum = y.numel() / len(mu), self.affine.momentum
-            unbiased = (nu - mu.square()) * (count / (count - 1))
-            self.affine.running_mean.lerp_(mu, momentum)
-            self.affine.running_var.lerp_(unbiased, momentum)
-        z = (y - mean.view(channels)) / (var + self.affine.eps).sqrt().view(channels)
-        return z * self.affine.weight.view(channels) + self.affine.bias.view(channels)
-
-
 class WeightGradientBN(nn.BatchNorm2d):
     """Batch normalisation that forms, and drops, the weight gradient of its own input.
 
@@ -446,13 +423,17 @@ class WeightGradientBN(nn.BatchNorm2d):
         return super().forward(y)
 
 
-def build_layer(text: str, shape: Shape) -> nn.Sequential:
-    """Build a convolution and its norm, linked."""
+def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
+    """Build a convolution and its norm, linked; several such layers in a row."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, padding=shape.kernel // 2, bias=False)
-    own = {AUTOGRAD: TextbookCBN, FLOOR: WeightGradientBN}
-    norm = own[text](conv) if text in own else build_norm(norm_cfg(text), shape.c_out)
-    model = nn.Sequential(conv, norm)
+    layers, padding = [], shape.kernel // 2
+    for _ in range(depth):
+        conv = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, padding=padding, bias=False)
+        if text == FLOOR:
+            layers += [conv, WeightGradientBN(conv)]
+        else:
+            layers += [conv, build_norm(norm_cfg(text), shape.c_out)]
+    model = nn.Sequential(*layers)
     if has_cbn(model):
         link(model)
     return model
@@ -465,8 +446,8 @@ def has_cbn(model: nn.Module) -> bool:
 
 def warm_up(model: nn.Module, run: Run, device: str) -> Run:
     """Run until the windows are full and what is done only once has been done."""
-    cbn = [module for module in model.modules() if isinstance(module, (CBN, TextbookCBN))]
-    for seed in range(max([layer.window_size for layer in cbn], default=1) + 1):
+    sizes = [module.window_size for module in model.modules() if isinstance(module, CBN)]
+    for seed in range(max([WARM_UP if size == "auto" else size for size in sizes], default=1) + 1):
         run(seed, Clock(device))
     return run
 
@@ -480,11 +461,12 @@ def layer_run(model: nn.Sequential, shape: Shape, args: argparse.Namespace) -> R
     with torch.no_grad():
         gradient = torch.randn_like(model[0](x.float()), dtype=dtype)
     x.requires_grad_()
-    move = 1e-4 * torch.randn_like(model[0].weight)
+    weights = [each.weight for each in model if isinstance(each, nn.Conv2d)]
+    moves = [1e-4 * torch.randn_like(weight) for weight in weights]
 
     def run(seed: int, clock: Clock) -> None:
         with torch.no_grad():
-            model[0].weight.add_(move, alpha=1 if seed % 2 else -1)
+            torch._foreach_add_(weights, moves, alpha=1 if seed % 2 else -1)
         model.zero_grad()
         x.grad = None
         with clock:
@@ -501,7 +483,7 @@ def time_layers(
     names: list[str], shape: Shape, args: argparse.Namespace, bar: Progress, notes: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, nn.Module]]:
     """Time norms on a shape; returns the seconds, and the models with their windows."""
-    models = {name: build_layer(name, shape) for name in names}
+    models = {name: build_layers(name, shape) for name in names}
     runs = {name: layer_run(model, shape, args) for name, model in models.items()}
     return interleave(runs, args, bar, notes, label(shape)), models
 
@@ -526,9 +508,23 @@ def measure_layer(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[s
     return {"Convolution + norm, forward + backward, time / BN's": [*rows.values()]}, notes
 
 
+def measure_host(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[str]]:
+    """Time what the CPU does for convolutions and each norm, on maps of hardly anything."""
+    notes = [*args.notes]
+    runs = {name: layer_run(build_layers(name, TINY, DEPTH), TINY, args) for name in args.norms}
+    seconds = interleave(runs, args, bar, notes, args.command, time.process_time, HOST_SECONDS)
+    rows = []
+    for name, own in seconds.items():
+        figure = compare(own, seconds["BN"])
+        each = 1000 * figure.pop("ms") / DEPTH
+        rows.append({"norm": name, "time / BN's": figure, "µs per layer": each})
+    return {f"CPU time of convolution + norm, {DEPTH} of {label(TINY)} in a row": rows}, notes
+
+
 def measure_growth(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[str]]:
-    """Time CBN for several windows, and for several batches."""
-    notes, windows = [], {k: f"CBN(window_size={k})" for k in WINDOWS}
+    """Time CBN for several sliding windows, and the default for several batches."""
+    sliding = "CBN(window='sliding', window_size={}, backward='window')"
+    notes, windows = [], {k: sliding.format(k) for k in WINDOWS}
     timed, by_images = {k: [] for k in WINDOWS}, {images: [] for images in IMAGES}
     held, weights = dict.fromkeys(WINDOWS, 0), 0
     bar.update(0, total=len(args.shapes) * (1 + len(IMAGES)))
@@ -557,8 +553,8 @@ def measure_growth(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[
         plot(rows, args.plot)
     over = f"geometric mean over {len(args.shapes)} shape(s)"
     return {
-        f"Convolution + CBN by the window k, {over}": rows,
-        f"Convolution + CBN by images, window 8, {over}": [
+        f"Convolution + CBN by the sliding window k, {over}": rows,
+        f"Convolution + the default CBN by images, {over}": [
             {"images": images, "time / BN's": average(each)} for images, each in by_images.items()
         ],
     }, notes
@@ -607,7 +603,7 @@ def measure_count(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[s
 
 def count_of(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Counter]:
     """What layers side by side do in the parts of an iteration, with full windows."""
-    layers = nn.ModuleList([build_layer(name, shape) for _ in range(COUNTED)]).to(args.device)
+    layers = nn.ModuleList([build_layers(name, shape) for _ in range(COUNTED)]).to(args.device)
     model, steps = SideBySide(layers), has_cbn(layers)
     if steps:
         link(model)
@@ -832,7 +828,7 @@ def measure_memory(args: argparse.Namespace, bar: Progress) -> tuple[dict, list[
             "norm": name,
             "peak / BN's": compare(peaks[name], peaks["BN"], "MiB"),
             "windows, MiB": measured[name][0]["windows"],
-            "per past iteration, of the weights": measured[name][0]["of the weights"],
+            "of the weights": measured[name][0]["of the weights"],
         }
         for name in measured
     ]
@@ -856,18 +852,15 @@ def memory_of(name: str, args: argparse.Namespace) -> dict[str, float]:
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    layers = [module for module in model.modules() if isinstance(module, CBN)]
-    held = sum(layer.window_bytes for layer in layers)
-    past = sum(
-        FLOAT * layer.feeder.weight.numel() * (layer.window_size - 1)
-        for layer in layers
-        if layer.feeder is not None
-    )
-    return {"peak": peak / MIB, "windows": held / MIB, "of the weights": held / max(past, 1)}
+    held = sum(module.window_bytes for module in model.modules() if isinstance(module, CBN))
+    convs = map(model.get_submodule, links(model).values())
+    weights = FLOAT * sum(conv.weight.numel() for conv in convs)
+    return {"peak": peak / MIB, "windows": held / MIB, "of the weights": held / max(weights, 1)}
 
 
 MEASURES = {
     "layer": measure_layer,
+    "host": measure_host,
     "growth": measure_growth,
     "count": measure_count,
     "step": measure_step,

@@ -1,13 +1,14 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure how good the compensation is, in a real training.
 
-At intervals the training keeps the inputs that some convolutions see in the last iterations. With
-today's weights they tell the true mean and variance that a CBN layer estimates: with today's weight
-of that convolution alone, which is what the first-order compensation aims at, and with today's
-weights of the whole network (the same images, normalised with the windows of that time), which is
-what it stands for. Beside them are the compensated statistics and the naive ones, those of the
-time. It trains anew, in a work dir of its own (work_dirs/CONFIG_NAME_compensation), and writes
-compensation.json and compensation.png there.
+At intervals the training keeps the inputs that some convolutions see in the last k - 1 iterations
+(7 where windows set their own size). With today's weights they tell the true mean and variance that
+a CBN layer estimates: with today's weight of that convolution alone, which is what the first-order
+compensation aims at, and with today's weights of the whole network (the same images, normalised
+with the windows of that time), which is what it stands for. Beside them are the compensated
+statistics of each iteration and the naive ones, those of the time. It trains anew, in a work dir
+of its own (work_dirs/CONFIG_NAME_compensation), and writes compensation.json and compensation.png
+there.
 
 The error of a variance is the sum over channels of |estimate - truth| over the sum of the truth;
 the error of a mean is that of |estimate - truth| over the sum of the true standard deviations.
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cbn_mmdet import CBN, link, load_window_state, set_window, window_state
+from cbn_mmdet import CBN, link, links, load_window_state, set_window, window_state
 from cbn_mmdet.hooks.precise_stats_hook import random_state_kept
 from cbn_mmdet.launch import (
     BUILD_ERRORS,
@@ -50,13 +51,15 @@ from cbn_mmdet.launch import (
     load_config,
     run_tool,
 )
-from cbn_mmdet.norm.cbn import stride_for
 from cbn_mmdet.norm.iteration import cbn_layers
+from cbn_mmdet.norm.kernels import weight_products
 from cbn_mmdet.norm.moments import Derivative, batch_derivative, batch_moments
-from cbn_mmdet.norm.window import Entry, Window
 
 NAIVE = "naive"
 PROBES = 12
+PAST = 7  # iterations to look back where windows set their own size
+
+Products = tuple[Tensor, Tensor]
 
 
 class Kept(NamedTuple):
@@ -66,13 +69,33 @@ class Kept(NamedTuple):
         input: The convolution's input.
         mean: Of its output.
         var: Of its output, biased.
-        windows: By variant, a window that holds this iteration alone.
+        bias: The convolution's, or None.
+        products: By variant, the derivatives, and their products with the weight of the time.
+        is_of_paper: Whether the window expands the second moment, and not the variance.
     """
 
     input: Tensor
     mean: Tensor
     var: Tensor
-    windows: dict[str, Window]
+    bias: Tensor | None
+    products: dict[str, tuple[Derivative, Products]]
+    is_of_paper: bool
+
+    def compensated(self, variant: str, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Mean and variance at the convolution's weight and bias of today, as a window has them."""
+        derivative, then = self.products[variant]
+        now = products_of(derivative, conv)
+        moved, var = now[0] - then[0], self.var + (now[1] - then[1])
+        if self.is_of_paper:
+            var = var - moved.square()
+        mean = self.mean + moved
+        return mean if conv.bias is None else mean + conv.bias - self.bias, var.clamp_min(0)
+
+
+def products_of(derivative: Derivative, conv: nn.Conv2d) -> Products:
+    """``m . w`` and ``h . w``."""
+    mean, var = derivative.mean, derivative.var
+    return weight_products([mean], [var], [conv.weight], mean.dtype)[0]
 
 
 def parse_args() -> argparse.Namespace:
@@ -132,7 +155,7 @@ class Observer(Hook):
         layers = cbn_layers(runner.model)
         if not layers:
             raise UsageError(f"{args.config}: the model has no CBN layer")
-        self.past = max(layer.window_size for layer in layers.values()) - 1
+        self.past = max(map(past_iterations, layers.values()))
         if self.past < 1:
             raise UsageError(f"{args.config}: window_size is 1, which compensates nothing")
         self.names = self._choose(args.layers, layers)
@@ -143,7 +166,7 @@ class Observer(Hook):
         # One for each of the batches, None where the convolution did not run or got no region.
         self.kept: dict[str, list[Kept | None]] = defaultdict(list)
         self.network = args.network
-        self.batches: list[tuple] = []  # data, windows, the size in force, random state
+        self.batches: list[tuple] = []  # data, windows, the limit in force, random state
         self._handles: list = []
 
     def _choose(self, asked: list[str], layers: dict[str, CBN]) -> list[str]:
@@ -170,17 +193,14 @@ class Observer(Hook):
             if not self._handles:
                 self._start_keeping(runner.model)
             model = runner.model
-            size = max(layer.window for layer in cbn_layers(model).values())
-            state = copy_of(window_state(model)) if self.network else None
+            limit = next(iter(cbn_layers(model).values())).window_limit  # CBNHook's, for all
+            state = on_cpu(window_state(model)) if self.network else None
             random = torch.get_rng_state()
-            self.batches.append((copy.deepcopy(data_batch), state, size, random))
+            self.batches.append((copy.deepcopy(data_batch), state, limit, random))
 
     def _start_keeping(self, model: nn.Module) -> None:
-        for name in self.names:
+        for name, conv in self._convolutions(model).items():
             layer = model.get_submodule(name)
-            feeder = layer.feeder
-            if not isinstance(feeder, nn.Conv2d):
-                continue  # has not run, or follows something else with compensate=False
 
             def keep(conv, args, output, name=name, layer=layer) -> None:
                 kept = self.kept[name]
@@ -189,7 +209,13 @@ class Observer(Hook):
                     has_values = output.numel() > 0
                     kept.append(self._keep(layer, conv, args[0], output) if has_values else None)
 
-            self._handles.append(feeder.register_forward_hook(keep))
+            self._handles.append(conv.register_forward_hook(keep))
+
+    def _convolutions(self, model: nn.Module) -> dict[str, nn.Conv2d]:
+        """By layer, without those that have not run, or follow something else uncompensated."""
+        fed_by = links(model)
+        convs = {name: model.get_submodule(fed_by[name]) for name in self.names if name in fed_by}
+        return {name: conv for name, conv in convs.items() if isinstance(conv, nn.Conv2d)}
 
     def _stop_keeping(self) -> None:
         for handle in self._handles:
@@ -199,43 +225,34 @@ class Observer(Hook):
     @torch.no_grad()
     def _keep(self, layer: CBN, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Kept:
         x, y = x.detach().clone(), y.detach()
-        mean, var = batch_moments(y)
-        own = layer.derivative_stride or stride_for(y)
-        strides = {f"stride {stride}": stride for stride in self.strides} or {"compensated": own}
-        windows = {}
-        for name, stride in strides.items():
-            derivative = batch_derivative(conv, x, y, mean, stride)
-            windows[name] = self._window(conv, mean, var, derivative)
+        moments, bias = batch_moments(y), conv.bias
+        strides = {f"stride {stride}": stride for stride in self.strides}
+        derivatives = {}
+        for name, stride in (strides or {"compensated": layer.derivative_stride}).items():
+            derivatives[name] = of = batch_derivative(conv, x, y, moments, stride)
             if self.bfloat16:
-                rounded = derivative._replace(var=derivative.var.bfloat16())
-                windows[f"{name}, bfloat16"] = self._window(conv, mean, var, rounded)
-        return Kept(x, mean, var, windows)
-
-    @staticmethod
-    def _window(conv: nn.Conv2d, mean: Tensor, var: Tensor, derivative: Derivative) -> Window:
-        window = Window(1)
-        mean = mean if conv.bias is None else mean - conv.bias
-        window.push(Entry.of(mean, var, derivative, conv.weight))
-        return window
+                derivatives[f"{name}, bfloat16"] = of._replace(var=of.var.bfloat16())
+        products = {name: (of, products_of(of, conv)) for name, of in derivatives.items()}
+        bias = None if bias is None else bias.detach().clone()
+        return Kept(x, *moments[:2], bias, products, layer.window == "sliding")
 
     @torch.no_grad()
     def _look_back(self, runner) -> None:
         whole = self._whole_network(runner.model) if self.network else None
         rate = next(iter(runner.optim_wrapper.get_lr().values()))[0]
+        convs = self._convolutions(runner.model)
         for name, all_kept in self.kept.items():
-            conv = runner.model.get_submodule(name).feeder
+            conv = convs[name]
             all_kept += [None] * (len(self.batches) - len(all_kept))
             for back, kept in enumerate(reversed(all_kept), 1):
                 if kept is None:
                     continue
-                truths = {"layer": batch_moments(conv(kept.input.to(conv.weight.dtype)))}
+                truths = {"layer": batch_moments(conv(kept.input.to(conv.weight.dtype)))[:2]}
                 if whole is not None and name in whole[-back]:
                     truths["network"] = whole[-back][name]
                 estimates = {NAIVE: (kept.mean, kept.var)}
-                for variant, window in kept.windows.items():
-                    past = window.estimate(kept.mean, kept.var, conv.weight, conv.bias).past
-                    mean = past.mean if conv.bias is None else past.mean + conv.bias
-                    estimates[variant] = mean, past.var
+                for variant in kept.products:
+                    estimates[variant] = kept.compensated(variant, conv)
                 self.rows += [
                     dict(
                         iteration=runner.iter,
@@ -255,22 +272,22 @@ class Observer(Hook):
         """The moments of each past batch, and its windows, with all weights as they are now."""
         twin = copy.deepcopy(model)
         link(twin)
-        names = {model.get_submodule(name).feeder: name for name in self.kept}
+        names = {conv: name for name, conv in self._convolutions(model).items()}
         moments: dict[str, tuple[Tensor, Tensor]] = {}
         for conv_name, conv in model.named_modules():
             if conv in names:
 
                 def note(conv, args, output, name=names[conv]) -> None:
                     if name not in moments and output.numel() > 0:
-                        moments[name] = batch_moments(output)
+                        moments[name] = batch_moments(output)[:2]
 
                 twin.get_submodule(conv_name).register_forward_hook(note)
         seen = []
         # Detectors sample regions at random: the same ones again, and then the training's own.
         with random_state_kept():
-            for batch, state, size, random in self.batches:
+            for batch, state, limit, random in self.batches:
                 torch.set_rng_state(random)
-                set_window(twin, size)
+                set_window(twin, limit)
                 load_window_state(twin, state)
                 data = twin.data_preprocessor(copy.deepcopy(batch), training=True)
                 twin(**data, mode="loss")
@@ -279,12 +296,17 @@ class Observer(Hook):
         return seen
 
 
-def copy_of(state: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """A copy of a state of windows, on the CPU: a GPU would hold its windows many times."""
+def past_iterations(layer: CBN) -> int:
+    """How many a window of the layer stands for."""
+    return PAST if layer.window_size == "auto" else layer.window_size - 1
+
+
+def on_cpu(state: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """A state of windows on the CPU: a GPU would hold its windows many times."""
     return {
         name: [
             {
-                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+                key: value.cpu() if isinstance(value, Tensor) else value
                 for key, value in window.items()
             }
             for window in windows

@@ -4,12 +4,14 @@
 classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
 to 32 images, and momentum trains it with other momenta of CBN's running statistics. detector trains
 the Faster R-CNN of configs/digits at 1, 2 and 4 images per step, and ablation does with other
-windows and burn-ins. Each adds its results to FOLDER/NAME.json, prints them as a table and plots
-them to FOLDER/NAME.png. What the file has is not run again, so an interrupted command goes on where
-it stopped, and one with more --seeds adds to what is there.
+windows and burn-ins. continued goes on with a ResNet-18 that batch normalisation has trained, at
+one image per step: its mean loss, and the worst accuracy on the way. Each adds its results to
+FOLDER/NAME.json, prints them as a table and plots them (but for continued) to FOLDER/NAME.png. What
+the file has is not run again, so an interrupted command goes on where it stopped, and one with more
+--seeds adds to what is there.
 
-A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='current'), say.
-CBN(compensate=False) is the paper's naive CBN.
+A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
+CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -45,8 +48,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
-from cbn_mmdet import link, precise_statistics, set_window, step
+from cbn_mmdet import from_batchnorm, link, precise_statistics, set_window, step
 from cbn_mmdet.datasets import build_digits, split_glyphs
 from cbn_mmdet.launch import UsageError, check_writable, positive, run_tool
 from cbn_mmdet.norm.names import build_norm, norm_cfg, replace_norms
@@ -58,11 +62,15 @@ DIGITS = osp.join(
 )
 # The results that docs/evidence.md shows, and their runs, which an interrupted command resumes.
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
-NAIVE, CURRENT = "CBN(compensate=False)", "CBN(backward='current')"
+NAIVE = "CBN(window='sliding', window_size=8, compensate=False, backward='window')"
+CURRENT = "CBN(window='sliding', window_size=8, backward='current')"
+SLIDING = "CBN(window='sliding', window_size=8, backward='window')"
 # Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
 SMALL_GN = "GN(num_groups=8)"
-LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", "CBN": "CBN, window", SMALL_GN: "GN"}
-LABELS["GN"] = "GN(num_groups=32)"
+LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"}
+LABELS.update({SMALL_GN: "GN", "GN": "GN(num_groups=32)"})
+# What a table calls the other figures of a row.
+KINDS = {"precise": "precise statistics", "worst": "worst accuracy"}
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
 
@@ -74,6 +82,16 @@ SHARED = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM, population=P
 CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
 DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
 ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
+CONTINUED = dict(
+    momentum=MOMENTUM,
+    largest_momentum=LARGEST_MOMENTUM,
+    train_images=1400,
+    images_seen=5600,  # by BN, with 32 in a step; then come the iterations that are measured
+    lr_at_32=0.05,
+    iterations=300,
+    lr_at_1=0.0016,
+    evaluate_every=50,
+)
 
 
 class Job(NamedTuple):
@@ -83,7 +101,8 @@ class Job(NamedTuple):
         norm: The norm's name.
         batch: Images per step.
         seed: Of weights, order and data.
-        burn_in: Epochs before the window opens; None where the study does not vary it.
+        burn_in: Epochs before the window opens, of the classifier eighths of the run; None for the
+            study's own, and for norms without a window.
     """
 
     norm: str
@@ -102,6 +121,8 @@ class Study(NamedTuple):
         settings: What the trainings have in common, kept beside their results.
         train: Trains, and returns what was measured.
         figure: What a result is called.
+        draw: Plots the results; None where there is no plot.
+        labels: What tables and plots call norms; others go by their names.
     """
 
     norms: list[str]
@@ -110,6 +131,8 @@ class Study(NamedTuple):
     settings: dict
     train: callable
     figure: str
+    draw: callable | None
+    labels: dict[str, str] = LABELS
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,11 +148,20 @@ def parse_args() -> argparse.Namespace:
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
     text = "seeds of each (5 for classifier, else 3; 2 and 1 for detector at 2 and 4 images)"
     add("--seeds", type=positive, metavar="N", help=text)
+    text = "epochs before windows open, of classifier and momentum eighths of the run (1)"
+    add("--burn-in", type=whole, metavar="N", help=text)
     text = "share of the images that are seen, to see a study run; needs a --folder of its own"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
     add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
     add("--data", default="data", metavar="DIR", help="where digits are built (data)")
     return parser.parse_args()
+
+
+def whole(text: str) -> int:
+    """Read a whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"takes a whole number, got {text}")
+    return int(text)
 
 
 def norm(text: str) -> str:
@@ -147,6 +179,8 @@ def main() -> None:
     if not 0 < args.shorten <= 1:
         raise UsageError(f"--shorten {args.shorten:g}: takes a share above 0, up to 1")
     study = STUDIES[args.study]
+    if args.study == "continued":
+        check_continued(args)
     check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")
     settings = dict(study.settings, shorten=args.shorten)
@@ -155,11 +189,11 @@ def main() -> None:
         run_missing(args, study, plan(args, study), results, path, settings)
     rows = list(results.values())
     report(args.study, study, rows)
-    draw_all = plot_ablation if args.study == "ablation" else plot_batches
-    plot = osp.join(args.folder, f"{args.study}.png")
-    draw_all(rows, study.figure, plot)
     print(f"figures: {path}")
-    print(f"plot: {plot}")
+    if study.draw:
+        plot = osp.join(args.folder, f"{args.study}.png")
+        study.draw(rows, study, plot)
+        print(f"plot: {plot}")
 
 
 @contextmanager
@@ -178,18 +212,29 @@ def plan(args: argparse.Namespace, study: Study) -> list[Job]:
     """All trainings that are asked for, seed by seed, so that early results compare all norms."""
     batches = args.batches or study.batches
     most = args.seeds or max(study.seeds.values())
-    burn_in = ABLATION["burn_in"] if args.study == "ablation" else None
-    variants = [(name, burn_in) for name in args.norms or study.norms]
-    if not variants:  # the ablation's own, which cross at a window of 8
-        variants = [(f"CBN(window_size={k})", burn_in) for k in WINDOWS]
-        variants += [("CBN(window_size=8)", other) for other in BURN_INS if other != burn_in]
+    default = ABLATION["burn_in"] if args.study == "ablation" else None
+    variants = [(name, default) for name in args.norms or study.norms]
+    if not variants:  # the ablation's own, of which the sliding ones cross at a window of 8
+        variants = [(sliding(k), default) for k in WINDOWS]
+        variants += [(SLIDING, other) for other in BURN_INS if other != default]
+        variants += [(name, each) for name in ("CBN", "CBN(window_size=8)") for each in (0, 1)]
+    if args.burn_in is not None:
+        variants = [(name, args.burn_in) for name in dict.fromkeys(name for name, _ in variants)]
     jobs = []
     for seed in range(most):
         for batch in batches:
             if seed >= (args.seeds or study.seeds.get(batch, min(study.seeds.values()))):
                 continue
-            jobs += [Job(name, batch, seed, burn_in) for name, burn_in in variants]
+            jobs += [
+                Job(name, batch, seed, burn_in if "CBN" in name else None)
+                for name, burn_in in variants
+            ]
     return jobs
+
+
+def sliding(size: int) -> str:
+    """CBN with the paper's window and the gradient through it."""
+    return SLIDING.replace("window_size=8", f"window_size={size}")
 
 
 def read_results(path: str, settings: dict) -> dict[Job, dict]:
@@ -315,16 +360,12 @@ def train_classifier(job: Job, options: dict) -> dict:
         optimizer, rate, steps, pct_start=0.1, cycle_momentum=False
     )
     link(model)
-    window = max([getattr(layer, "window_size", 1) for layer in model])
-    burn_in = round(options["burn_in_images"] * options["shorten"]) // job.batch
-    order = torch.cat([torch.randperm(len(images)) for _ in range(seen // len(images) + 1)])
-    for number in range(steps):
-        set_window(model, 1 if number < burn_in else window)
-        chosen = order[number * job.batch : (number + 1) * job.batch]
-        loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    eighths = 1 if job.burn_in is None else job.burn_in
+    burn_in = round(options["burn_in_images"] * eighths * options["shorten"]) // job.batch
+    for number, chosen in enumerate(shuffled(len(images), job.batch, steps)):
+        if number in (0, burn_in):
+            set_window(model, 1 if number < burn_in else None)
+        descend(model, optimizer, images[chosen], labels[chosen])
         step(model)
         schedule.step()
     result = dict(accuracy=accuracy(model.eval(), test_images, test_labels))
@@ -332,6 +373,22 @@ def train_classifier(job: Job, options: dict) -> dict:
         precise_statistics(model.train(), images[:POPULATION].split(job.batch))
         result["precise"] = accuracy(model.eval(), test_images, test_labels)
     return result
+
+
+def shuffled(count: int, batch: int, steps: int) -> Iterator[Tensor]:
+    """The indices of each step's images, of ``count`` in one random order after another."""
+    order = torch.cat([torch.randperm(count) for _ in range(steps * batch // count + 1)])
+    for start in range(0, steps * batch, batch):
+        yield order[start : start + batch]
+
+
+def descend(model: nn.Module, optimizer, images: Tensor, labels: Tensor) -> float:
+    """One step of the training; returns the loss."""
+    loss = nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 @torch.no_grad()
@@ -351,11 +408,84 @@ def with_defaults(settings: dict, batch: int, steps: int) -> dict:
     return settings
 
 
+# The trained network that goes on.
+
+
+def check_continued(args: argparse.Namespace) -> None:
+    """Refuse what this study has no use for."""
+    if args.burn_in is not None:
+        raise UsageError("--burn-in: continued has none")
+    for name in args.norms or []:
+        if norm_cfg(name)["type"] not in ("BN", "CBN"):
+            raise UsageError(f"--norms {name}: continued goes on with BN or CBN")
+
+
+def continued_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images of 24x24 pixels and labels, ``count`` for training, the others for validation."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images[:, None]).float()
+    images = nn.functional.interpolate(images, size=24, mode="bilinear")
+    images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1)
+    order = np.random.default_rng(seed).permutation(len(images))
+    images, labels = images[order], torch.from_numpy(digits.target[order])
+    return images[:count], labels[:count], images[count:], labels[count:]
+
+
+def trained_resnet(seed: int, options: dict, images: Tensor, labels: Tensor) -> nn.Module:
+    """A ResNet-18 that batch normalisation has trained, once for all norms."""
+    torch.manual_seed(seed)
+    model = resnet18(num_classes=10)
+    model.maxpool = nn.Identity()  # or one image's last maps would have a single position
+    given = [options[key] for key in ("train_images", "images_seen", "lr_at_32")]
+    path = osp.join(options["work_dir"], "-".join(map(str, ["resnet18", seed, *given])) + ".pth")
+    os.makedirs(options["work_dir"], exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of the workers that need it, one trains it
+        if not osp.isfile(path):
+            steps = round(options["images_seen"] * options["shorten"]) // 32
+            rate = options["lr_at_32"]
+            optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, rate, steps, pct_start=0.1, cycle_momentum=False
+            )
+            for chosen in shuffled(len(images), 32, steps):
+                descend(model, optimizer, images[chosen], labels[chosen])
+                schedule.step()
+            torch.save(model.state_dict(), path + ".part")
+            os.replace(path + ".part", path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def train_continued(job: Job, options: dict) -> dict:
+    """Go on once; returns the mean loss and the worst accuracy on the way, as a share."""
+    images, labels, *held_out = continued_data(job.seed, options["train_images"])
+    model = trained_resnet(job.seed, options, images, labels)
+    every = max(1, round(options["evaluate_every"] * options["shorten"]))
+    steps = max(every, round(options["iterations"] * options["shorten"]))
+    settings = with_defaults(norm_cfg(job.norm), job.batch, steps)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = settings["momentum"]
+    if settings.pop("type") == "CBN":
+        from_batchnorm(model, **settings)
+    link(model)
+    rate = options["lr_at_1"] * job.batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    torch.manual_seed(job.seed)  # whether or not the network was trained just now
+    losses, accuracies = [], []
+    for number, chosen in enumerate(shuffled(len(images), job.batch, steps), 1):
+        losses.append(descend(model.train(), optimizer, images[chosen], labels[chosen]))
+        step(model)
+        if number % every == 0:
+            accuracies.append(accuracy(model.eval(), *held_out))
+    return dict(loss=mean(losses), worst=min(accuracies) / 100)
+
+
 # The detector.
 
 
-def train_detector(job: Job, options: dict) -> dict:
-    """Train once; returns the box AP, for BN and CBN with both kinds of statistics."""
+def train_detector(job: Job, options: dict, precise: Iterable[str] = ()) -> dict:
+    """Train once; returns the box AP, of the norms in ``precise`` with both kinds of statistics."""
     cfg = detector_config(job, options)
     name = f"{job.norm}_{job.batch}_{job.burn_in}_{job.seed}".translate(
         str.maketrans("(=',) ", "-" * 6)
@@ -371,10 +501,10 @@ def train_detector(job: Job, options: dict) -> dict:
     if not read_run(run).evaluations:  # interrupted between the last checkpoint and its evaluation
         call("test.py", path, latest_checkpoint(run), "--work-dir", run)
     result = dict(ap=last_ap(run))
-    if job.norm in ("BN", "CBN"):
+    if job.norm in precise:
         test = osp.join(work_dir, "precise")
-        precise = "--precise-stats", str(POPULATION)
-        call("test.py", path, latest_checkpoint(run), "--work-dir", test, *precise)
+        statistics = "--precise-stats", str(POPULATION)
+        call("test.py", path, latest_checkpoint(run), "--work-dir", test, *statistics)
         result["precise"] = last_ap(test)
     return result
 
@@ -435,19 +565,19 @@ def report(name: str, study: Study, rows: list[dict]) -> None:
         title=f"{name}: {study.figure}, mean ± standard deviation (seeds)",
         box=box.MARKDOWN,
     )
-    for group, values in grouped(rows, study.figure).items():
+    for group, values in grouped(rows, study).items():
         cells = [summary(values.get(batch, []), study.figure) for batch in batches]
         table.add_row(title(*group), *cells)
     Console(width=200).print(table)
 
 
-def grouped(rows: list[dict], figure: str) -> dict[tuple, dict[int, list[float]]]:
-    """The values of all seeds by norm, burn-in and kind of statistics, and then by batch."""
+def grouped(rows: list[dict], study: Study) -> dict[tuple, dict[int, list[float]]]:
+    """The values of all seeds by norm, burn-in and kind of figure, and then by batch."""
     groups = defaultdict(lambda: defaultdict(list))
-    order = {name: number for number, name in enumerate(["BN", "BRN", *LABELS])}
+    order = {name: number for number, name in enumerate(["BN", "BRN", *study.labels])}
     for row in sorted(rows, key=lambda row: (order.get(row["norm"], 9), natural(row))):
-        label = LABELS.get(row["norm"], row["norm"])
-        for key in (figure, "precise"):
+        label = study.labels.get(row["norm"], row["norm"])
+        for key in (study.figure, *KINDS):
             if key in row:
                 groups[label, row["burn_in"], key][row["batch"]].append(row[key])
     return groups
@@ -456,7 +586,7 @@ def grouped(rows: list[dict], figure: str) -> dict[tuple, dict[int, list[float]]
 def title(label: str, burn_in: int | None, key: str) -> str:
     """What a table calls a group of :func:`grouped`."""
     parts = [label, *([] if burn_in is None else [f"burn-in {burn_in}"])]
-    return ", ".join([*parts, "precise statistics"] if key == "precise" else parts)
+    return ", ".join([*parts, KINDS[key]] if key in KINDS else parts)
 
 
 def natural(row: dict) -> tuple:
@@ -474,41 +604,38 @@ def summary(values: list[float], figure: str) -> str:
     return f"{mean(values):.{digits}f}{spread} ({len(values)})"
 
 
-def plot_batches(rows: list[dict], figure: str, path: str) -> None:
+def plot_batches(rows: list[dict], study: Study, path: str) -> None:
     """Plot the results over the batch."""
     canvas, axes = plt.subplots(figsize=(7.2, 4), layout="constrained")
-    for (label, _, key), groups in grouped(rows, figure).items():
-        if key == "precise":
-            continue
-        draw(axes, groups, label)
-    axes.set(xscale="log", xlabel="images per step", ylabel=AXES[figure])
+    for group, values in grouped(rows, study).items():
+        if group[-1] == study.figure:
+            draw(axes, values, title(*group))
+    axes.set(xscale="log", xlabel="images per step", ylabel=AXES[study.figure])
     ticks = sorted({row["batch"] for row in rows})
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
     finish(canvas, [axes], path)
 
 
-def plot_ablation(rows: list[dict], figure: str, path: str) -> None:
-    """Plot the results over the window, and over the burn-in."""
+def plot_ablation(rows: list[dict], study: Study, path: str) -> None:
+    """Plot the results over the sliding window, and over the burn-in."""
     canvas, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    default = ABLATION["burn_in"]
-    for batch in sorted({row["batch"] for row in rows}):
-        windows, burn_ins = defaultdict(list), defaultdict(list)
-        for row in rows:
-            found = re.fullmatch(r"CBN\(window_size=(\d+)\)", row["norm"])
-            if row["batch"] == batch and found:
-                size = int(found[1])
-                if row["burn_in"] == default:
-                    windows[size].append(row[figure])
-                if size == 8:
-                    burn_ins[row["burn_in"]].append(row[figure])
-        draw(panels[0], windows, f"{batch} per step")
-        draw(panels[1], burn_ins, f"{batch} per step")
+    default, figure = ABLATION["burn_in"], study.figure
+    windows, burn_ins = (defaultdict(lambda: defaultdict(list)) for _ in panels)
+    for row in sorted(rows, key=lambda row: (row["norm"] == "CBN", row["batch"])):
+        found = re.fullmatch(re.escape(SLIDING).replace("8", r"(\d+)"), row["norm"])
+        label = f"{'sliding' if found else 'CBN'}, {row['batch']} per step"
+        if found and row["burn_in"] == default:
+            windows[label][int(found[1])].append(row[figure])
+        if row["norm"] in (SLIDING, "CBN"):
+            burn_ins[label][row["burn_in"]].append(row[figure])
+    for axes, lines in zip(panels, (windows, burn_ins), strict=True):
+        for label, values in lines.items():
+            draw(axes, values, label)
     panels[0].set(xscale="log", xlabel=f"window_size (burn-in {default})", ylabel=AXES[figure])
     panels[0].set_xticks(WINDOWS, WINDOWS)
     panels[0].minorticks_off()
-    epochs = ABLATION["epochs"]
-    panels[1].set(xlabel=f"burn-in, of {epochs} epochs (window_size 8)")
+    panels[1].set(xlabel=f"burn-in, of {ABLATION['epochs']} epochs (sliding: window_size 8)")
     finish(canvas, panels, path)
 
 
@@ -524,8 +651,9 @@ def finish(canvas, panels: Iterable, path: str) -> None:
     """Add a legend, and write the file."""
     for axes in panels:
         axes.grid(alpha=0.3)
-    # Beside the panels, where it hides no point; they have the same lines.
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+    # Beside the panels, where it hides no point; the last one has all lines.
+    if axes.has_data():
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     canvas.savefig(path, dpi=100)
     plt.close(canvas)
 
@@ -534,7 +662,7 @@ AXES = {
     "accuracy": "test accuracy, %",
     "ap": "box AP",
 }
-ALL = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
+ALL = ["BN", "BRN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 STUDIES = {
     "classifier": Study(
         ALL,
@@ -543,6 +671,7 @@ STUDIES = {
         CLASSIFIER,
         train_classifier,
         "accuracy",
+        plot_batches,
     ),
     "momentum": Study(
         [f"CBN(momentum={momentum})" for momentum in MOMENTA],
@@ -551,9 +680,37 @@ STUDIES = {
         CLASSIFIER,
         train_classifier,
         "accuracy",
+        plot_batches,
+        {f"{SLIDING[:-1]}, momentum={each})": f"CBN, sliding, momentum={each}" for each in MOMENTA},
     ),
-    "detector": Study(ALL, [1, 2, 4], {1: 3, 2: 2, 4: 1}, DETECTOR, train_detector, "ap"),
-    "ablation": Study([], [1, 2], {1: 3}, ABLATION, train_detector, "ap"),
+    "continued": Study(
+        ["BN", SLIDING, "CBN", "CBN(window_size=8)", "CBN(window_size=8, backward='own')"],
+        [1],
+        {1: 3},
+        CONTINUED,
+        train_continued,
+        "loss",
+        None,
+    ),
+    "detector": Study(
+        ALL,
+        [1, 2, 4],
+        {1: 3, 2: 2, 4: 1},
+        DETECTOR,
+        partial(train_detector, precise=("BN", SLIDING, "CBN")),
+        "ap",
+        plot_batches,
+    ),
+    "ablation": Study(
+        [],
+        [1, 2],
+        {1: 3},
+        ABLATION,
+        train_detector,
+        "ap",
+        plot_ablation,
+        {sliding(k): f"CBN, sliding, window_size={k}" for k in WINDOWS},
+    ),
 }
 
 

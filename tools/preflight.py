@@ -473,7 +473,9 @@ def check_links(report: Report, model: nn.Module) -> None:
     layers, fed_by = cbn_layers(model), links(model)
     if not layers:
         return
-    needy = [name for name in layers if layers[name].compensate and layers[name].window_size > 1]
+    idle = [name for name, layer in layers.items() if not layer.training]
+    needy = [name for name, layer in layers.items() if layer.compensate and layer.window_size != 1]
+    needy = [name for name in needy if name not in idle]
     alone = [name for name in needy if name not in fed_by]
     memory = decimal(sum(layer.window_bytes for layer in layers.values()))
     with report.check("links") as ok:
@@ -483,7 +485,6 @@ def check_links(report: Report, model: nn.Module) -> None:
                 "the training if it failed; if not, they do not run: give them another norm"
             )
         ok(f"all {len(layers)} CBN layers have what they need; their windows take {memory}")
-    idle = [name for name, layer in layers.items() if not layer.training]
     if idle:
         report.line(
             "NOTE",

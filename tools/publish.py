@@ -15,7 +15,7 @@ from torch import nn
 from cbn_mmdet.launch import UsageError, check_checkpoint, explained_loading, run_tool
 
 LAYERS = ("CBN", "SyncCBN", "BRN")
-HOOKS = ("CBNHook", "PreciseStatsHook")
+HOOKS = ("CBNHook", "DiagnoseHook", "PreciseStatsHook")
 # What a norm_cfg of BN can have: BN's own arguments, and what mmengine and mmcv read.
 BN_KEYS = {*inspect.signature(nn.BatchNorm2d).parameters, "type", "requires_grad", "_scope_"}
 

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0.
 """Report on a training run: its COCO table, its curves, and what the detector sees.
 
-A run of CBNHook(diagnose_every=N) has a plot of how well the window suits it, too.
+A run with a DiagnoseHook has a plot of how well the window suits it, too.
 """
 
 import argparse
@@ -109,17 +109,23 @@ def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> Non
 
 
 def plot_window(diagnosed: list[dict], path: str) -> None:
-    """Plot what CBNHook found of the window: corrections and noise, and what was clamped."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Plot what the hooks found of the window: corrections and noise, what was clamped, and sizes.
+
+    Args:
+        diagnosed: The logged training steps from the first diagnosis on.
+        path: The image to write.
+    """
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     steps = [record["step"] for record in diagnosed]
     for name in ("correction", "worst_correction", "noise"):
         values = [record.get(f"cbn/{name}", np.nan) for record in diagnosed]
         left.plot(steps, values, label=f"cbn/{name}")
     left.set(xlabel="iteration", ylabel="standard deviations", yscale="log")
     left.legend()
-    right.plot(steps, [record["cbn/clamped"] for record in diagnosed])
-    right.set(xlabel="iteration", ylabel="cbn/clamped", ylim=(0, None))
-    for axes in (left, right):
+    for axes, name in zip(others, ("cbn/clamped", "cbn/window_size"), strict=True):
+        axes.plot(steps, [record[name] for record in diagnosed])
+        axes.set(xlabel="iteration", ylabel=name, ylim=(0, None))
+    for axes in (left, *others):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
