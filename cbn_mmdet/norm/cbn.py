@@ -315,11 +315,7 @@ class CBN(NormLayer):
             record.gamma = gamma.detach().clone()
         kind = type(record.window)
         record.kind = record.mean.device, dtype, kind, record.backward, record.is_spread
-        records = self._iteration.records
-        if call.repeats:
-            record.original = next((each for each in records if each.layer is self), None)
-        elif record.window is not None:
-            records.append(record)
+        self._iteration.add(record, call.repeats)
         return normalize(y, gamma, beta, record, self.eps, weight, bias)
 
     # Batch normalisation.

@@ -73,7 +73,10 @@ class Iteration:
         self._scaler: object = None
         self._calls: dict[CBN, int] = {}
         self._marked: list[weakref.ref[Tensor]] = []
+        self._made: list[weakref.ref[Record]] = []  # since the last step
+        self._trains = False  # whether the model's forward runs, with a layer that trains
         self._depth = 0  # of the model's forward, which may call itself
+        self._finished: list[Vectors] = []
         self._forwards = 0  # that began since the last step
         self._version: int | None = None
 
@@ -89,7 +92,10 @@ class Iteration:
 
     def enter(self, model: nn.Module, args: tuple) -> None:
         """Before a forward of the model."""
-        if not model.training or is_recomputation():
+        if is_recomputation():
+            return
+        self._trains = any(layer.training for layer in self._living())
+        if not self._trains:
             return
         if self._depth > 0 and not _is_within_itself(model):
             self._depth = 0  # a KeyboardInterrupt ended it, of which torch tells no hook
@@ -100,15 +106,22 @@ class Iteration:
     def leave(self, model: nn.Module, args: tuple, output: object) -> None:
         """After a forward of the model, or where it failed."""
         self._depth = max(self._depth - 1, 0)
-        if self._depth == 0 and self._marked:
+        if self._depth > 0:
+            return
+        if self._trains and output is None and not is_recomputation():
+            self._clear()  # torch hands no output over where the forward failed
+        self._trains = False
+        if self._marked:
             linking.unmark(self._marked)
 
     def mark(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         """After a forward of a module with a weight."""
         root = self.root()
-        if root is None or not root.training:
+        if not self._trains and (root is None or not root.training):
             return
-        marked = linking.mark(module, args[0] if args else kwargs.get("input"), output)
+        marked = linking.mark(
+            module, args[0] if args else next(iter(kwargs.values()), None), output
+        )
         if marked is not None:
             self._marked.append(marked)
 
@@ -116,10 +129,10 @@ class Iteration:
 
     def begin(self) -> None:
         """Drops what an earlier forward left, and computes all pasts at today's weights."""
-        layers = [layer for ref in self.layers if (layer := ref()) is not None]
+        layers = self._living()
         self._warn_if_not_stepped(layers)
-        self.records.clear()
-        self._calls.clear()
+        self._clear()
+        self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
         if self._scaler is not None:
             self.scale = _scale_of(self._scaler, self._any_parameter())
@@ -140,7 +153,7 @@ class Iteration:
                         continue  # left to its own layer
                     weight = conv._parameters["weight"]
                 if layer.compensate and conv is not None:
-                    bias = conv._parameters["bias"]
+                    bias = conv.bias
                 if weight is None:
                     key = window.device, torch.float32
                 else:
@@ -149,6 +162,10 @@ class Iteration:
         for (_, dtype), together in alike.items():
             for each, past in zip(together, pasts(together, dtype), strict=True):
                 each[0].know(past, *each[1:])
+
+    def _clear(self) -> None:
+        for each in (self.records, self._calls, self._finished):
+            each.clear()
 
     def call(self, layer: CBN, y: Tensor) -> Call:
         """What a layer needs to know of a call in training, which this counts.
@@ -165,6 +182,8 @@ class Iteration:
         else:
             if self._forwards == 0:
                 self.begin()
+            elif number > 0 and self._depth == 0:
+                self._warn_if_not_stepped(self._living())
             self._calls[layer] = number + 1
         windows = layer._windows
         while len(windows) <= number:
@@ -186,7 +205,7 @@ class Iteration:
                 weight = x = None
         # A forward has been between, maybe of weights that were set through .data.
         if repeats and self._forwards > 1:
-            window.forget_today()
+            window.known = None
         past = window.past(weight, bias, statistics_dtype(y.dtype))
         return Call(window, conv, weight, bias, x, past, repeats)
 
@@ -211,6 +230,13 @@ class Iteration:
         before = None if window.conv is None else window.conv()
         if before is conv and window.is_verified:
             return
+        if found is None and self.root() is None:
+            raise layer.refusal(
+                "was linked as a part of a model that is gone. Call cbn_mmdet.link on the model "
+                "that trains, and keep it."
+            )
+        if before is None and window.conv is not None:  # another has taken its place
+            window.clear()
         if None not in (before, conv) and before is not conv:
             window.is_verified = False
             if window.seen > 0:
@@ -237,8 +263,18 @@ class Iteration:
             waiting = [each for each in records if each.coefficients is None]
             if waiting and records[0].moments is not None:
                 vectors = Vectors.of(waiting)
+                self._finished.append(vectors)
                 for each, of in zip(waiting, coefficients(vectors), strict=True):
-                    each.coefficients, each.vectors = of, vectors
+                    each.coefficients = of
+
+    def add(self, record: Record, repeats: bool) -> None:
+        """Takes what a forward learnt; of a repeated one the first forward's record counts."""
+        self._made.append(weakref.ref(record))
+        if repeats:
+            of_layer = (each for each in self.records if each.layer is record.layer)
+            record.original = next(of_layer, None)
+        elif record.window is not None:
+            self.records.append(record)
 
     def forget(self, layer: CBN) -> None:
         """Drops what a layer learnt in this iteration."""
@@ -273,13 +309,15 @@ class Iteration:
             )
         self._scaler = loss_scale
         self.scale = 1.0
-        self.records.clear()
-        self._calls.clear()
+        self._clear()
         self._forwards = 0
-        for ref in self.layers:
-            layer = ref()
-            if layer is not None:
-                layer._was_reset = False
+        for ref in self._made:
+            record = ref()
+            if record is not None:
+                record.end()
+        self._made.clear()
+        for layer in self._living():
+            layer._was_reset = False
         return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
 
     def _end(self, records: list[Record]) -> tuple[list[bool], float | None]:
@@ -288,8 +326,8 @@ class Iteration:
         if first.window is None:
             checked = [tensor for record in records for tensor in record.running]
         else:
-            vectors = first.vectors
-            if vectors is None or vectors.records != records:
+            vectors = next((each for each in self._finished if each.records == records), None)
+            if vectors is None:
                 vectors = Vectors.of(records)
             checked = [vectors.mean, vectors.var]
         if isinstance(first.window, MovingWindow):
@@ -328,7 +366,6 @@ class Iteration:
                     record.window.learn(product / math.sqrt(now * last))
             grow(vectors, new, keep)
         for record, is_kept in zip(records, keep, strict=True):
-            record.has_ended = True
             if is_kept and new is None and record.window is not None:
                 record.window.push(record)
         if sums is not None:
@@ -360,13 +397,19 @@ class Iteration:
         name, kind = self.path_of(module), type(module).__name__
         return f"'{name}' ({kind})" if name else kind
 
+    def _living(self) -> list[CBN]:
+        """The layers that are still there."""
+        return [layer for ref in self.layers if (layer := ref()) is not None]
+
     def _any_parameter(self) -> Tensor:
         root = self.root()
-        return next(itertools.chain(root.parameters(), root.buffers()), torch.empty(0))
+        of_root = () if root is None else itertools.chain(root.parameters(), root.buffers())
+        return next(iter(of_root), torch.empty(0))
 
     def _warn_if_not_stepped(self, layers: list[CBN]) -> None:
         """Tells a loop that trains but never ends an iteration: its windows would stay empty."""
-        weight = next((layer.weight for layer in layers if layer.weight is not None), None)
+        weights = (layer.weight for layer in layers if layer.weight is not None)
+        weight = next((weight for weight in weights if weight.requires_grad), None)
         version = None if weight is None else linking.version_of(weight)
         if self.records and version != self._version:
             warnings.warn(
@@ -469,6 +512,11 @@ def link(model: nn.Module) -> int:
     model.register_forward_pre_hook(linking.Hook(iteration, "enter"), prepend=True)
     model.register_forward_hook(linking.Hook(iteration, "leave"), always_call=True)
     iteration.layers = [weakref.ref(layer) for layer in layers]
+    modules = set(model.modules())
+    for window in itertools.chain.from_iterable(layer._windows for layer in layers):
+        if window.conv is not None and window.conv() not in modules:  # it was replaced
+            window.clear()
+            window.conv = None
     for layer in layers:
         layer._iteration = iteration
     return len(layers)
@@ -543,9 +591,11 @@ def step(model: nn.Module, loss_scale: object = None) -> Tensor | None:
 
     Args:
         model: A linked model. (For a part of one, the iteration of the whole ends.)
-        loss_scale: What the loss was multiplied by before its backward pass, where
-            ``backward='full'`` keeps averages of gradients: a number, or a
-            ``torch.amp.GradScaler``. Pass it in every iteration, or in none.
+        loss_scale: What the loss is multiplied by before its backward pass, where
+            ``backward='full'`` keeps averages of gradients: a number that stays the same, or a
+            ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
+            needs it before ``step`` tells it: it takes the number that was told last, and asks the
+            scaler.)
 
     Returns:
         The fraction of compensated past channel variances that the maximum cut to zero in this

@@ -138,7 +138,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
             none = torch.zeros_like(vectors.mean.expand(2, -1))
-            e_b, e_g = vectors.cat(averages, none) * (slope * first.scale)
+            e_b, e_g = vectors.cat(averages, none) * (slope * _scale(first, r))
             back_b, back_g = e_b * own_count, e_g * r * own_count
             constant = torch.stack(
                 (-e_b, -e_g, nothing, nothing, back_b + back_g * own_distance, back_g / 2)
@@ -206,16 +206,16 @@ def _backward(ctx, grad):
 
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Sequence[Tensor]:
     """The rows that :class:`Coefficients` describes, each ``(C,)``."""
+    first = record.original or record
     if record.backward == "full":
-        first = record.original or record
         first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
         first.add_sums(on_mean, on_var)
-    if of.constant is None or record.is_constant_used:
+    if of.constant is None or first.is_constant_used:
         rows = of.on_mean * on_mean
     else:
         rows = torch.addcmul(of.constant, of.on_mean, on_mean)
         # Once for a forward, whose gradient may come in several backward passes.
-        record.is_constant_used = True
+        first.is_constant_used = True
     return rows.addcmul_(of.on_var, on_var).unbind()
 
 
@@ -263,16 +263,20 @@ def new_averages(vectors: Vectors) -> Tensor:
         now = torch.stack([torch.cat(each) for each in zip(*sums, strict=True)])
     # g is the incoming gradient times gamma; sums of all processes have it already, and r.
     if records[0].is_spread:
-        r = torch.cat([record.coefficients.r for record in records])
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-        now = now / (r * count)
+        now = now * ((vectors.var + vectors.eps).sqrt_() / count)
     else:
         gammas = [record.gamma for record in records]
         if any(gamma is not None for gamma in gammas):
             now = now * vectors.cat(gammas, torch.ones_like(vectors.mean))
         now = now / vectors.spread([record.moments.count for record in records])
-    if not isinstance(records[0].scale, float) or records[0].scale != 1.0:
-        now = now / records[0].scale
+    now = now / _scale(records[0], now)
     past = vectors.cat([record.past and record.window.sums for record in records], now)
     shares = [0.0 if record.sums is None else record.share for record in records]
     return past.lerp(now, vectors.spread(shares))
+
+
+def _scale(record: Record, like: Tensor) -> float | Tensor:
+    """What the loss is multiplied by; a loss scaler's is a tensor on a device of its own."""
+    scale = record.scale
+    return scale.to(like.device, non_blocking=True) if isinstance(scale, Tensor) else scale

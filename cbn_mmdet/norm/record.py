@@ -44,7 +44,6 @@ class Record:
         averages: ``E_b`` and ``E_g`` of past iterations, ``(2, C)``, or None.
         sums: Of the backward passes ``sum(g)`` and ``sum(g x_hat)``, less the scale, or None.
         kind: What records have in common that can be worked on together.
-        vectors: With which the coefficients were found.
         coefficients: What the backward pass makes of its sums, once the forward is over.
         finish: Called for them.
         is_constant_used: Whether a backward pass has added their constants.
@@ -67,7 +66,6 @@ class Record:
     averages: Tensor | None = None
     sums: tuple[Tensor, Tensor] | None = None
     kind: tuple = ()
-    vectors: Vectors | None = None
     coefficients: Coefficients | None = None
     is_constant_used = False
     original: Record | None = None
@@ -77,11 +75,22 @@ class Record:
         self.layer, self.moments, self.past = layer, moments, past
         self.share = 1.0 if past is None else past.share
 
+    def end(self) -> None:
+        """Lets go of everything: a loss that is kept keeps its graph, and that this record."""
+        self.has_ended = True
+        self.__dict__.update(dict.fromkeys(_HELD))
+
     def add_sums(self, of_mean: Tensor, of_var: Tensor) -> None:
         """Adds what a backward pass found to what earlier ones of the same forward have."""
         if self.sums is not None:
             of_mean, of_var = of_mean + self.sums[0], of_var + self.sums[1]
         self.sums = of_mean, of_var
+
+
+_HELD = (
+    *("moments", "past", "distance", "running", "window", "derivative", "bias", "gamma"),
+    *("averages", "sums", "coefficients", "finish", "original"),
+)
 
 
 class Vectors(NamedTuple):

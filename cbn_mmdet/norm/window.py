@@ -69,11 +69,6 @@ class MovingPast(NamedTuple):
     m: Tensor | None = None
     h: Tensor | None = None
 
-    @property
-    def is_of_weight(self) -> bool:
-        """Whether the past is a function of the weight."""
-        return self.m is not None
-
     def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
         """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
         of_var = (of_var * self.positive)[:, None]
@@ -112,11 +107,6 @@ class SlidingPast(NamedTuple):
     offset: Tensor | None = None
     m: Tensor | None = None
     h: Tensor | None = None
-
-    @property
-    def is_of_weight(self) -> bool:
-        """Whether the past is a function of the weight."""
-        return self.m is not None
 
     def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
         """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
@@ -161,10 +151,6 @@ class Window:
         self.h: Tensor | None = None
         self.known: tuple | None = None  # the past at today's weight, and of which weight
 
-    def forget_today(self) -> None:
-        """Lets go of what was computed for today's weight."""
-        self.known = None
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything held, by name."""
@@ -194,7 +180,7 @@ class Window:
             return
         if device.type == "meta":  # no values survive there, so there is nothing to come back to
             return self.clear()
-        self.forget_today()
+        self.known = None
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device))
 
@@ -220,7 +206,7 @@ class Window:
             return True
         if weight is None or self.h is None:
             return weight is None and self.h is None
-        return self.patch_size == weight.numel() and self.h.device == weight.device
+        return self.weight_size == weight.numel() and self.h.device == weight.device
 
     def know(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
         """Keeps what was computed for today's weight."""
@@ -251,7 +237,7 @@ class Window:
     _plain = ("seen",)
 
     @property
-    def patch_size(self) -> int:
+    def weight_size(self) -> int:
         """The number of weights that the past is a function of."""
         return self.h.numel()
 
@@ -338,7 +324,7 @@ class SlidingWindow(Window):
         return past.moved, noise
 
     @property
-    def patch_size(self) -> int:
+    def weight_size(self) -> int:
         """The number of weights that the past is a function of."""
         return self.h[:, 0].numel()
 
@@ -372,7 +358,7 @@ class SlidingWindow(Window):
             if self.dtype != torch.float32:
                 self.vectors[slot, 2] += _left_out(self, of.var, self.h[:, slot])
         self.seen += 1
-        self.forget_today()
+        self.known = None
 
     def past_at(
         self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
@@ -477,7 +463,7 @@ def _left_out(window: Window, h: Tensor, rounded: Tensor) -> Tensor | float:
     Put back, the rounding touches what the weight will have moved by alone, and not the variance.
     """
     conv = window.conv()
-    weight = None if conv is None else conv._parameters["weight"]
+    weight = None if conv is None else conv.weight
     if weight is None or weight.numel() != h.numel():  # FSDP gathers it for the forward alone
         return 0.0
     return ((h - rounded.to(h.dtype)) * weight.detach().reshape(h.shape).to(h.dtype)).sum(1)

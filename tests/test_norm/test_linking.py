@@ -375,7 +375,7 @@ class TestIterations:
     @pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
     @pytest.mark.parametrize("is_stepped", [False, True])
     def test_an_interrupted_forward(self, kind, is_stepped):
-        """The next forward begins anew; only a step in between keeps what the first layers saw."""
+        """The next forward begins anew; what a failed one left is dropped, if torch tells of it."""
         model, other = stages(), stages()
         model.failure = kind("stop")
         with pytest.raises(kind):
@@ -389,7 +389,9 @@ class TestIterations:
         for number in (10, 11):
             model(images(number))
         step(model)
-        assert held(model) == {"body.1": [4], "head.1": [3 + (not is_stepped)]}
+        is_told = kind is not KeyboardInterrupt
+        body = 3 if is_stepped and is_told else 4
+        assert held(model) == {"body.1": [body], "head.1": [3 + (not is_stepped)]}
 
     def test_a_model_that_calls_itself_stays_in_its_forward(self):
         class Again(nn.Module):
@@ -542,7 +544,7 @@ class TestHowMuchRuns:
         assert 10 < len(functions) <= 35
         assert into_linking == self.LAYERS
         # With the marks of the convolutions and what is done for all layers at once.
-        assert everything / self.LAYERS <= 62
+        assert everything / self.LAYERS <= 64
 
     def test_attributes_that_a_layer_hides(self):
         hidden = {name for name in vars(CBN(4)) if name.startswith("_")}

@@ -242,8 +242,8 @@ def test_several_windows_at_once_tell_what_each_does(kind):
         alone = window.past(weight, bias, torch.float32)
         torch.testing.assert_close(past.mean, alone.mean)
         torch.testing.assert_close(past.var, alone.var)
-        assert past.is_of_weight == (weight is not None)
-        if past.is_of_weight:
+        assert (past.m is not None) == (weight is not None)
+        if past.m is not None:
             assert torch.equal(past.positive, alone.positive)
 
 
