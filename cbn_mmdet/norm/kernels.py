@@ -290,6 +290,13 @@ def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tens
     return of_mean, of_var[0] if len(of_var) == 1 else torch.cat(of_var)
 
 
+def products_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``sum_p a_bqp b_btp``, ``(B, Q, T)``; on a GPU by elements, as TF32 would lose them."""
+    if a.is_cuda:
+        return (a[:, :, None] * b[:, None]).sum(3)
+    return torch.bmm(a, b.transpose(1, 2))
+
+
 def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Goes through ``h``, ``(C, ...)``, in another dtype; on the CPU in parts for a cache."""
     step, count = h.shape[0], h.numel()

@@ -371,9 +371,12 @@ class SlidingWindow(Window):
             m, h = self.m[:, :count], self.h[:, :count]
             (groups, _, patch), channels = m.shape, len(h)
             w = weight.detach().reshape(channels, 1, patch).to(dtype)
-            of_mean = (w.view(groups, -1, 1, patch) * m.to(dtype)[:, None]).sum(3)
+            of_mean = kernels.products_of_rows(w.view(groups, -1, patch), m.to(dtype))
             means = mean_rest + of_mean.view(channels, count)
-            of_var = [(w[rows] * part).sum(2) for rows, part in kernels.in_dtype(h, dtype)]
+            of_var = [
+                kernels.products_of_rows(w[rows], part)[:, 0]
+                for rows, part in kernels.in_dtype(h, dtype)
+            ]
             delta = means - recorded
             variances = (var_rest + torch.cat(of_var)).addcmul_(delta, delta, value=-1)
             positive = variances > 0
