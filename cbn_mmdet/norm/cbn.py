@@ -170,9 +170,9 @@ class CBN(NormLayer):
     @property
     def mean_window_size(self) -> float:
         """The window size as it is: of windows that set their own the mean, 1 if there is none."""
-        sizes = [1 / window.share for window in self._windows if window.seen]
         if self.window_size != "auto" or self.window_in_force == 1:
             return float(self.window_in_force)
+        sizes = [1 / window.share for window in self._windows if window.seen]
         return sum(sizes) / len(sizes) if sizes else 1.0
 
     @property

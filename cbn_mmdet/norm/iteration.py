@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import linking
+from . import kernels, linking
 from .cbn import CBN
 from .layer import check_count, is_number, is_recomputation
 from .moments import statistics_dtype
@@ -94,7 +94,7 @@ class Iteration:
         """Before a forward of the model."""
         if is_recomputation():
             return
-        self._trains = any(layer.training for layer in self._living())
+        self._trains = any(layer.training for layer in self.living())
         if not self._trains:
             return
         if self._depth > 0 and not _is_within_itself(model):
@@ -129,7 +129,7 @@ class Iteration:
 
     def begin(self) -> None:
         """Drops what an earlier forward left, and computes all pasts at today's weights."""
-        layers = self._living()
+        layers = self.living()
         self._warn_if_not_stepped(layers)
         self._clear()
         self._made = [ref for ref in self._made if ref() is not None]
@@ -183,7 +183,7 @@ class Iteration:
             if self._forwards == 0:
                 self.begin()
             elif number > 0 and self._depth == 0:
-                self._warn_if_not_stepped(self._living())
+                self._warn_if_not_stepped(self.living())
             self._calls[layer] = number + 1
         windows = layer._windows
         while len(windows) <= number:
@@ -316,7 +316,7 @@ class Iteration:
             if record is not None:
                 record.end()
         self._made.clear()
-        for layer in self._living():
+        for layer in self.living():
             layer._was_reset = False
         return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
 
@@ -397,7 +397,7 @@ class Iteration:
         name, kind = self.path_of(module), type(module).__name__
         return f"'{name}' ({kind})" if name else kind
 
-    def _living(self) -> list[CBN]:
+    def living(self) -> list[CBN]:
         """The layers that are still there."""
         return [layer for ref in self.layers if (layer := ref()) is not None]
 
@@ -410,7 +410,7 @@ class Iteration:
         """Tells a loop that trains but never ends an iteration: its windows would stay empty."""
         weights = (layer.weight for layer in layers if layer.weight is not None)
         weight = next((weight for weight in weights if weight.requires_grad), None)
-        version = None if weight is None else linking.version_of(weight)
+        version = None if weight is None else kernels.version_of(weight)
         if self.records and version != self._version:
             warnings.warn(
                 "CBN: the weights changed since the last forward, but cbn_mmdet.step(model) was "
@@ -622,7 +622,7 @@ def end_iteration(model: nn.Module, loss_scale: object = None) -> tuple[Tensor |
     if own is None:  # a wrapper, or a part
         layers = cbn_layers(model).values()
     else:
-        layers = [layer for ref in own.layers if (layer := ref()) is not None]
+        layers = own.living()
     # A part that was linked after the model has an iteration of its own.
     iterations = dict.fromkeys([own, *[layer._iteration for layer in layers]])
     results = [each.step(loss_scale) for each in iterations if each is not None]

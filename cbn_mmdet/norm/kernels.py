@@ -34,6 +34,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def version_of(tensor: Tensor | None) -> int:
+    """How often a tensor was changed in place, as far as autograd counts it; -1 for None."""
+    if tensor is None:
+        return -1
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """``E[y]`` and ``E[(y - E[y])^2]`` of each channel, ``(C,)``, in float32 at least."""
     dtype = statistics_dtype(y.dtype)

@@ -68,7 +68,7 @@ def mark(module: nn.Module, input: object, output: object) -> weakref.ref[Tensor
     """Marks a module's output, unless a module within has; returns a reference to it if so."""
     if not isinstance(output, Tensor):
         return None
-    version = version_of(output)
+    version = kernels.version_of(output)
     there = getattr(output, _MARK, None)
     if there is not None and there.version == version:
         return None
@@ -79,7 +79,7 @@ def mark(module: nn.Module, input: object, output: object) -> weakref.ref[Tensor
 def mark_of(tensor: Tensor) -> Mark | None:
     """The mark of a tensor, or None if no marking module returned it as it is now."""
     there = getattr(tensor, _MARK, None)
-    return there if there is not None and there.version == version_of(tensor) else None
+    return there if there is not None and there.version == kernels.version_of(tensor) else None
 
 
 def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
@@ -89,11 +89,6 @@ def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
         if tensor is not None:
             tensor.__dict__.pop(_MARK, None)
     tensors.clear()
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as far as autograd counts it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def marks(module: nn.Module) -> bool:

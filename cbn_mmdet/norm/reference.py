@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .moments import stride_for
-from .window import LARGEST
-
-RATE = 0.02  # at which a window sets its own size
+from .window import LARGEST, RATE
 
 
 class Statistics(NamedTuple):

@@ -40,7 +40,7 @@ from .record import Record, Vectors
 # A window that sets its own size: the largest, and how much a surprise changes it. With the former
 # at the momentum of running statistics for batches of one, and the latter some hundred iterations.
 LARGEST = 64
-_RATE = 0.02
+RATE = 0.02
 
 WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -211,7 +211,7 @@ class Window:
     def know(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
         """Keeps what was computed for today's weight."""
         ref = None if weight is None else weakref.ref(weight)
-        self.known = past, ref, _version(weight), _version(bias)
+        self.known = past, ref, kernels.version_of(weight), kernels.version_of(bias)
 
     def past(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Past | None:
         """The past at today's weight, or None if there is none that fits.
@@ -226,7 +226,11 @@ class Window:
         if self.known is not None:
             past, ref, version, of_bias = self.known
             is_it = ref is None if weight is None else ref is not None and ref() is weight
-            is_it = is_it and version == _version(weight) and of_bias == _version(bias)
+            is_it = (
+                is_it
+                and version == kernels.version_of(weight)
+                and of_bias == kernels.version_of(bias)
+            )
             if is_it and past.mean.dtype == dtype:
                 return past
         if not self.fits(weight):  # the iteration's end forgets it
@@ -289,7 +293,7 @@ class MovingWindow(Window):
         ways (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
         """
         if math.isfinite(correlation):
-            changed = self.log_share + _RATE * correlation
+            changed = self.log_share + RATE * correlation
             self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
 
 
@@ -390,13 +394,6 @@ class SlidingWindow(Window):
         if bias is not None:
             mean = mean + bias.detach().to(dtype)
         return SlidingPast(mean, var, self.share, moved, newest, positive, offset, m, h)
-
-
-def _version(tensor: Tensor | None) -> int:
-    """How often it was changed in place, as far as autograd counts it; -1 for None."""
-    if tensor is None:
-        return -1
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()
