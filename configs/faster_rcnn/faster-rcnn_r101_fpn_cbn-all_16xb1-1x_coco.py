@@ -1,3 +1,0 @@
-_base_ = "./faster-rcnn_r50_fpn_cbn-all_16xb1-1x_coco.py"
-
-model = dict(backbone=dict(depth=101, init_cfg=dict(checkpoint="torchvision://resnet101")))

@@ -1,3 +1,0 @@
-_base_ = "./faster-rcnn_r50_fpn_gn-all_4xb4-1x_coco.py"
-
-train_dataloader = dict(batch_size=2)

@@ -1,3 +1,0 @@
-_base_ = "./mask-rcnn_r50_fpn_synccbn_8xb2-1x_coco.py"
-
-model = dict(backbone=dict(depth=101, init_cfg=dict(checkpoint="torchvision://resnet101")))

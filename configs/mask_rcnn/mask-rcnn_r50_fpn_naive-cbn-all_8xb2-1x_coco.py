@@ -1,3 +1,0 @@
-_base_ = "./mask-rcnn_r50_fpn_naive-cbn_8xb2-1x_coco.py"
-
-model = dict(backbone=dict(norm_cfg=_base_.norm_cfg, norm_eval=False, frozen_stages=-1))
