@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As in an activated environment, which the shell scripts ask for.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+# The folders of what is run as a script, whose own modules are imported by name.
+SCRIPTS = [str(ROOT / "tools"), str(ROOT / "studies")]
+sys.path += SCRIPTS
 
 
 def computes_in_float16():
@@ -30,6 +33,26 @@ def computes_in_float16():
         return False
     return True
 
+
+# For a config: a convolution, conv_cfg=dict(type="Bent"), whose output no CBN can follow.
+BENT_CONV = """
+exec('''
+import torch
+from mmengine.registry import MODELS
+
+class Bent(torch.nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.inner = torch.nn.Conv2d(*args, **kwargs)
+        vars(self).update({key: self.inner.__dict__[key] for key in self.inner.__constants__})
+        self.transposed, self.output_padding = False, (0, 0)
+
+    def forward(self, x):
+        return torch.relu(self.inner(x))
+
+MODELS.register_module(name="Bent", module=Bent, force=True)
+''', {})
+"""
 
 needs_float16 = pytest.mark.skipif(
     not computes_in_float16(), reason="this torch does not compute in float16 on the CPU"
@@ -48,6 +71,22 @@ def run_on_full_disk(limit, *command):
     )
 
 
+def cut(path, target=None):
+    """Writes the first half of a file to `target`, or leaves no more of the file itself."""
+    content = path.read_bytes()
+    (target or path).write_bytes(content[: len(content) // 2])
+    return target or path
+
+
+def damage(path, target):
+    """Writes a file that is as long, but whose middle was lost."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 1000] = bytes(1000)
+    target.write_bytes(content)
+    return target
+
+
 @pytest.fixture(scope="session")
 def root():
     """The root of the repository."""
@@ -57,7 +96,7 @@ def root():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A small digits data set."""
-    from cbn_mmdet.datasets import build_digits
+    from digits.build import build_digits
 
     return build_digits(
         tmp_path_factory.mktemp("data") / "digits", num_train=12, num_val=4, progress=False
@@ -74,12 +113,12 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_config(digits):
-    """Writes a config that trains one of ``configs/digits`` on the small data set."""
+    """Writes a config that trains one of ``studies/digits/configs`` on the small data set."""
 
     def write(folder, base, extra=""):
         path = folder / f"{Path(base).stem}_small.py"
         path.write_text(
-            f'_base_ = "{ROOT}/configs/digits/{base}.py"\n'
+            f'_base_ = "{ROOT}/studies/digits/configs/{base}.py"\n'
             f'data_root = "{digits}/"\n'
             "train_dataloader = dict(dataset=dict(data_root=data_root))\n"
             "val_dataloader = dict(dataset=dict(data_root=data_root))\n"
@@ -109,7 +148,7 @@ def tool_module():
 
 @pytest.fixture(scope="session")
 def tool():
-    """Runs one of ``tools/`` as a user does, but for the seconds that its imports take.
+    """Runs one of ``tools/`` or ``studies/`` as a user does, without the seconds of its imports.
 
     Each run is a process of its own, forked from one that has imported the frameworks. What it says
     is in stdout, unless its errors are asked for apart.
@@ -118,7 +157,8 @@ def tool():
     context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
 
     def run_tool(name, *args, check=True, cwd=ROOT, env=None, apart=False, limit=600):
-        command = [str(ROOT / "tools" / name), *map(str, args)]
+        (script,) = (path for path in (Path(each, name) for each in SCRIPTS) if path.is_file())
+        command = [str(script), *map(str, args)]
         with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
             env = dict(os.environ) if env is None else env
             streams = output.name, (errors if apart else output).name
@@ -146,5 +186,5 @@ def be_tool(command, cwd, env, streams):
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path[:] = [os.path.dirname(command[0]), *(each for each in sys.path if each not in SCRIPTS)]
     runpy.run_path(command[0], run_name="__main__")

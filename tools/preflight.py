@@ -12,7 +12,6 @@ import math
 import os
 import os.path as osp
 import re
-import resource
 import socket
 import sys
 import tempfile
@@ -22,14 +21,34 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import torch
-from mmdet.datasets import CocoDataset
+from common.checkpoint import check_checkpoint, misfits, read_checkpoint, weights_of
+from common.coco import (
+    build_coco,
+    check_annotations,
+    check_data,
+    check_images,
+    check_listed,
+    check_sizes,
+    innermost_datasets,
+    read_annotations,
+)
+from common.config import (
+    add_cfg_options,
+    check_burn_in,
+    check_hooks,
+    check_norms,
+    default_cbn_hook,
+    in_config,
+    merge_options,
+    read_config,
+)
+from common.errors import UsageError, explain, positive, run_tool, some
+from common.launchers import peak_memory
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import HOOKS, MODELS
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -37,28 +56,6 @@ from rich.text import Text
 from torch import nn
 
 from cbn_mmdet import CBNHook, links
-from cbn_mmdet.datasets.coco import (
-    check_annotations,
-    check_images,
-    check_sizes,
-    read_annotations,
-    some,
-)
-from cbn_mmdet.launch import (
-    UsageError,
-    add_cfg_options,
-    check_checkpoint,
-    check_data,
-    check_norms,
-    default_cbn_hook,
-    explained_errors,
-    in_config,
-    innermost_datasets,
-    merge_options,
-    positive,
-    read_config,
-    run_tool,
-)
 from cbn_mmdet.norm.iteration import cbn_layers
 
 STEPS = 2
@@ -77,7 +74,6 @@ def parse_args() -> argparse.Namespace:
         help="GPUs of the run (from the config's name, as in 4xb2; else WORLD_SIZE; else 1)",
     )
     parser.add_argument("--images", type=positive, default=4, metavar="N", help="to evaluate (4)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--no-run", action="store_true", help="leave out training and evaluation")
     parser.add_argument("--verbose", action="store_true", help="show mmengine's log and tracebacks")
     return parser.parse_args()
@@ -86,7 +82,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Check."""
     args = parse_args()
-    choose_device(args.device)
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options)
     init_default_scope(cfg.get("default_scope", "mmdet"))
@@ -107,22 +102,13 @@ def main() -> None:
         report.line("NOTE", "weights, CBN, training, evaluation", "left out, for want of a model")
         report.end()
     no_weights = check_weights(report, cfg, model)
-    check_burn_in(report, cfg, model, epoch_length)
+    check_hook(report, cfg, model, epoch_length)
     del model
     if args.no_run:
         report.line("NOTE", "training", "left out, and with it the links of CBN: --no-run")
     else:
         run_briefly(report, cfg, args.images, no_weights)
     report.end()
-
-
-def choose_device(device: str) -> None:
-    """Start this tool anew without GPUs for ``cpu``: mmengine has chosen when it is imported."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no GPU is available; leave --device out to use the CPU")
-    if device == "cpu" and torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 class Report:
@@ -195,12 +181,16 @@ def check_datasets(report: Report, cfg: Config) -> int | None:
 
 def check_dataset(report: Report, split: str, settings: dict) -> int | None:
     """Check annotations and images of a dataset; returns the number of its images if known."""
-    dataset = DATASETS.build(dict(copy.deepcopy(settings), lazy_init=True, pipeline=[]))
-    reads = getattr(type(dataset), "load_data_list", None)
-    if reads is not CocoDataset.load_data_list or dataset.backend_args:
-        kind = type(dataset).__name__
-        report.line("NOTE", f"{split} data", f"not checked: {kind} reads no COCO file from a disk")
-        return None
+    dataset = build_coco(settings)
+    if dataset is None:
+        count = None
+        if settings.get("backend_args"):
+            report.line("NOTE", f"{split} data", "not checked: it is on no disk of this machine")
+        else:
+            with report.check(f"{split} images") as ok:
+                text, count = check_listed(settings)
+                ok(text)
+        return count
     content = None
     with report.check(f"{split} annotations, {dataset.ann_file}") as ok:
         content = read_annotations(dataset.ann_file)
@@ -276,8 +266,14 @@ def check_weights(report: Report, cfg: Config, model: nn.Module) -> list[str]:
     for setting, part, path, prefix in sources:
         failed.append(setting)
         with report.check(setting):
-            text, complete = compare_weights(part, read_weights(path, prefix, setting), path)
-            report.line("OK" if complete else "NOTE", setting, text)
+            try:
+                check_checkpoint(path)
+                found = read_checkpoint(path)
+            except UsageError as error:
+                mend = f"give a file with --cfg-options {setting}=PATH"
+                raise UsageError(f"{error}; {mend}") from error
+            below = f"{prefix.rstrip('.')}." if prefix else ""
+            report.line(*compare_weights(setting, part, weights_of(found, below), path))
             failed.remove(setting)
     return failed
 
@@ -294,28 +290,13 @@ def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, st
                 yield setting, module, init["checkpoint"], init.get("prefix")
 
 
-def read_weights(path: str, prefix: str | None, setting: str) -> dict[str, torch.Tensor]:
-    """Read the weights of a checkpoint, which may have to be downloaded."""
-    mend = f"give a file with --cfg-options {setting}=PATH"
-    try:
-        check_checkpoint(path)
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    except UsageError as error:
-        raise UsageError(f"{error}; {mend}") from error
-    except Exception as error:  # a download can fail in any way
-        raise UsageError(f"cannot load {path}: {explain(error)}; {mend}") from error
-    weights = checkpoint.get("state_dict", checkpoint)
-    start = rf"^(module\.)?{re.escape(prefix.rstrip('.') + '.') if prefix else ''}"
-    return {re.sub(start, "", key): weights[key] for key in weights if re.match(start, key)}
-
-
-def compare_weights(part: nn.Module, weights: dict, path: str) -> tuple[str, bool]:
-    """Compare names and shapes; returns what was found, and whether the part finds all of its."""
-    state, kind = part.state_dict(), type(part).__name__
-    own = [key for key in state if not key.endswith("num_batches_tracked")]  # old files lack it
-    missing = [key for key in own if key not in weights]
-    unused = [key for key in weights if key not in state]
-    others = [key for key in own if key in weights and weights[key].shape != state[key].shape]
+def compare_weights(
+    setting: str, part: nn.Module, weights: dict, path: str
+) -> tuple[str, str, str]:
+    """Compare names and shapes; returns the line to print: OK if the part finds all of its."""
+    own = [key for key in part.state_dict() if not key.endswith("num_batches_tracked")]
+    kind = type(part).__name__
+    missing, unused, others = misfits(part, weights)
     found = len(own) - len(missing) - len(others)
     if not found:
         raise UsageError(
@@ -329,41 +310,35 @@ def compare_weights(part: nn.Module, weights: dict, path: str) -> tuple[str, boo
         (unused, "of the file are not used"),
     ):
         text += f"; {len(keys)} {what}: {some(keys)}" if keys else ""
-    return text, not missing and not others
+    return "NOTE" if missing or others else "OK", setting, text
 
 
-def check_burn_in(report: Report, cfg: Config, model: nn.Module, epoch_length: int | None) -> None:
+def check_hook(report: Report, cfg: Config, model: nn.Module, epoch_length: int | None) -> None:
     """Check that the hook is there and opens the window before the run ends."""
     layers = cbn_layers(model)
-    hooks = [hook for hook in cfg.get("custom_hooks") or [] if is_cbn_hook(hook)]
     if not layers:
         report.line("OK", "CBN", "there is none in the model")
         return
-    if not hooks:
-        report.line(
-            "NOTE",
-            "CBNHook",
-            "the config has none: tools/train.py adds the default one, but MMDetection's own tool "
-            f"does not; set {in_config(default_cbn_hook(cfg))}",
-        )
-    with report.check("CBNHook") as ok, explained_errors("CBNHook: "):
+    hook = default_cbn_hook(cfg)
+    with report.check("CBNHook") as ok:
+        check_hooks(cfg)
+        hooks = [given for given in cfg.get("custom_hooks") or [] if is_cbn_hook(given)]
+        if hooks:
+            hook = HOOKS.build(dict(hooks[0]))
+        else:
+            report.line(
+                "NOTE",
+                "CBNHook",
+                "the config has none: tools/train.py adds the default one, but MMDetection's own "
+                f"tool does not; set {in_config(hook)}",
+            )
         if cfg.get("sync_bn"):
             raise UsageError(
                 f"sync_bn turns all {len(layers)} CBN layers into SyncBN: take it out of the "
                 "config; for statistics over all GPUs set norm_cfg=dict(type='SyncCBN')"
             )
-        settings = {key: value for hook in hooks for key, value in hook.items() if key != "type"}
-        hook = CBNHook(**settings) if hooks else default_cbn_hook(cfg)
-        epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
-        if iterations is None and epoch_length is not None:
-            iterations = epochs * epoch_length
-        unit, length = ("epochs", epochs) if hook.by_epoch else ("iterations", iterations)
-        if length is not None and hook.burn_in >= length:
-            raise UsageError(
-                f"burn_in={hook.burn_in} is not shorter than the run of {length} {unit}, so the "
-                "window would never open: set a shorter one in custom_hooks"
-                + (", or count iterations with by_epoch=False" if hook.by_epoch else "")
-            )
+        length = check_burn_in(cfg, hook, epoch_length)
+        unit = "epochs" if hook.by_epoch else "iterations"
         ok(f"the window opens after {hook.burn_in} {unit}" + (f" of {length}" if length else ""))
 
 
@@ -384,23 +359,23 @@ def run_briefly(report: Report, cfg: Config, images: int, no_weights: list[str])
             if "load_from" in no_weights:
                 short.load_from = None
             runner = Runner.from_cfg(short)
-            leave_out_weights(runner.model, no_weights)
-            watch = StepWatch()
-            runner.register_hook(watch, priority="LOWEST")
+            for setting, part, *_ in list(pretrained_parts(runner.model)):
+                if setting in no_weights:
+                    part.init_cfg = None
             device = next(runner.model.parameters()).device
             without = f", without {some(no_weights)}" if no_weights else ""
             slow = ": a large model takes minutes there" if device.type == "cpu" else ""
             batch = f"{STEPS} steps of {cfg.train_dataloader.batch_size} image(s)"
             report.line("...", "training", f"{batch} on {device}{without}{slow}")
             runner.train()
-            ok(watch.describe(device))
+            ok(describe_steps(runner, device))
         if runner is None:
             return
-        if links(runner.model) or watch.losses:
+        if links(runner.model) or "train/loss" in runner.message_hub.log_scalars:
             check_links(report, runner.model)
         else:
             report.line("NOTE", "links", "left out, as no step was taken")
-        if cfg.get("val_cfg"):
+        if cfg.get("val_cfg") is not None:  # of MMPretrain's it is empty
             with report.check("evaluation") as ok:
                 ok(evaluate(runner))
 
@@ -427,45 +402,19 @@ def shortened(cfg: Config, images: int, folder: str) -> Config:
     return cfg
 
 
-def leave_out_weights(model: nn.Module, settings: list[str]) -> None:
-    """Keep the parts of a model from loading what cannot be loaded."""
-    failing = [part for setting, part, *_ in pretrained_parts(model) if setting in settings]
-    for part in failing:
-        part.init_cfg = None
-
-
-class StepWatch(Hook):
-    """Notes loss and time of each training step."""
-
-    def __init__(self) -> None:
-        self.losses, self.seconds = [], []
-
-    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
-
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Reads the clock when all that was queued on a GPU is done."""
-        self.losses.append(float(outputs["loss"]))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def describe(self, device: torch.device) -> str:
-        """What was measured, unless the loss is not finite."""
-        losses = ", ".join(f"{loss:.4g}" for loss in self.losses)
-        if not all(map(math.isfinite, self.losses)):
-            raise UsageError(
-                f"the loss is not finite ({losses}): lower optim_wrapper.optimizer.lr, or look for "
-                "broken boxes in the annotations"
-            )
-        if device.type == "cuda":
-            memory = f"{decimal(torch.cuda.max_memory_allocated(device))} on the GPU"
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            memory = f"{decimal(peak)} of this process"
-        return f"loss {losses}; {self.seconds[-1]:.2f} s for the last step; at most {memory}"
+def describe_steps(runner: Runner, device: torch.device) -> str:
+    """What mmengine logged of the steps, unless the loss is not finite."""
+    losses = runner.message_hub.get_scalar("train/loss").data[0].tolist()
+    told = ", ".join(f"{loss:.4g}" for loss in losses)
+    if not all(map(math.isfinite, losses)):
+        raise UsageError(
+            f"the loss is not finite ({told}): lower optim_wrapper.optimizer.lr, or look for "
+            "broken boxes in the annotations"
+        )
+    whose = "on the GPU" if device.type == "cuda" else "of this process"
+    memory = f"{decimal(peak_memory(device.type))} {whose}"
+    seconds = runner.message_hub.get_scalar("train/time").current()
+    return f"loss {told}; {seconds:.2f} s for the last step; at most {memory}"
 
 
 def check_links(report: Report, model: nn.Module) -> None:
@@ -518,12 +467,6 @@ def evaluate(runner: Runner) -> str:
     summary = [name for name in metrics if name.endswith("mAP")] or metrics
     computed = some(summary) if metrics else "nothing, for nothing was detected"
     return f"{len(dataset)} images in {seconds:.1f} s; computed: {computed}"
-
-
-def explain(error: Exception) -> str:
-    """An error's type and the first line of its message."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return f"{type(error).__name__}: {str(message).strip().partition(chr(10))[0]}"
 
 
 if __name__ == "__main__":

@@ -2,22 +2,21 @@
 """Make of a training's checkpoint one to deploy: weights only, with BN where CBN was."""
 
 import argparse
-import ast
 import inspect
 import os
 import os.path as osp
 
 import torch
+from common.checkpoint import check_checkpoint, read_checkpoint
+from common.config import OUR_HOOKS, OUR_NORMS, Code, parse_dump, walk
+from common.errors import UsageError, run_tool
 from mmengine.config import Config
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from cbn_mmdet.launch import UsageError, check_checkpoint, explained_loading, run_tool
-
-LAYERS = ("CBN", "SyncCBN", "BRN")
-HOOKS = ("CBNHook", "DiagnoseHook", "PreciseStatsHook")
 # What a norm_cfg of BN can have: BN's own arguments, and what mmengine and mmcv read.
 BN_KEYS = {*inspect.signature(nn.BatchNorm2d).parameters, "type", "requires_grad", "_scope_"}
+# What MABN has beside.
+MABN_BUFFERS = ("second_moments", "gradient_moments", "num_gradients_tracked")
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,21 +34,19 @@ def main() -> None:
     if osp.exists(out):
         raise UsageError(f"{out} exists already: name another OUT, or remove it")
     check_checkpoint(args.checkpoint)
-    with explained_loading(args.checkpoint):
-        checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, "cpu", logger="silent")
+    checkpoint = read_checkpoint(args.checkpoint)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise UsageError(f"{args.checkpoint} holds no state_dict: give a checkpoint of a training")
+    state = {key: state[key] for key in state if key.rpartition(".")[2] not in MABN_BUFFERS}
     meta = dict(checkpoint.get("meta") or {})
     notes = []
     if "cfg" in meta:
         try:
-            cfg = read_plain_config(meta["cfg"])
+            meta["cfg"] = Config(with_batchnorm(parse_dump(meta["cfg"]))).pretty_text
         except (SyntaxError, ValueError):
             del meta["cfg"]
             notes.append("its config is left out, as it is not plain data: give yours, with BN")
-        else:
-            meta["cfg"] = Config(with_batchnorm(cfg)).pretty_text
     if "ema_state_dict" in checkpoint:
         notes.append("its weights are the averaged ones of EMAHook, which evaluation uses")
     write(dict(meta=meta, state_dict=state), out)
@@ -58,61 +55,33 @@ def main() -> None:
         print(f"note: {note}")
 
 
-class DictAsLiteral(ast.NodeTransformer):
-    """Turns ``dict(a=1)`` and ``dict({'a': 1})`` into ``{'a': 1}``."""
+def with_batchnorm(cfg: dict) -> dict:
+    """The config, with BN for the norms of this package, and without its hooks and import.
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Turn the arguments of a call first, then the call."""
-        self.generic_visit(node)
-        match node:
-            case ast.Call(ast.Name("dict"), [], keywords):
-                keys = [ast.Constant(keyword.arg) for keyword in keywords]
-                return ast.Dict(keys, [keyword.value for keyword in keywords])
-            case ast.Call(ast.Name("dict"), [ast.Dict() as literal], []):
-                return literal
-        return node
-
-
-def read_plain_config(text: str) -> dict:
-    """Read a config as mmengine writes it into checkpoints, without running it as code.
+    The import stays for CenConv2d, the convolution of MABN, whose weight is as it is learnt.
 
     Raises:
-        SyntaxError: The text is no Python.
-        ValueError: It is more than assignments of plain data.
+        ValueError: Not all of it is plain data.
     """
-    cfg = {}
-    for statement in ast.parse(text).body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                cfg[name] = ast.literal_eval(DictAsLiteral().visit(value))
-            case _:
-                raise ValueError(f"line {statement.lineno} is no assignment")
-    return cfg
-
-
-def with_batchnorm(cfg: dict) -> dict:
-    """The same config with BN for the layers of this package, and without its hooks and import."""
-    cfg = _with_batchnorm(cfg)
+    for path, value in walk(cfg):
+        if isinstance(value, Code):
+            raise ValueError(f"{path}: {value}")
+        if _kind(value) in OUR_NORMS:
+            for key in value.keys() - BN_KEYS:
+                del value[key]
+            value["type"] = "BN"
     if cfg.get("custom_hooks"):
-        cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) not in HOOKS]
+        cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) not in OUR_HOOKS]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
     rest = [name for name in imports if name.partition(".")[0] != "cbn_mmdet"]
+    if any(_kind(value) == "CenConv2d" for _, value in walk(cfg)):
+        rest = imports
     if rest:
         cfg["custom_imports"]["imports"] = rest
     else:
         cfg.pop("custom_imports", None)
     return cfg
-
-
-def _with_batchnorm(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return type(value)(_with_batchnorm(each) for each in value)
-    if not isinstance(value, dict):
-        return value
-    if _kind(value) in LAYERS:
-        return {key: value[key] for key in value if key in BN_KEYS} | {"type": "BN"}
-    return {key: _with_batchnorm(each) for key, each in value.items()}
 
 
 def _kind(value: object) -> str:

@@ -7,14 +7,24 @@ A run with a DiagnoseHook has a plot of how well the window suits it, too.
 import argparse
 import os.path as osp
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, and none has to be there
-
-import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
+from common.checkpoint import (
+    check_fit,
+    check_writable,
+    find_checkpoint,
+    read_checkpoint,
+    weights_of,
+)
+from common.coco import check_data, explained_damage
+from common.config import read_config
+from common.errors import UsageError, run_tool
+from common.runs import Run, read_run
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -22,25 +32,14 @@ from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
 from rich.console import Console
 from rich.table import Table
 
-from cbn_mmdet.launch import (
-    check_data,
-    check_writable,
-    explained_damage,
-    explained_loading,
-    read_config,
-    run_tool,
-)
-from cbn_mmdet.runs import find_checkpoint, find_last_run, read_scalars, time_unit
-
 IMAGES = 12
 PAIRS_PER_ROW = 3
 SCORE = 0.3
-COLOURS = matplotlib.colormaps["tab10"].colors
+COLOURS = colormaps["tab10"].colors
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,17 +54,19 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Report."""
     work_dir = parse_args().work_dir
-    run = find_last_run(work_dir)
-    training, evaluations = read_scalars(work_dir)
+    run = read_run(work_dir)
+    training, evaluations = run.training, run.evaluations
+    if not training:
+        raise UsageError(f"{work_dir} holds no logged training step: train first, or longer")
     checkpoint = find_checkpoint(work_dir)
-    cfg = read_config(osp.join(run, "vis_data", "config.py"))
+    cfg = read_config(osp.join(run.folder, "vis_data", "config.py"))
     has_images = cfg.get("val_dataloader") is not None
     if has_images:
         check_data(cfg, "val")
 
     check_writable(work_dir, "the work dir")
     curves = osp.join(work_dir, "curves.png")
-    plot_curves(training, evaluations, curves)
+    plot_curves(run, curves)
     diagnosed = [record for record in training if "cbn/correction" in record]
     window = osp.join(work_dir, "window.png")
     if diagnosed:
@@ -76,10 +77,10 @@ def main() -> None:
             draw_detections(cfg, checkpoint, detections)
 
     if evaluations:
-        print_table(evaluations[-1], time_unit(training))
+        print_table(evaluations[-1], run.unit)
     else:
         print("There is no COCO evaluation yet.")
-    print_path("log", osp.join(run, f"{osp.basename(run)}.log"))
+    print_path("log", osp.join(run.folder, f"{osp.basename(run.folder)}.log"))
     print_path("checkpoint", checkpoint)
     print_path("loss and AP", curves)
     if diagnosed:
@@ -88,9 +89,11 @@ def main() -> None:
         print_path("detections", detections)
 
 
-def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> None:
+def plot_curves(run: Run, path: str) -> None:
     """Plot the loss and the AP over time."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    training, evaluations = run.training, run.evaluations
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     steps = [record["step"] for record in training]
     left.plot(steps, [record["loss"] for record in training], ".-")
     left.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
@@ -98,24 +101,24 @@ def plot_curves(training: list[dict], evaluations: list[dict], path: str) -> Non
     names = {key for record in evaluations for key in record if key.endswith("_mAP")}
     for key in sorted(names):
         right.plot(times, [record.get(key) for record in evaluations], ".-", label=key)
-    right.set(xlabel=time_unit(training), ylabel="AP", ylim=(0, None))
+    right.set(xlabel=run.unit, ylabel="AP", ylim=(0, None))
     if names:
         right.legend()
-    for axes in (left, right):
+    save(figure, path)
+
+
+def save(figure: Figure, path: str) -> None:
+    """Give all axes a grid and whole iterations, and write the figure."""
+    for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
 def plot_window(diagnosed: list[dict], path: str) -> None:
-    """Plot what the hooks found of the window: corrections and noise, what was clamped, and sizes.
-
-    Args:
-        diagnosed: The logged training steps from the first diagnosis on.
-        path: The image to write.
-    """
-    figure, (left, *others) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    """Plot what the hooks found of the window: corrections and noise, what was clamped, sizes."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    left, *others = figure.subplots(1, 3)
     steps = [record["step"] for record in diagnosed]
     for name in ("correction", "worst_correction", "noise"):
         values = [record.get(f"cbn/{name}", np.nan) for record in diagnosed]
@@ -125,11 +128,7 @@ def plot_window(diagnosed: list[dict], path: str) -> None:
     for axes, name in zip(others, ("cbn/clamped", "cbn/window_size"), strict=True):
         axes.plot(steps, [record[name] for record in diagnosed])
         axes.set(xlabel="iteration", ylabel=name, ylim=(0, None))
-    for axes in (left, *others):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
@@ -140,13 +139,8 @@ def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
     rows = -(-count // PAIRS_PER_ROW)
     # A cell of 2.5 inches and no wider gaps: mmdet's own visualizer would draw its labels in the
     # pixels of the image, and these images are too small for that.
-    figure, axes = plt.subplots(
-        rows,
-        2 * PAIRS_PER_ROW,
-        figsize=(5 * PAIRS_PER_ROW, 2.75 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(5 * PAIRS_PER_ROW, 2.75 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * PAIRS_PER_ROW, squeeze=False)
     for each in axes.flat:
         each.set_axis_off()
     for index, (left, right) in enumerate(axes.reshape(-1, 2)[:count]):
@@ -158,15 +152,13 @@ def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
         left.set_title("truth")
         right.set_title(f"detected, score > {SCORE}")
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def load_detector(cfg: Config, checkpoint: str) -> torch.nn.Module:
-    """Build the detector with the weights of a checkpoint, all of which have to fit."""
+    """Build the detector and load a checkpoint, whose weights all have to fit."""
     init_default_scope(cfg.get("default_scope", "mmdet"))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    with explained_loading(checkpoint):
-        load_checkpoint(model, checkpoint, map_location="cpu", strict=True)
+    check_fit(model, weights_of(read_checkpoint(checkpoint)), checkpoint)
     return model.to(get_device()).eval()
 
 
@@ -181,7 +173,7 @@ def detect(model: torch.nn.Module, data: dict) -> DetDataSample:
     return sample
 
 
-def draw_instances(axes: plt.Axes, image: np.ndarray, instances: InstanceData, names: tuple):
+def draw_instances(axes: Axes, image: np.ndarray, instances: InstanceData, names: tuple):
     """Draw an image with labelled boxes, and masks where there are any, one colour per class."""
     axes.imshow(image)
     axes.autoscale(False)
@@ -191,7 +183,7 @@ def draw_instances(axes: plt.Axes, image: np.ndarray, instances: InstanceData, n
         if "scores" in instances:
             text += f" {instances.scores[index]:.2f}"
         colour = COLOURS[label % len(COLOURS)]
-        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
         background = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
         axes.text(
             x1, y1, text, va="bottom", color="white", fontsize=8, bbox=background, clip_on=True

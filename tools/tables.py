@@ -9,19 +9,17 @@ import argparse
 import json
 import os.path as osp
 import re
+from collections import defaultdict
 from glob import glob
 from statistics import mean, median
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, and none has to be there
-
-import matplotlib.pyplot as plt
 import yaml
+from common.config import DEFINING, differences, look_up, read_config
+from common.errors import UsageError, run_tool
+from common.runs import Run, read_run
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-
-from cbn_mmdet.launch import DEFINING, UsageError, look_up, run_tool
-from cbn_mmdet.runs import Run, read_run, read_settings
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), "configs")
 METRICS = {
@@ -31,7 +29,10 @@ METRICS = {
     "mask AP": "coco/segm_mAP",
     "mask AP50": "coco/segm_mAP_50",
     "mask AP75": "coco/segm_mAP_75",
+    "top-1": "accuracy/top1",
+    "mIoU": "mIoU",
 }
+PERCENT = ("top-1", "mIoU")  # are logged so, and APs from 0 to 1
 DETECTORS = {"faster-rcnn": "Faster R-CNN", "mask-rcnn": "Mask R-CNN"}
 # The batch of the paper's table, whose rows are shown with and without a run.
 PAPER = "_4xb4-"
@@ -41,9 +42,13 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work_dirs", nargs="+", metavar="WORK_DIR", help="of tools/train.py")
-    parser.add_argument("--all", action="store_true", help="show every config of the metafiles")
+    parser.add_argument("--all", action="store_true", help="show every config beside the metafiles")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--plot", metavar="FILE.png", help="plot the AP of each run over time")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="plot the AP of each run over time, or top-1 over images per GPU",
+    )
     parser.add_argument(
         "--configs",
         default=CONFIGS,
@@ -84,7 +89,10 @@ def split_name(work_dir: str) -> tuple[str, int]:
 
 
 def read_models(configs: str) -> dict[str, dict]:
-    """Read what was published of each config that a metafile lists, by the config's name."""
+    """Read what was published of each config in the folder of a metafile, by the config's name.
+
+    A metafile lists those with figures, in the order of their table; the others follow.
+    """
     models = {}
     paths = sorted(glob(osp.join(configs, "*", "metafile.yml")))
     if not paths:
@@ -98,6 +106,8 @@ def read_models(configs: str) -> dict[str, dict]:
                 }
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is no metafile: it needs Models, each with Config") from error
+        for other in sorted(glob(osp.join(osp.dirname(path), "*.py"))):
+            listed.setdefault(config_name(other), {})
         for name, published in listed.items():
             unknown = sorted(published.keys() - {*METRICS, "Source"})
             if unknown:
@@ -143,21 +153,12 @@ def changed_settings(run: Run, config: str, configs: str) -> list[str]:
     paths = glob(osp.join(configs, "*", f"{config}.py"))
     if not paths or not run.settings:
         return []
-    wanted = read_settings(paths[0])
+    wanted = read_config(paths[0], import_custom_modules=False).to_dict()
     return [
         key
         for key in (*DEFINING, "precise_stats")
-        if plain(look_up(run.settings, key)) != plain(look_up(wanted, key))
+        if any(differences(key, look_up(run.settings, key), look_up(wanted, key)))
     ]
-
-
-def plain(settings: object) -> object:
-    """Leave out of settings mmengine's note of the package that a base came from."""
-    if isinstance(settings, dict):
-        return {key: plain(value) for key, value in settings.items() if key != "_scope_"}
-    if isinstance(settings, (list, tuple)):
-        return [plain(value) for value in settings]
-    return settings
 
 
 def describe(run: Run) -> dict:
@@ -175,7 +176,8 @@ def describe(run: Run) -> dict:
         "evaluated": last.get("step"),
         "epoch": logged.get("epoch"),
         "iteration": logged.get("step"),
-        "measured": {metric: points(last.get(key)) for metric, key in METRICS.items()},
+        "images": images_per_gpu(run),
+        "measured": {metric: points(metric, last.get(key)) for metric, key in METRICS.items()},
         "seconds_per_iteration": median(times) if times else None,
         # mmengine starts anew after each logged step: the peak of the run is that of all of them
         "peak_memory_mib": max(memory, default=None),
@@ -185,7 +187,7 @@ def describe(run: Run) -> dict:
 def state(run: Run) -> str:
     """Say how far a run got."""
     if not (run.training or run.evaluations):
-        return "nothing logged" if run.started else "no training run"
+        return "nothing logged" if run.folder else "no training run"
     evaluated = run.evaluations[-1]["step"] if run.evaluations else None
     if run.finished:
         return f"{evaluated} {run.unit}{'' if evaluated == 1 else 's'}"
@@ -195,13 +197,23 @@ def state(run: Run) -> str:
     parts = [f"{run.unit} {where}{of}"]
     if run.training and run.unit == "epoch":
         parts.append(f"last logged iteration {run.training[-1]['step']}")
-    parts.append(f"AP of {run.unit} {evaluated}" if evaluated is not None else "never evaluated")
+    if evaluated is None:
+        return ", ".join([*parts, "never evaluated"])
+    what = next((each for each in PERCENT if METRICS[each] in run.evaluations[-1]), "AP")
+    parts.append(f"{what} of {run.unit} {evaluated}")
     return ", ".join(parts)
 
 
-def points(value: float | None) -> float | None:
-    """Turn an AP into COCO's points; -1 says that there are no such objects to measure it on."""
-    return None if value is None or value < 0 else round(100 * value, 10)
+def images_per_gpu(run: Run) -> int | None:
+    """Tell the batch of a run whose config is known."""
+    return look_up(run.settings, "train_dataloader.batch_size")
+
+
+def points(metric: str, value: float | None) -> float | None:
+    """Turn what was logged into per cent; -1 says that there are no such objects to measure."""
+    if value is None or value < 0:
+        return None
+    return round(value if metric in PERCENT else 100 * value, 10)
 
 
 def make_row(config: str, runs: list[dict]) -> dict:
@@ -215,7 +227,7 @@ def make_row(config: str, runs: list[dict]) -> dict:
 
 
 def make_tables(rows: list[dict], models: dict[str, dict], everything: bool) -> list[dict]:
-    """Make a table of the rows that are in no metafile, and one of each detector and backbone."""
+    """Make a table of the rows of other configs, and one of each detector and backbone."""
     tables = []
     own = [beside(row, {}) for row in rows if row["config"] not in models]
     if own:
@@ -267,6 +279,10 @@ def markdown(table: dict) -> str:
     columns = {"config": [row["label"] for row in rows]}
     for metric in METRICS:
         columns[metric] = [cell(row, metric, compared) for row in rows]
+    if columns["top-1"] != ["–"] * len(rows):
+        columns["images per GPU"] = [
+            listed([each["images"] for each in row["runs"][:1]], "d") for row in rows
+        ]
     columns["trained for"] = [states(row["runs"]) for row in rows]
     columns["other than the config's"] = [", ".join(row["changed"]) or "–" for row in rows]
     columns["s/iteration"] = [
@@ -288,21 +304,23 @@ def cell(row: dict, metric: str, compared: bool) -> str:
     each = []
     for run, value in zip(row["runs"], values, strict=True):
         emphasis = "*" if value is not None and not run["finished"] else ""
-        each.append(f"{emphasis}{ap(value, compared)}{emphasis}")
+        each.append(f"{emphasis}{shown(metric, value, compared)}{emphasis}")
     text = ", ".join(each) or "–"
     if average is not None and sum(run["finished"] for run in row["runs"]) > 1:
-        text = f"**{ap(average, compared)}** ({text})"
+        text = f"**{shown(metric, average, compared)}** ({text})"
     if compared:
-        text += f" / {ap(published, compared)}"
+        text += f" / {shown(metric, published, compared)}"
     if row["difference"][metric] is not None:
         text += f" ({round(row['difference'][metric], 1) + 0.0:+.1f})"  # + 0.0: of -0.0 makes 0.0
     return text
 
 
-def ap(value: float | None, compared: bool) -> str:
-    """Format an AP: in COCO's points where they are compared, else as MMDetection logs it."""
+def shown(metric: str, value: float | None, compared: bool) -> str:
+    """Format a figure: an AP in COCO's points where they are compared, else all as logged."""
     if value is None:
         return "–"
+    if metric in PERCENT:
+        return f"{value:.2f}"
     return f"{value:.1f}" if compared else f"{value / 100:.3f}"
 
 
@@ -342,6 +360,54 @@ def notes(table: dict) -> list[str]:
 
 
 def plot(runs: list[Run], path: str) -> None:
+    """Plot what the runs were evaluated by: detectors over epochs, classifiers over images."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    tops, boxes = (
+        [run for run in runs if any(METRICS[metric] in each for each in run.evaluations)]
+        for metric in ("top-1", "box AP")
+    )
+    if tops and boxes:
+        raise UsageError(
+            f"--plot: {tops[0].work_dir} is a classifier's and {boxes[0].work_dir} a detector's; "
+            "plot them apart"
+        )
+    if tops:
+        plot_top1(axes, tops)
+    else:
+        plot_ap(axes, runs)
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: {error}") from error
+
+
+def plot_top1(axes: Axes, runs: list[Run]) -> None:
+    """Plot top-1 of the runs that finished over images per GPU, and its mean as a line."""
+    found = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        value, images = run.evaluations[-1].get(METRICS["top-1"]), images_per_gpu(run)
+        if run.finished and None not in (value, images):
+            name = re.sub(r"_\d+xb\d+(?=_|$)", "", run.config or split_name(run.work_dir)[0])
+            found[name][images].append(value)
+    if not found:
+        raise UsageError("--plot: none of the classifiers' runs has finished")
+    for number, (name, line) in enumerate(sorted(found.items())):
+        images = sorted(line)
+        means = [mean(line[each]) for each in images]
+        axes.plot(images, means, color=f"C{number}", label=name)
+        for each in images:
+            axes.plot([each] * len(line[each]), line[each], ".", color=f"C{number}")
+    ticks = sorted({images for line in found.values() for images in line})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set(xlabel="images per GPU", ylabel="top-1 accuracy (%)")
+    axes.invert_xaxis()  # to where norms differ
+    axes.legend(fontsize="small")
+
+
+def plot_ap(axes: Axes, runs: list[Run]) -> None:
     """Plot box AP (solid) and mask AP (dashed) of each run over its epochs."""
     styles = {"box AP": "-", "mask AP": "--"}
     logged = {run.work_dir: {key for each in run.evaluations for key in each} for run in runs}
@@ -358,7 +424,6 @@ def plot(runs: list[Run], path: str) -> None:
     if len(set(names)) < len(names):
         names = [osp.normpath(run.work_dir) for run in drawn]
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     legend = []
     for number, (name, run) in enumerate(zip(names, drawn, strict=True)):
         legend.append(Line2D([], [], color=f"C{number}", label=name))
@@ -372,11 +437,6 @@ def plot(runs: list[Run], path: str) -> None:
     axes.legend(handles=legend, fontsize="small")
     axes.set(xlabel=next(iter(units)), ylabel="AP" if masks else "box AP", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot {path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -4,27 +4,18 @@
 import argparse
 import os.path as osp
 
+from common.checkpoint import check_checkpoint, check_writable
+from common.coco import check_data, explained_damage
+from common.config import load_config
+from common.errors import UsageError, positive, run_tool
+from common.launchers import CarefulRunner, add_launch_arguments, start_processes
+from mmdet.engine.hooks import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config
 from mmengine.hooks import Hook, IterTimerHook
 from mmengine.runner import Runner
 
 from cbn_mmdet import PreciseStatsHook  # the import registers CBN as well
-from cbn_mmdet.launch import (
-    BUILD_ERRORS,
-    START_ERRORS,
-    CarefulRunner,
-    UsageError,
-    add_launch_arguments,
-    check_checkpoint,
-    check_data,
-    check_writable,
-    evaluators,
-    explained_damage,
-    explained_errors,
-    load_config,
-    run_tool,
-    start_processes,
-)
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     add_launch_arguments(parser)
     parser.add_argument(
         "--precise-stats",
-        type=int,
+        type=positive,
         metavar="N",
         help="first estimate all running statistics anew from N training images",
     )
@@ -44,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--show-dir",
         metavar="DIR",
-        help="draw the detections into this folder; a relative one lies in WORK_DIR/TIMESTAMP",
+        help="draw the results into this folder; a detector's relative one lies in its log's",
     )
     parser.add_argument("--wait-time", type=float, default=2, help="seconds per shown image")
     return parser.parse_args()
@@ -55,22 +46,45 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args)
     check_data(cfg, "test")
-    hook = precise_stats(cfg, args.precise_stats)
+    cfg.pop("precise_stats", None)  # of the test that dumped this config
+    if args.precise_stats:
+        check_data(cfg, "train")
+        cfg.precise_stats = args.precise_stats  # a note for who reads the results
     check_checkpoint(args.checkpoint)
     cfg.resume = False
-    remote = "://" in args.checkpoint
-    cfg.load_from = args.checkpoint if remote else osp.abspath(args.checkpoint)
+    cfg.load_from = args.checkpoint if "://" in args.checkpoint else osp.abspath(args.checkpoint)
     if args.out:
-        write_detections(cfg, args.out)
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise UsageError(f"--out {args.out}: the name must end with .pkl or .pickle")
+        check_writable(osp.dirname(args.out) or ".", "--out")
     if args.show or args.show_dir:
-        draw_detections(cfg, args)
+        if "visualization" not in cfg.get("default_hooks", {}):
+            raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
+        draw(cfg, args)
     check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
-    with explained_damage(cfg), explained_errors(*BUILD_ERRORS, *START_ERRORS):
-        runner = CarefulRunner.from_cfg(cfg)
-        if hook:
-            runner.register_hook(hook)
+    runner = CarefulRunner.from_cfg(cfg)
+    if args.precise_stats:
+        runner.register_hook(EstimateStats(args.precise_stats))
+    with explained_damage(cfg):
+        if args.out:
+            runner.test_evaluator.metrics.append(DumpDetResults(args.out))
         runner.test()
+
+
+def draw(cfg: Config, args: argparse.Namespace) -> None:
+    """Have the hook draw, whose options each of the frameworks names otherwise."""
+    hook, scope = cfg.default_hooks.visualization, cfg.get("default_scope")
+    if scope == "mmpretrain":
+        hook.update(enable=True, interval=1, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            hook.out_dir = args.show_dir
+    elif scope == "mmseg":
+        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            cfg.visualizer.save_dir = args.show_dir
+    else:
+        trigger_visualization_hook(cfg, args)
 
 
 class EstimateStats(Hook):
@@ -94,36 +108,6 @@ class EstimateStats(Hook):
         for hook in runner.hooks:
             if isinstance(hook, IterTimerHook):
                 hook.before_test_epoch(runner)  # starts its clock, which ran meanwhile
-
-
-def precise_stats(cfg: Config, num_images: int | None) -> EstimateStats | None:
-    """What estimates the statistics; its images are those of the training."""
-    cfg.pop("precise_stats", None)  # of the test that dumped this config
-    if num_images is None:
-        return None
-    if num_images < 1:
-        raise UsageError(f"--precise-stats {num_images}: takes at least 1 image")
-    check_data(cfg, "train")
-    cfg.precise_stats = num_images  # a note for who reads the results
-    return EstimateStats(num_images)
-
-
-def write_detections(cfg: Config, path: str) -> None:
-    """Add the evaluator that writes all detections to ``path``."""
-    if not path.endswith((".pkl", ".pickle")):
-        raise UsageError(f"--out {path}: the name must end with .pkl or .pickle")
-    check_writable(osp.dirname(path) or ".", "--out")
-    dump = {"type": "DumpDetResults", "out_file_path": path}
-    cfg.test_evaluator = [*evaluators(cfg, "test"), dump]
-
-
-def draw_detections(cfg: Config, args: argparse.Namespace) -> None:
-    """Turn on the drawing of MMDetection's visualization hook."""
-    if "visualization" not in cfg.get("default_hooks", {}):
-        raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
-    cfg.default_hooks.visualization.update(
-        draw=True, show=args.show, wait_time=args.wait_time, test_out_dir=args.show_dir
-    )
 
 
 if __name__ == "__main__":

@@ -1,32 +1,19 @@
 # Licensed under the Apache License, Version 2.0.
-"""Train a detector from a config, as MMDetection's own tool does, on GPUs or on the CPU."""
+"""Train a model from a config, as MMDetection's own tool does, on GPUs or on the CPU."""
 
 import argparse
 import os
 
 import torch
+from common.checkpoint import check_checkpoint, check_writable, latest_checkpoint
+from common.coco import check_data, explained_damage
+from common.config import check_burn_in, default_cbn_hook, in_config, load_config
+from common.errors import UsageError, run_tool
+from common.launchers import CarefulRunner, add_launch_arguments, start_processes
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from cbn_mmdet import CBN, CBNHook
-from cbn_mmdet.launch import (
-    BUILD_ERRORS,
-    START_ERRORS,
-    CarefulRunner,
-    UsageError,
-    add_launch_arguments,
-    check_checkpoint,
-    check_data,
-    check_writable,
-    default_cbn_hook,
-    explained_damage,
-    explained_errors,
-    in_config,
-    load_config,
-    run_tool,
-    start_processes,
-)
-from cbn_mmdet.runs import latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,10 +51,9 @@ def main() -> None:
         use_checkpoint(cfg, args.resume)
     check_writable(cfg.work_dir, "--work-dir")
     start_processes(cfg)
-    with explained_errors(*BUILD_ERRORS):
-        runner = CarefulRunner.from_cfg(cfg)
+    runner = CarefulRunner.from_cfg(cfg)
     ensure_cbn_hook(runner, cfg)
-    with explained_damage(cfg), explained_errors(*START_ERRORS):
+    with explained_damage(cfg):
         runner.train()
 
 
@@ -102,23 +88,18 @@ def use_checkpoint(cfg: Config, checkpoint: str) -> None:
 
 
 def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
-    """Register the default hook when the model has CBN layers and the config forgot it."""
-    has_cbn = any(isinstance(module, CBN) for module in runner.model.modules())
-    has_hook = any(isinstance(hook, CBNHook) for hook in runner.hooks)
-    if has_cbn and not has_hook:
-        hook = default_cbn_hook(cfg)
-        epochs = cfg.train_cfg.get("max_epochs")
-        if hook.by_epoch and epochs is not None and hook.burn_in >= epochs:
-            raise UsageError(
-                f"the config has no CBNHook, and the default one's burn_in of {hook.burn_in} "
-                f"epochs is not shorter than the run of {epochs}: add "
-                f"{in_config(CBNHook(epochs // 4))}, say (0 opens the window at once)"
-            )
-        runner.register_hook(hook)
+    """Have a model with CBN trained by a hook that opens its window, the default one if need be."""
+    if not any(isinstance(module, CBN) for module in runner.model.modules()):
+        return
+    hooks = [hook for hook in runner.hooks if isinstance(hook, CBNHook)]
+    if not hooks:
+        hooks = [default_cbn_hook(cfg)]
+        runner.register_hook(hooks[0])
         runner.logger.info(
             f"The model contains CBN and the config has no CBNHook: registered the default one "
-            f"({in_config(hook)})."
+            f"({in_config(hooks[0])})."
         )
+    check_burn_in(cfg, hooks[0])
 
 
 if __name__ == "__main__":

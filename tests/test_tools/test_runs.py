@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
-
-from cbn_mmdet.launch import UsageError
-from cbn_mmdet.runs import find_checkpoint, find_last_run, read_run, read_scalars
+from common.errors import UsageError
+from common.runs import read_run
 
 
 def write_run(work_dir, name, records):
@@ -19,6 +17,11 @@ def steps(first, last, epoch):
     return [dict(loss=1.0, step=step, epoch=epoch) for step in range(first, last + 1)]
 
 
+def logged(work_dir):
+    run = read_run(str(work_dir))
+    return run.training, run.evaluations
+
+
 def evaluation(epoch, value):
     return {"coco/bbox_mAP": value, "step": epoch}
 
@@ -28,47 +31,19 @@ def test_a_resumed_run_goes_on_and_a_new_one_replaces(tmp_path):
         tmp_path, "1", [*steps(1, 3, 1), evaluation(1, 0.1), *steps(4, 6, 2), evaluation(2, 0.2)]
     )
     write_run(tmp_path, "2", [*steps(4, 6, 2), evaluation(2, 0.3)])
-    training, evaluations = read_scalars(str(tmp_path))
+    training, evaluations = logged(tmp_path)
     assert [record["step"] for record in training] == [1, 2, 3, 4, 5, 6]
     assert [record["coco/bbox_mAP"] for record in evaluations] == [0.1, 0.3]
     write_run(tmp_path, "3", steps(1, 2, 1))
-    training, evaluations = read_scalars(str(tmp_path))
+    training, evaluations = logged(tmp_path)
     assert len(training) == 2 and evaluations == []
 
 
 def test_iterations_instead_of_epochs(tmp_path):
     write_run(tmp_path, "1", [dict(loss=1.0, step=5), evaluation(5, 0.1), dict(loss=1.0, step=10)])
     write_run(tmp_path, "2", [dict(loss=1.0, step=6), evaluation(10, 0.2)])
-    _, evaluations = read_scalars(str(tmp_path))
+    _, evaluations = logged(tmp_path)
     assert [record["step"] for record in evaluations] == [5, 10]
-
-
-def test_nothing_to_read(tmp_path):
-    with pytest.raises(UsageError, match="there is no work dir"):
-        find_last_run(str(tmp_path / "none"))
-    for read in (find_last_run, read_scalars, find_checkpoint):
-        with pytest.raises(UsageError, match="holds no"):
-            read(str(tmp_path))
-    write_run(tmp_path, "1", [])
-    assert find_last_run(str(tmp_path)) == str(tmp_path / "1")
-
-
-def test_checkpoint_of_a_moved_work_dir(tmp_path):
-    torch.save({}, tmp_path / "epoch_1.pth")
-    (tmp_path / "last_checkpoint").write_text("elsewhere/epoch_1.pth")
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "epoch_1.pth")
-
-
-def test_checkpoint_that_was_written_elsewhere(tmp_path):
-    """By CheckpointHook(out_dir=...); a checkpoint in the work dir itself goes before."""
-    work_dir, other = tmp_path / "run", tmp_path / "out/run"
-    for folder in (work_dir, other):
-        folder.mkdir(parents=True)
-    torch.save({}, other / "epoch_1.pth")
-    (work_dir / "last_checkpoint").write_text(str(other / "epoch_1.pth"))
-    assert find_checkpoint(str(work_dir)) == str(other / "epoch_1.pth")
-    torch.save({}, work_dir / "epoch_1.pth")
-    assert find_checkpoint(str(work_dir)) == str(work_dir / "epoch_1.pth")
 
 
 def write_config(path, **settings):
@@ -78,7 +53,7 @@ def write_config(path, **settings):
 
 def test_run_of_an_empty_folder(tmp_path):
     run = read_run(str(tmp_path))
-    assert (run.started, run.config, run.total, run.finished) == (False, None, None, False)
+    assert (run.folder, run.config, run.total, run.finished) == (None, None, None, False)
     with pytest.raises(UsageError, match="there is no work dir"):
         read_run(str(tmp_path / "none"))
 
@@ -114,11 +89,11 @@ def test_half_a_line_is_no_line(tmp_path):
     path = tmp_path / "1" / "vis_data" / "scalars.json"
     text = path.read_text()
     path.write_text(text[:-10])
-    training, evaluations = read_scalars(str(tmp_path))
+    training, evaluations = logged(tmp_path)
     assert len(training) == 3 and evaluations == []
     path.write_text(text[10:])
     with pytest.raises(UsageError, match="scalars.json: line 1 is damaged; delete that line"):
-        read_scalars(str(tmp_path))
+        read_run(str(tmp_path))
 
 
 def test_tests_count_where_there_is_no_evaluation(tmp_path):
@@ -139,8 +114,6 @@ def test_tests_count_where_there_is_no_evaluation(tmp_path):
         for root in (tmp_path, tmp_path / "tests_alone"):
             write_config(root / f"{number}/vis_data/config.py", load_from=loaded, **more)
             (root / f"{number}/{number}.json").write_text(json.dumps({"coco/bbox_mAP": value}))
-    _, evaluations = read_scalars(str(tmp_path))
-    assert evaluations == [evaluation(1, 0.1)]  # those of trainings alone
     others = [evaluation(4, 0.7), evaluation(5, 0.8)]
     run = read_run(str(tmp_path))
     assert run.evaluations == [evaluation(1, 0.1), evaluation(2, 0.2), *others]
@@ -155,6 +128,25 @@ def test_tests_count_where_there_is_no_evaluation(tmp_path):
 def test_nothing_detected_is_an_ap_of_zero(tmp_path):
     """Unless the evaluation was another one than COCO's."""
     write_run(tmp_path, "1", [*steps(1, 3, 1), dict(time=1.0, step=1), {"voc/mAP": 0.5, "step": 2}])
-    _, (first, second) = read_scalars(str(tmp_path))
+    _, (first, second) = logged(tmp_path)
     assert first["coco/bbox_mAP"] == first["coco/bbox_mAP_75"] == 0
     assert second == {"voc/mAP": 0.5, "step": 2}
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\x00", b"[1]", b'"loss"', b"3", b'{"loss": 1.0}'])
+def test_damaged_scalars(line, tmp_path):
+    folder = tmp_path / "1" / "vis_data"
+    folder.mkdir(parents=True)
+    (folder / "scalars.json").write_bytes(line + b'\n{"loss": 1.0, "step": 2}\n')
+    with pytest.raises(UsageError, match="scalars.json: line 1 is damaged; delete that line"):
+        read_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1]", b'{"coco'])
+def test_damaged_result_of_a_test(content, tmp_path):
+    folder = tmp_path / "1"
+    (folder / "vis_data").mkdir(parents=True)
+    (folder / "vis_data" / "config.py").write_text("load_from = 'epoch_1.pth'\n")
+    (folder / "1.json").write_bytes(content)
+    with pytest.raises(UsageError, match="1.json is damaged: test again, or delete it"):
+        read_run(str(tmp_path))

@@ -5,34 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_on_full_disk
+from conftest import cut, damage, run_on_full_disk
+from digits import build as builder
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
-from torch import nn
-
-from cbn_mmdet.datasets import digits as builder
-from cbn_mmdet.launch import CarefulRunner, UsageError, check_checkpoint
-from cbn_mmdet.runs import latest_checkpoint, read_run, read_scalars
 
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
 SHORT = "train_cfg = dict(max_epochs=1)\ncustom_hooks = [dict(type='CBNHook', burn_in=0)]"
-
-
-def cut(path, target=None):
-    """Writes the first half of a file to `target`, or leaves no more of the file itself."""
-    content = path.read_bytes()
-    (target or path).write_bytes(content[: len(content) // 2])
-    return target or path
-
-
-def damage(path, target):
-    """Writes a file that is as long, but whose middle was lost."""
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 1000] = bytes(1000)
-    target.write_bytes(content)
-    return target
 
 
 # The data builder.
@@ -48,95 +27,6 @@ def test_full_disk_leaves_no_half_of_a_data_set(tmp_path):
     assert f"root {tmp_path}/digits cannot be built" in line
     assert "(File too large); make room on that disk or name a root on another" in line
     assert not any(tmp_path.iterdir())
-
-
-# What a killed or broken run leaves.
-
-
-def checkpoint(path, when):
-    torch.save({"a": torch.ones(1000)}, path)
-    os.utime(path, (when, when))
-    return path
-
-
-def test_last_checkpoint_that_is_whole(tmp_path, capsys):
-    """A kill while a checkpoint or its note is written costs an epoch at most."""
-    work_dir = str(tmp_path)
-    assert latest_checkpoint(work_dir) is None
-    first, tenth = checkpoint(tmp_path / "epoch_1.pth", 1), checkpoint(tmp_path / "epoch_10.pth", 2)
-    assert latest_checkpoint(work_dir) == str(tenth)  # the run was killed before it made its note
-    (tmp_path / "epoch_10_bn.pth").write_bytes(first.read_bytes())  # published, no training's
-    assert latest_checkpoint(work_dir) == str(tenth)
-    (tmp_path / "last_checkpoint").write_text(str(first))
-    assert latest_checkpoint(work_dir) == str(first)
-    (tmp_path / "last_checkpoint").write_text("")
-    assert latest_checkpoint(work_dir) == str(tenth)
-    assert capsys.readouterr().err == ""
-    cut(tenth)
-    (tmp_path / "last_checkpoint").write_text(str(tenth))
-    assert latest_checkpoint(work_dir) == str(first)
-    warning = capsys.readouterr().err
-    assert f"{tenth} is not a checkpoint, or was cut short (" in warning
-    assert f"; taking {first} instead" in warning
-    tenth.unlink()
-    assert latest_checkpoint(work_dir) == str(first)
-    first.write_bytes(b"")
-    with pytest.raises(UsageError, match="epoch_10.pth does not exist, and .* holds no other"):
-        latest_checkpoint(work_dir)
-    (tmp_path / "last_checkpoint").unlink()
-    assert latest_checkpoint(work_dir) is None  # nothing was ever finished
-
-
-@pytest.mark.parametrize("line", [b"\xff\xfe\x00", b"[1]", b'"loss"', b"3", b'{"loss": 1.0}'])
-def test_damaged_scalars(line, tmp_path):
-    folder = tmp_path / "1" / "vis_data"
-    folder.mkdir(parents=True)
-    (folder / "scalars.json").write_bytes(line + b'\n{"loss": 1.0, "step": 2}\n')
-    for read in (read_scalars, read_run):
-        with pytest.raises(UsageError, match="scalars.json: line 1 is damaged; delete that line"):
-            read(str(tmp_path))
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1]", b'{"coco'])
-def test_damaged_result_of_a_test(content, tmp_path):
-    folder = tmp_path / "1"
-    (folder / "vis_data").mkdir(parents=True)
-    (folder / "vis_data" / "config.py").write_text("load_from = 'epoch_1.pth'\n")
-    (folder / "1.json").write_bytes(content)
-    with pytest.raises(UsageError, match="1.json is damaged: test again, or delete it"):
-        read_run(str(tmp_path))
-
-
-def test_checkpoints_that_are_none(tmp_path):
-    whole = checkpoint(tmp_path / "whole.pth", 1)
-    for content in (b"", b"no checkpoint", whole.read_bytes()[:100], b"PK"):
-        path = tmp_path / "none.pth"
-        path.write_bytes(content)
-        with pytest.raises(UsageError, match="none.pth is not a checkpoint, or was cut short"):
-            check_checkpoint(str(path))
-    cut(whole, path)
-    with pytest.raises(UsageError, match="none.pth is not a checkpoint, or was cut short"):
-        check_checkpoint(str(path))
-    damage(whole, path)
-    with pytest.raises(UsageError, match=r"or was cut short \(BadZipFile: its .+ is damaged\)"):
-        check_checkpoint(str(path))
-
-
-@pytest.mark.parametrize(
-    "error", [AttributeError("no attribute"), torch.cuda.OutOfMemoryError("out of memory")]
-)
-def test_a_good_checkpoint_is_not_blamed(error, tmp_path):
-    """For a mistake in a hook that is called once it was read, or for a small GPU."""
-
-    class Mistaken(Hook):
-        def after_load_checkpoint(self, runner, checkpoint):
-            raise error
-
-    path, model = tmp_path / "good.pth", nn.Linear(2, 2)
-    torch.save(dict(state_dict=model.state_dict()), path)
-    runner = CarefulRunner(model, str(tmp_path), custom_hooks=[Mistaken()])
-    with pytest.raises(type(error), match=str(error)):
-        runner.load_checkpoint(str(path))
 
 
 # The tools.
@@ -166,7 +56,7 @@ def other_model(root):
     from mmdet.registry import MODELS
 
     init_default_scope("mmdet")
-    config = root / "configs/digits/faster-rcnn_r18_fpn_gn-all_1xb2_digits.py"
+    config = root / "studies/digits/configs/faster-rcnn_r18_fpn_gn-all_1xb2_digits.py"
     return MODELS.build(Config.fromfile(config).model).state_dict()
 
 
@@ -196,10 +86,11 @@ def test_damaged_data(name, case, tool):
     if name == "test.py":
         args.insert(2, case / "work" / "epoch_1.pth")
     image = case / "data" / split / "000002.png"
-    for harm in (cut, os.unlink) if name == "train.py" else (cut,):
-        harm(image)
-        line = last_line(tool, *args)
-        assert f"{image} is missing, or is no image, or was cut short: get it anew" in line
+    cut(image)
+    done = tool(*args, check=False)
+    assert done.returncode == 1 and str(image) in done.stdout.rstrip().splitlines()[-1]
+    image.unlink()
+    assert f"1 of {12 if split == 'train' else 4} images are not in " in last_line(tool, *args)
     annotations = case / "data" / "annotations" / f"instances_{split}.json"
     cut(annotations)
     assert f"{annotations} is no JSON, or was cut short" in last_line(tool, *args)
@@ -288,7 +179,7 @@ def test_code_in_a_checkpoint_does_not_run(case, tool):
     args = "test.py", case / "config.py", path, "--work-dir", case / "new"
     line = last_line(tool, *args)
     assert not trace.exists()
-    assert f"{path} holds more than weights, posix.system first, and could run any code" in line
+    assert f"{path} holds more than weights, posix.system, and could run any code" in line
     tool(*args, env={**os.environ, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"})
     assert trace.exists()  # so that the above means something
 
@@ -296,10 +187,9 @@ def test_code_in_a_checkpoint_does_not_run(case, tool):
 @pytest.mark.slow
 def test_report_of_what_is_damaged(case, root, tool):
     image, weights = case / "data" / "val" / "000002.png", case / "work" / "epoch_1.pth"
-    cut(image)
+    image.unlink()
     work = case / "work"
-    line = last_line(tool, "report.py", work)
-    assert f"{image} is missing, or is no image, or was cut short" in line
+    assert f"images are not in {image.parent}/: {image.name}" in last_line(tool, "report.py", work)
     torch.save({"state_dict": other_model(root)}, weights)
     assert f"{weights} is of another model" in last_line(tool, "report.py", work)
     cut(weights)

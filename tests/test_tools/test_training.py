@@ -100,7 +100,8 @@ def test_checkpoint_is_a_batch_norm_checkpoint(trained, root):
 
     work_dir, *_ = trained
     init_default_scope("mmdet")
-    cfg = Config.fromfile(root / "configs/digits/faster-rcnn_r18_fpn_bn-all_1xb2_digits.py")
+    name = "faster-rcnn_r18_fpn_bn-all_1xb2_digits.py"
+    cfg = Config.fromfile(root / "studies/digits/configs" / name)
     state = torch.load(work_dir / "epoch_3.pth", weights_only=False)["state_dict"]
     MODELS.build(cfg.model).load_state_dict(state, strict=True)
 
@@ -183,6 +184,8 @@ def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
     [
         (("train.py", "configs/none.py"), "the config file configs/none.py does not exist"),
         (("test.py", "CONFIG", "none.pth"), "the checkpoint none.pth does not exist"),
+        (("test.py", "CONFIG", "none.pth", "--precise-stats", "0"), "of at least 1, got 0"),
+        (("test.py", "CONFIG", "TINY", "--out", "a.json"), "must end with .pkl or .pickle"),
         (("train.py", "CONFIG", "--amp"), "--amp needs a GPU"),
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.burn_in=-1"),
@@ -210,7 +213,7 @@ def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks.0.type=CBNHok"),
-            "Did you mean CBNHook?",
+            "custom_hooks[0].type: no hook is called CBNHok; did you mean CBNHook?",
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks=[dict(type='CBNHook')]"),
@@ -218,7 +221,7 @@ def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
         ),
         (
             ("train.py", "CONFIG", "--cfg-options", "custom_hooks=[]", "train_cfg.max_epochs=2"),
-            "the default one's burn_in of 3 epochs is not shorter than the run of 2: add",
+            "burn_in=3 epochs is not shorter than the run of 2 epochs, so the window would never",
         ),
         (("report.py", "none"), "there is no work dir none: train first"),
     ],
@@ -226,7 +229,9 @@ def test_the_default_hook_of_a_run_in_iterations(small_config, tmp_path, tool):
 )
 def test_mistakes_are_one_line(args, message, small_config, tmp_path, tool):
     config = small_config(tmp_path, CBN2)
-    args = [config if arg == "CONFIG" else arg for arg in args]
+    torch.save(dict(state_dict={}), tmp_path / "tiny.pth")
+    named = {"CONFIG": config, "TINY": tmp_path / "tiny.pth"}
+    args = [named.get(arg, arg) for arg in args]
     if args[0] == "train.py":
         args[2:2] = ["--work-dir", tmp_path / "work"]
     done = tool(*args, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

@@ -1,4 +1,4 @@
-"""The checks of a COCO data set, each made to fail once."""
+"""The checks of the data that a config names, each made to fail once."""
 
 import copy
 import json
@@ -6,10 +6,10 @@ import shutil
 
 import cv2
 import pytest
+from common import coco as checks
+from common.errors import UsageError
 from mmdet.datasets import CocoDataset
-
-from cbn_mmdet.datasets import coco as checks
-from cbn_mmdet.launch import UsageError
+from mmengine.config import Config
 
 CLASSES = CocoDataset.METAINFO["classes"]
 
@@ -104,3 +104,33 @@ def test_unreadable_image(content, folder, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UsageError, match=f"1 of 6 .*: {path} cannot be read"):
         checks.check_sizes(content, str(folder))
+
+
+def dataset(**kwargs):
+    return Config(dict(train_dataloader=dict(dataset=kwargs), train_evaluator=None))
+
+
+def test_missing_data(tmp_path):
+    digits = dict(data_root=f"{tmp_path}/", ann_file="a.json", data_prefix=dict(img="train/"))
+    with pytest.raises(UsageError, match=r"no .*a.json. Set data_root"):
+        checks.check_data(dataset(**digits), "train")
+    with pytest.raises(UsageError, match=f"python studies/digits/build.py {tmp_path}"):
+        checks.check_data(dataset(**digits, metainfo=dict(classes=tuple("0123456789"))), "train")
+    with pytest.raises(UsageError, match="a.json"):
+        checks.check_data(dataset(type="RepeatDataset", dataset=digits), "train")
+    with pytest.raises(UsageError, match="a.json"):
+        several = dataset(type="ConcatDataset", datasets=[dict(ann_file="."), digits])
+        checks.check_data(several, "train")
+    (tmp_path / "a.json").touch()
+    (tmp_path / "train").mkdir()
+    checks.check_data(dataset(**digits), "train")
+    checks.check_data(dataset(ann_file="elsewhere", backend_args=dict(backend="petrel")), "train")
+
+
+def test_how_often_an_epoch_repeats_a_data_set():
+    a, b, c = (dict(ann_file=name) for name in "abc")
+    several = dict(datasets=[dict(times=3, dataset=a), b, dict(oversample_thr=0.1, dataset=c)])
+    cfg = dataset(type="RepeatDataset", times=2, dataset=several)
+    found = [(each["ann_file"], times) for each, times in checks.innermost_datasets(cfg, "train")]
+    assert found == [("a", 6), ("b", 2), ("c", None)]
+    assert list(checks.innermost_datasets(cfg, "val")) == []

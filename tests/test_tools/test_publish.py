@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
+from common.errors import UsageError
 from conftest import ROOT, run_on_full_disk
 from mmengine.config import Config
-
-from cbn_mmdet.launch import UsageError
 
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
 # A short training of a model that is averaged, and that finds something however little it learnt.
@@ -104,7 +103,9 @@ Runner.from_cfg(cfg).test()
         from mmengine.registry import init_default_scope
 
         init_default_scope("mmdet")
-        cfg = Config.fromfile(root / "configs/digits/faster-rcnn_r18_fpn_bn-all_1xb2_digits.py")
+        cfg = Config.fromfile(
+            root / "studies/digits/configs/faster-rcnn_r18_fpn_bn-all_1xb2_digits.py"
+        )
         state = torch.load(trained[2], weights_only=True)["state_dict"]
         MODELS.build(cfg.model).load_state_dict(state, strict=True)
 

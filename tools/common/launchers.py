@@ -1,0 +1,118 @@
+# Licensed under the Apache License, Version 2.0.
+"""How a run starts: its options, its processes, its runner."""
+
+import argparse
+import os
+import resource
+import sys
+
+import torch
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, Runner
+
+from .checkpoint import check_fit, read_checkpoint, weights_of
+from .config import add_cfg_options, settings_that_differ
+from .errors import UsageError
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing have in common."""
+    parser.add_argument("--work-dir", help="where logs and results go (work_dirs/CONFIG_NAME)")
+    add_cfg_options(parser)
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="how the processes were started (pytorch: torchrun, with or without a GPU)",
+    )
+    # torch.distributed.launch passes one spelling or the other, depending on its version.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def start_processes(cfg: Config) -> None:
+    """Prepare ``cfg`` and this process for a launcher where there is no GPU.
+
+    The runner joins the processes by itself when each has a GPU. Without one, mmengine would
+    still select a GPU per process; but a process group that exists already it leaves alone.
+    """
+    if cfg.launcher == "none":
+        return
+    if cfg.launcher == "pytorch" and "RANK" not in os.environ:
+        raise UsageError("--launcher pytorch: start the tool with torchrun, as dist_train.sh does")
+    if torch.cuda.is_available():
+        _check_processes(cfg.launcher)
+        return
+    if cfg.launcher != "pytorch":
+        raise UsageError(f"--launcher {cfg.launcher} needs GPUs; on CPUs use torchrun and pytorch")
+    torch.distributed.init_process_group("gloo")
+    # mmengine's default wrapper asks for the GPU of this rank; None means the model's own device.
+    defaults = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+    }
+    cfg.model_wrapper_cfg = {**defaults, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
+
+
+def _check_processes(launcher: str) -> None:
+    """Check what mmengine takes for granted when each process is to have a GPU."""
+    if launcher == "slurm" and "SLURM_PROCID" not in os.environ:
+        raise UsageError("--launcher slurm: start the tool with srun, as slurm_train.sh does")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UsageError(
+            f"{processes} processes were started on a machine with {gpus} GPU(s) to be seen; "
+            "start as many as there are GPUs"
+        )
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes that this process held; on a GPU, of the GPU's memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class CarefulRunner(Runner):
+    """mmengine's runner, but a checkpoint has to be whole, and of the model that is run.
+
+    mmengine warns of weights that do not fit, among hundreds of lines, and goes on without them. So
+    does this one only where a training starts from them (``load_from``), which is often meant.
+    """
+
+    def load_checkpoint(self, filename, *args, **kwargs):
+        """Load the checkpoint, or say in a line why not."""
+        found = read_checkpoint(filename)
+        fine_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
+        if not fine_tuning:
+            model = self.model.module if is_model_wrapper(self.model) else self.model
+            check_fit(model, weights_of(found), filename)
+        if self._resume:
+            self._check_training(found, filename)
+        del found  # which is as large as what is read anew
+        return super().load_checkpoint(filename, *args, **kwargs)
+
+    def _check_training(self, found: dict, filename: str) -> None:
+        """Tell if it is none of a training, or of one that was set otherwise.
+
+        The weights do not tell: those of BN, of CBN and of every window size have the same names.
+        """
+        meta = found.get("meta")
+        absent = [key for key in ("meta", "message_hub", "optimizer") if key not in found]
+        absent += [key for key in ("epoch", "iter") if meta is not None and key not in meta]
+        if absent:
+            raise UsageError(
+                f"{filename} holds no {absent[0]}, so that no training can go on from it; to "
+                "start one from its weights, set load_from and leave --resume out"
+            )
+        before = meta.get("cfg")
+        found = settings_that_differ(before, self.cfg.pretty_text) if before else []
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            self.logger.warning(
+                f"--resume: the checkpoint is of a training with other settings: "
+                f"{'; '.join(found[:5])}{more}. Learning rate and schedule go on as the checkpoint "
+                "has them. For a training of its own, take another --work-dir, without --resume."
+            )
