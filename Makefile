@@ -11,7 +11,7 @@
 ##   PYTHON       the Python that .venv is made from, 3.10 or newer (python3)
 ##   CXX          the C++ compiler for mmcv's operators (the first of c++, g++, clang++)
 ##   MAX_JOBS     compilers, or tests, that run at a time (the number of cores)
-##   CONFIG       what to train (configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py) or
+##   CONFIG       what to train (studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py) or
 ##                to check (configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py)
 ##   WORK_DIR     where its logs and checkpoints go (work_dirs/ and the config's name)
 ##   TRAIN_ARGS   more arguments for tools/train.py
@@ -19,7 +19,7 @@
 ##   PYTEST_ARGS  more arguments for pytest
 
 PYTHON ?= python3
-CONFIG ?= configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py
+CONFIG ?= studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py
 WORK_DIR ?= work_dirs/$(basename $(notdir $(CONFIG)))
 MAX_JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 ifeq ($(origin CXX),default)
@@ -83,7 +83,7 @@ $(READY): requirements.txt pyproject.toml .venv/bin/python
 	@touch $@
 
 train: $(READY)
-	$(RUN) -m cbn_mmdet.datasets.digits data/digits
+	$(RUN) studies/digits/build.py data/digits
 	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(TRAIN_ARGS)
 	$(RUN) tools/report.py $(WORK_DIR)
 
@@ -96,10 +96,11 @@ TRAIN_EACH = OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
 
 VARIANTS = derivative_stride=1 derivative_stride=2 derivative_stride=4 window_dtype=bfloat16
 variants: $(READY)
-	$(RUN) -m cbn_mmdet.datasets.digits data/digits
+	$(RUN) studies/digits/build.py data/digits
 	for seed in 0 1; do for images in 1 2; do for option in window_size=8 $(VARIANTS); do \
 	  echo "work_dirs/variants/$${option}_$${images}_seed$$seed" \
-	    "configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb$${images}_digits.py randomness.seed=$$seed" \
+	    "studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb$${images}_digits.py" \
+	    "randomness.seed=$$seed" \
 	    "model.backbone.norm_cfg.$$option model.neck.norm_cfg.$$option" \
 	    "model.roi_head.bbox_head.norm_cfg.$$option"; \
 	done; done; done | $(TRAIN_EACH)

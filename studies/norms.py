@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import math
 
 from torch import nn
 
-from .brn import BRN
-from .cbn import CBN
+from cbn_mmdet import BRN, CBN
 
 GROUPS = 32
 NORMS = {
@@ -46,14 +46,30 @@ def build_norm(cfg: dict, channels: int) -> nn.Module:
     return NORMS[cfg["type"]](channels, **{key: cfg[key] for key in cfg if key != "type"})
 
 
-def replace_norms(settings: dict, cfg: dict) -> int:
+def has_cbn(model: nn.Module) -> bool:
+    """Whether there is something to link, and iterations have to be ended with ``step``."""
+    return any(isinstance(module, CBN) for module in model.modules())
+
+
+def norm(text: str) -> str:
+    """A name on a command line: it is checked that it can be built."""
+    try:
+        build_norm(norm_cfg(text), 32)
+    except (SyntaxError, AttributeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(
+            f"takes {', '.join(NORMS)}, or CBN(derivative_stride=2), say, got {text}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot build {text}: {error}") from error
+    return text
+
+
+def replace_norms(model: dict, cfg: dict) -> int:
     """Puts ``cfg`` in the place of each ``norm_cfg`` that trains; returns how many there were."""
-    count = 0
-    for key, value in settings.items():
-        if key == "norm_cfg" and value and value.get("requires_grad", True):
-            settings[key] = dict(cfg, requires_grad=True)
-            count += 1
-        else:
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            count += sum(replace_norms(part, cfg) for part in parts if isinstance(part, dict))
-    return count
+    from common.config import norm_settings  # not all who import this module have MMDetection
+
+    trained = [each for _, each in norm_settings(model) if each.get("requires_grad", True)]
+    for settings in trained:
+        settings.clear()
+        settings.update(cfg, requires_grad=True)
+    return len(trained)

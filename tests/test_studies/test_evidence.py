@@ -1,13 +1,12 @@
-"""tools/evidence.py: short studies, resumed and reported."""
+"""studies/evidence.py: short studies, resumed and reported."""
 
 import json
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-from cbn_mmdet.launch import UsageError
+from common.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +18,11 @@ def rows(folder, name):
 
 
 @pytest.fixture(scope="module")
-def evidence(tool_module):
-    """The tool as a module."""
-    return tool_module("evidence")
+def evidence():
+    """The script as a module, whose imports take seconds."""
+    import evidence
+
+    return evidence
 
 
 def test_classifier(tool, tmp_path):
@@ -79,15 +80,17 @@ def test_burn_in(tool, tmp_path):
 )
 def test_when_the_classifiers_windows_open(burn_in, changes, evidence, monkeypatch):
     """By the steps before; in eighths of a run of 18."""
+    from trainings import classifier
+
     sizes, steps = {}, []
-    set_window, step = evidence.set_window, evidence.step
+    set_window, step = classifier.set_window, classifier.step
 
     def set_and_note(model, size):
         sizes[len(steps)] = size
         set_window(model, size)
 
-    monkeypatch.setattr(evidence, "set_window", set_and_note)
-    monkeypatch.setattr(evidence, "step", lambda model: steps.append(step(model)))
+    monkeypatch.setattr(classifier, "set_window", set_and_note)
+    monkeypatch.setattr(classifier, "step", lambda model: steps.append(step(model)))
     job = evidence.Job("CBN", 32, 0, burn_in)
     evidence.train_classifier(job, dict(evidence.CLASSIFIER, shorten=0.1))
     assert sizes == changes and len(steps) == 18
@@ -181,13 +184,16 @@ def test_ablation_with_another_burn_in(evidence):
     assert [(job.norm, job.burn_in) for job in jobs] == [("GN", None), ("CBN", 2)]
 
 
-def test_settings_reach_the_detector(evidence, monkeypatch, digits):
+def test_settings_reach_the_detector(monkeypatch, digits):
+    from trainings import detector
+    from trainings.shared import Job
+
     built = {}
     monkeypatch.setattr(
-        evidence, "build_digits", lambda folder, **sizes: built.update(sizes) or digits
+        detector, "build_digits", lambda folder, **sizes: built.update(sizes) or digits
     )
-    job = evidence.Job("CBN(window_size=4)", 4, 7, 3)
-    cfg = evidence.detector_config(job, dict(evidence.DETECTOR, shorten=0.5, data="data"))
+    job = Job("CBN(window_size=4)", 4, 7, 3)
+    cfg = detector.detector_config(job, dict(detector.DETECTOR, shorten=0.5, data="data"))
     norm = cfg.model.backbone.norm_cfg
     assert norm == dict(type="CBN", window_size=4, momentum=0.08, requires_grad=True)
     assert cfg.model.neck.norm_cfg == cfg.model.roi_head.bbox_head.norm_cfg == norm
@@ -196,8 +202,8 @@ def test_settings_reach_the_detector(evidence, monkeypatch, digits):
     assert cfg.train_dataloader.dataset.data_root == f"{digits}/"
     assert (built["num_train"], built["num_val"]) == (500, 100)
     assert cfg.randomness.seed == 7
-    options = dict(evidence.DETECTOR, shorten=1.0, data="data")
-    cfg = evidence.detector_config(evidence.Job("BRN", 1, 0), options)
+    options = dict(detector.DETECTOR, shorten=1.0, data="data")
+    cfg = detector.detector_config(Job("BRN", 1, 0), options)
     assert cfg.model.neck.norm_cfg.momentum == 0.02 and cfg.model.neck.norm_cfg.warmup == 222
     assert cfg.custom_hooks == []
 
@@ -206,9 +212,11 @@ def test_settings_reach_the_detector(evidence, monkeypatch, digits):
     "args, complaint",
     [
         (["--norms", "CBN(size=4)"], "cannot build CBN(size=4): CBN.__init__() got an unexpected"),
-        (["--norms", "XN"], "cannot build XN"),
+        (
+            ["--norms", "XN"],
+            "takes BN, GN, SyncBN, BRN, CBN, or CBN(derivative_stride=2), say",
+        ),
         (["--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
-        (["--burn-in", "-1"], "--burn-in: takes a whole number, got -1"),
         (["--seeds", "0"], "--seeds: takes a whole number of at least 1, got 0"),
     ],
 )
@@ -219,9 +227,16 @@ def test_mistakes(args, complaint, evidence, monkeypatch, capsys):
     assert end.value.code == 2 and complaint in capsys.readouterr().err
 
 
-def test_a_share_out_of_range(evidence, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evidence.py", "classifier", "--shorten", "2"])
-    with pytest.raises(UsageError, match="--shorten 2: takes a share above 0, up to 1"):
+@pytest.mark.parametrize(
+    "option, value, complaint",
+    [
+        ("--shorten", "2", "--shorten 2: takes a share above 0, up to 1"),
+        ("--burn-in", "-1", "--burn-in -1: takes a whole number of at least 0"),
+    ],
+)
+def test_out_of_range(option, value, complaint, evidence, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "classifier", option, value])
+    with pytest.raises(UsageError, match=complaint):
         evidence.main()
 
 
@@ -258,23 +273,23 @@ def test_one_command_at_a_time(evidence, tmp_path):
         pass
 
 
-KEPT = ROOT / "docs" / "evidence"
+KEPT = Path(__file__).parents[2] / "docs" / "evidence"
 
 
 @pytest.mark.parametrize("name", [path.stem for path in KEPT.glob("*.json")])
 def test_the_page_has_the_results_kept_beside_it(name, evidence):
     """Each row that the command prints of what is kept, in all its cells."""
+    from trainings.results import grouped, summary, title
+
     page = KEPT.with_suffix(".md").read_text().replace("**", "")
     saved = json.loads((KEPT / f"{name}.json").read_text())
     study = evidence.STUDIES[name]
     assert saved["settings"] == dict(study.settings, shorten=1.0)
     batches = sorted({row["batch"] for row in saved["runs"]})
     printed = 0
-    for group, values in evidence.grouped(saved["runs"], study).items():
-        cells = [evidence.summary(values[batch], study.figure) for batch in batches]
-        row = " | ".join(
-            [evidence.title(*group), *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)]
-        )
+    for group, values in grouped(saved["runs"], study).items():
+        cells = [summary(values[batch], study.figure) for batch in batches]
+        row = " | ".join([title(*group), *(re.sub(r" \(\d+\)$", "", cell) for cell in cells)])
         assert f"| {row} |" in page
         printed += 1
     assert printed > 5

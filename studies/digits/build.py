@@ -8,8 +8,7 @@ condition under which Batch Normalization suffers from small batches.
 
 The set is laid out as ``ROOT/{train,val}/NNNNNN.png``,
 ``ROOT/annotations/instances_{train,val}.json`` and ``ROOT/digits.json``, the manifest of the
-arguments it was built with. Build it with :func:`build_digits`, or with
-``python -m cbn_mmdet.datasets.digits ROOT``.
+arguments it was built with.
 """
 
 import argparse
@@ -18,18 +17,15 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from numbers import Integral
 from pathlib import Path
 
 import cv2
 import numpy as np
-
-__all__ = ["CLASSES", "build_digits", "split_glyphs"]
+from tqdm import tqdm
 
 CLASSES = tuple("0123456789")
 
 _SPLITS = ("train", "val")
-_MASKS = ("polygon", "rle")
 _MANIFEST = "digits.json"
 _FORMAT = {"format": "cbn_mmdet digits", "version": 1}
 
@@ -50,32 +46,46 @@ _CONTRAST_PER_STD = 1.5
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    """The arguments that decide what is in the set."""
+class Arguments:
+    """What decides what is in the set."""
 
-    num_train: int
-    num_val: int
-    image_size: int
-    max_digits: int
-    digit_size: tuple
-    masks: str
-    seed: int
+    num_train: int = 1000  # images for training
+    num_val: int = 200  # for validation, of digits that no training image shows
+    image_size: int = 128  # height and width in pixels
+    max_digits: int = 6  # in an image, which aims at 1 to as many; what finds no place is left out
+    digit_size: tuple[int, int] = (16, 64)  # the lowest and the highest, in pixels
+    masks: str = "polygon"  # or 'rle' (compressed); both decode to the same pixels
+    seed: int = 0  # of everything but the split of the digits
+
+    def __post_init__(self):
+        for name in ("num_train", "num_val", "image_size", "max_digits", "seed"):
+            value, least = getattr(self, name), int(name != "seed")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}")
+        if self.masks not in ("polygon", "rle"):
+            raise ValueError(f"masks is {self.masks!r}; give 'polygon' or 'rle'")
+        sizes = self.digit_size if isinstance(self.digit_size, (tuple, list)) else ()
+        if [type(size) for size in sizes] != [int, int]:
+            raise ValueError(
+                f"digit_size is {self.digit_size!r}; give two whole numbers, "
+                "the smallest and the largest digit height in pixels"
+            )
+        if not _SMALLEST_DIGIT <= sizes[0] <= sizes[1] <= self.image_size:
+            raise ValueError(
+                f"digit_size is {tuple(sizes)} in images of {self.image_size} pixels; give the "
+                f"smaller height first, at least {_SMALLEST_DIGIT}, and at most the images'"
+            )
+
+    def counts(self):
+        """The splits, each with its number of images."""
+        return (("train", self.num_train), ("val", self.num_val))
 
     def manifest(self):
-        return {**_FORMAT, "arguments": {**asdict(self), "digit_size": list(self.digit_size)}}
+        """What the set says of itself."""
+        return {**_FORMAT, "arguments": {**asdict(self), "digit_size": [*self.digit_size]}}
 
 
-def build_digits(
-    root,
-    num_train=1000,
-    num_val=200,
-    image_size=128,
-    max_digits=6,
-    digit_size=(16, 64),
-    masks="polygon",
-    seed=0,
-    progress=True,
-):
+def build_digits(root, progress=True, **arguments):
     """Builds the digits data set in a folder, unless it already is there.
 
     The same arguments give byte-identical files (with the same versions of NumPy, OpenCV and
@@ -86,19 +96,8 @@ def build_digits(
     Args:
         root (str or os.PathLike): Folder to build; missing parents are made. It must not exist,
             be empty, or hold the set built with the same arguments.
-        num_train (int): Number of training images. Default: 1000.
-        num_val (int): Number of validation images. They show digits that no training image
-            shows, whatever the seed. Default: 200.
-        image_size (int): Height and width of the images in pixels. Default: 128.
-        max_digits (int): Largest number of digits in an image. Each image aims at a number drawn
-            from 1 to ``max_digits``; digits that find no free place are left out. Default: 6.
-        digit_size (tuple[int, int]): Smallest and largest height of a digit in pixels, to within
-            a pixel or two. Default: (16, 64).
-        masks (str): Form of the segmentations, ``'polygon'`` or ``'rle'`` (compressed). Both
-            decode to the same pixels. Default: ``'polygon'``.
-        seed (int): Seed of everything but the split of the digits. Default: 0.
-        progress (bool): Whether to show a progress bar where stdout is a terminal.
-            Default: True.
+        progress (bool): Whether to show a progress bar where there is a terminal.
+        arguments: Those of :class:`Arguments`.
 
     Returns:
         pathlib.Path: The absolute path of the set.
@@ -108,9 +107,7 @@ def build_digits(
         FileExistsError: If ``root`` holds anything but the set built with these arguments.
         OSError: If ``root`` cannot be written.
     """
-    arguments = _check_arguments(
-        num_train, num_val, image_size, max_digits, digit_size, masks, seed
-    )
+    arguments = Arguments(**arguments)
     root = Path(root).expanduser().resolve()
     if _holds_set(root, arguments):
         return root
@@ -156,110 +153,36 @@ def split_glyphs():
 
 
 def main(argv=None):
-    """Builds the data set from the command line.
-
-    Args:
-        argv (list[str], optional): Arguments; those of the process if None. Default: None.
-
-    Raises:
-        SystemExit: With status 2 after a user error, 130 after an interruption.
-    """
-    parser = _Parser(
-        prog="python -m cbn_mmdet.datasets.digits",
+    """Builds the data set from the command line."""
+    parser = argparse.ArgumentParser(
         description="Build a COCO data set of handwritten digits on varied grounds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("root", help="folder to build")
-    parser.add_argument("--train", type=int, default=1000, help="number of training images")
-    parser.add_argument("--val", type=int, default=200, help="number of validation images")
-    parser.add_argument("--image-size", type=int, default=128, help="image side in pixels")
-    parser.add_argument("--max-digits", type=int, default=6, help="most digits in an image")
-    parser.add_argument(
-        "--digit-size",
-        type=int,
-        nargs=2,
-        default=(16, 64),
-        metavar=("MIN", "MAX"),
-        help="digit height in pixels",
-    )
-    parser.add_argument("--masks", default="polygon", help="'polygon' or 'rle'")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
-    args = parser.parse_args(argv)
-    verb = "Found" if (Path(args.root).expanduser() / _MANIFEST).exists() else "Wrote"
+    add = parser.add_argument
+    add("root", help="folder to build")
+    for option, name, text in (
+        ("--train", "num_train", "number of training images"),
+        ("--val", "num_val", "number of validation images"),
+        ("--image-size", "image_size", "image side in pixels"),
+        ("--max-digits", "max_digits", "most digits in an image"),
+        ("--seed", "seed", "seed of the images"),
+    ):
+        default = getattr(Arguments, name)
+        add(option, dest=name, type=int, default=default, metavar="N", help=text)
+    sizes, text = Arguments.digit_size, "digit height in pixels"
+    add("--digit-size", type=int, nargs=2, default=sizes, metavar=("MIN", "MAX"), help=text)
+    add("--masks", default=Arguments.masks, help="'polygon' or 'rle'")
+    arguments = vars(parser.parse_args(argv))
+    root = Path(arguments.pop("root")).expanduser()
+    verb = "Found" if (root / _MANIFEST).exists() else "Wrote"
     try:
-        root = build_digits(
-            args.root,
-            num_train=args.train,
-            num_val=args.val,
-            image_size=args.image_size,
-            max_digits=args.max_digits,
-            digit_size=args.digit_size,
-            masks=args.masks,
-            seed=args.seed,
-        )
+        root = build_digits(root, **arguments)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
-    print(f"{verb} {args.train} training and {args.val} validation images in {root}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _check_arguments(num_train, num_val, image_size, max_digits, digit_size, masks, seed):
-    counts = {
-        "num_train": num_train,
-        "num_val": num_val,
-        "image_size": image_size,
-        "max_digits": max_digits,
-    }
-    for name, value in counts.items():
-        if not _is_int(value) or value < 1:
-            raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
-    if not _is_int(seed) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; give a whole number of at least 0")
-    if not isinstance(masks, str) or masks not in _MASKS:
-        raise ValueError(f"masks is {masks!r}; give 'polygon' or 'rle'")
-    if (
-        not isinstance(digit_size, (tuple, list))
-        or len(digit_size) != 2
-        or not all(map(_is_int, digit_size))
-    ):
-        raise ValueError(
-            f"digit_size is {digit_size!r}; give two whole numbers, "
-            "the smallest and the largest digit height in pixels"
-        )
-    smallest, largest = map(int, digit_size)
-    if smallest < _SMALLEST_DIGIT:
-        raise ValueError(
-            f"digit_size starts at {smallest} pixels, too few to read a digit; "
-            f"give at least {_SMALLEST_DIGIT}"
-        )
-    if smallest > largest:
-        raise ValueError(
-            f"digit_size is reversed, {smallest} before {largest}; give the smaller height first"
-        )
-    if image_size < largest:
-        raise ValueError(
-            f"image_size of {image_size} pixels is too small for digits of {largest} pixels; "
-            f"give at least {largest}, or a smaller digit_size"
-        )
-    return _Arguments(
-        num_train=int(num_train),
-        num_val=int(num_val),
-        image_size=int(image_size),
-        max_digits=int(max_digits),
-        digit_size=(smallest, largest),
-        masks=masks,
-        seed=int(seed),
-    )
-
-
-def _is_int(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    train, val = arguments["num_train"], arguments["num_val"]
+    print(f"{verb} {train} training and {val} validation images in {root}")
 
 
 def _holds_set(root, arguments):
@@ -267,31 +190,26 @@ def _holds_set(root, arguments):
     mend = "delete it or name another folder"
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
+    asked = {"version": _FORMAT["version"], **arguments.manifest()["arguments"]}
     try:
-        found = json.loads((root / _MANIFEST).read_text(encoding="utf-8"))
-        ours = found["format"] == _FORMAT["format"]
-        version, there = found["version"], dict(found["arguments"])
+        there = json.loads((root / _MANIFEST).read_text(encoding="utf-8"))
+        ours = there["format"] == _FORMAT["format"]
+        found = {"version": there["version"], **there["arguments"]}
     except (OSError, ValueError, LookupError, TypeError):
         ours = False
     if not ours:
         raise FileExistsError(f"root {root} exists and is not a digits data set; {mend}")
-    if version != _FORMAT["version"]:
-        raise FileExistsError(
-            f"root {root} holds a digits data set of format version {version}, "
-            f"not {_FORMAT['version']}; {mend}"
-        )
-    here = arguments.manifest()["arguments"]
-    if there != here:
+    if found != asked:
         differences = ", ".join(
-            f"{name} {there.get(name)} there and {value} asked for"
-            for name, value in here.items()
-            if there.get(name) != value
+            f"{name} {found.get(name)} there and {asked.get(name)} asked for"
+            for name in {**asked, **found}
+            if found.get(name) != asked.get(name)
         )
         raise FileExistsError(
             f"root {root} holds a digits data set built with other arguments "
-            f"({differences or 'some unknown'}); {mend}"
+            f"({differences}); {mend}"
         )
-    for split, count in zip(_SPLITS, (arguments.num_train, arguments.num_val), strict=True):
+    for split, count in arguments.counts():
         images = root / split
         names = set(os.listdir(images)) if images.is_dir() else set()
         complete = names.issuperset(_file_name(index) for index in range(count))
@@ -315,18 +233,13 @@ def _scratch_folder(root):
 
 
 def _write_set(folder, arguments, progress):
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console()
     folder.mkdir()
     (folder / "annotations").mkdir()
-    with Progress(
-        console=console, transient=True, disable=not (progress and console.is_terminal)
-    ) as bar:
-        for split, count in zip(_SPLITS, (arguments.num_train, arguments.num_val), strict=True):
-            steps = bar.track(range(count), description=f"digits, {split}")
-            _write_split(folder, split, steps, arguments)
+    for split, count in arguments.counts():
+        # None shows it where there is a terminal.
+        hidden = None if progress else True
+        steps = tqdm(range(count), f"digits, {split}", leave=False, disable=hidden)
+        _write_split(folder, split, steps, arguments)
     manifest = json.dumps(arguments.manifest(), indent=2) + "\n"
     (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
 
@@ -355,11 +268,11 @@ def _write_split(folder, split, indices, arguments):
             "version": str(_FORMAT["version"]),
         },
         "licenses": [
-            {
-                "id": 1,
-                "name": "CC BY 4.0 (Optical Recognition of Handwritten Digits, UCI)",
-                "url": "https://creativecommons.org/licenses/by/4.0/",
-            }
+            dict(
+                id=1,
+                name="CC BY 4.0 (Optical Recognition of Handwritten Digits, UCI)",
+                url="https://creativecommons.org/licenses/by/4.0/",
+            )
         ],
         "images": images,
         "annotations": annotations,

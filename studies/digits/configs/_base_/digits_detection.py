@@ -1,4 +1,4 @@
-# Built by `python -m cbn_mmdet.datasets.digits data/digits`. A mirrored digit is not a digit, so
+# Built by `python studies/digits/build.py data/digits`. A mirrored digit is not a digit, so
 # nothing is flipped. The images have this size already; Resize only records that their scale is 1,
 # which the box head asks for.
 image_size = (128, 128)

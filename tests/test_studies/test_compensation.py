@@ -1,4 +1,4 @@
-"""What tools/compensation.py says of a training, against what must be so."""
+"""What studies/compensation.py says of a training, against what must be so."""
 
 import json
 import re

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0.
+"""Measure what CBN costs, beside batch normalisation in the same run.
+
+A time is a ratio to BN's. The norms take turns, in another order each round, so that whatever else
+the machine does meets them all. The ratio is the median over the rounds; they go on until half of
+its 95 % interval, which is printed after it, is within --stable-to or the time is up.
+
+A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='own'), say.
+CBN(compensate=False) is the paper's naive CBN. A row of layer and count alone is 'BN + weight
+gradient', which forms one gradient of the weight more: the least that any derivative from all
+positions can cost. layer, host, growth and count need torch and rich alone, the others MMDetection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os.path as osp
+import re
+from contextlib import redirect_stdout
+from importlib import import_module
+
+import paths
+import torch
+from benchmarks.layer import FLOOR, SHAPES, SMALL, Shape
+from benchmarks.timing import machine
+from common.errors import positive, run_tool
+from norms import norm
+from printing import print_table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+R50 = [
+    osp.join(paths.CONFIGS, "faster_rcnn", f"faster-rcnn_r50_fpn_{each}_4xb4-1x_coco.py")
+    for each in ("bn", "bn-all")
+]
+DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_bn-all_1xb1_digits.py")
+NAIVE = "CBN(compensate=False)"
+CBNS = [NAIVE, "CBN", "CBN(backward='own')", "CBN(backward='window')"]
+STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
+BFLOAT16 = "CBN(window_dtype='bfloat16')"
+SLIDING = [  # the paper's, and one of which past iterations have a gradient, too
+    "CBN(window='sliding', window_size=4, backward='current')",
+    "CBN(window='sliding', window_size=8, backward='window')",
+]
+ROWS = {
+    "layer": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING, FLOOR],
+    "host": ["GN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
+    "count": ["GN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
+    "step": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
+    "inference": ["GN", "CBN"],
+    "memory": ["GN", "SyncBN", "BRN", *CBNS, BFLOAT16, *SLIDING],
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    common, placed, timed, shaped, detector = (
+        argparse.ArgumentParser(add_help=False) for _ in range(5)
+    )
+    add = placed.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=positive, metavar="N", help="of torch on the CPU")
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="the half types by autocast, on a GPU",
+    )
+    text = "print JSON instead of Markdown"
+    common.add_argument("--json", action="store_true", help=text)
+
+    add, text = timed.add_argument, "a relative error (0.03)"
+    add("--stable-to", type=float, default=0.03, metavar="ERROR", help=text)
+    text = "for the rounds of each shape, or of the detector (120)"
+    add("--max-seconds", type=float, default=120.0, metavar="S", help=text)
+
+    add, text = shaped.add_argument, "N,C_in,C_out,kernel,size of each (five of a detector's)"
+    add("--shapes", nargs="+", type=shape, default=SHAPES, metavar="SHAPE", help=text)
+    text = "the shapes of the digits detector"
+    add("--small", dest="shapes", action="store_const", const=SMALL, help=text)
+
+    add, text = detector.add_mutually_exclusive_group().add_argument, "R-50's backbone, too"
+    add("--all-norms", action="store_true", help=text)
+    text = "the digits detector, on 1 image of data/digits if it was built"
+    add("--digits", action="store_true", help=text)
+    text = "of a detector; each norm_cfg in it that trains becomes the norm to be measured"
+    add("--config", help=text)
+    add = detector.add_argument
+    add("--size", nargs=2, type=positive, metavar=("H", "W"), help="of images of noise (320 320)")
+    add("--batch", type=positive, metavar="N", help="images per step (2)")
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text, *parents in (
+        ("layer", "convolution and norm, forward and backward", placed, timed, shaped),
+        ("host", "CPU time of layer on maps so small that all is overhead", timed),
+        ("growth", "layer for other sliding windows and other batches", placed, timed, shaped),
+        ("count", "operations and bytes of a layer, which no noise touches", placed, shaped),
+        ("step", "a whole training step of Faster R-CNN R-50-FPN", placed, timed, detector),
+        ("inference", "the detector in evaluation mode", placed, timed, detector),
+        ("memory", "peak memory of a training step, and the windows'", placed, detector),
+    ):
+        subparser = commands.add_parser(command, help=text, parents=[common, *parents])
+        add = subparser.add_argument
+        if placed not in parents:
+            subparser.set_defaults(device="cpu", threads=1, dtype="float32")
+        if command == "growth":
+            add("--plot", metavar="FILE.png", help="plot cost against the window")
+        else:
+            add("--norms", nargs="+", type=row, metavar="NORM", help="to set beside BN")
+        if command == "memory":
+            add("--repeats", type=positive, default=3, metavar="N", help="of each norm (3)")
+    args = parser.parse_args()
+    mistake = complete(args)
+    if mistake:
+        parser.exit(2, f"{parser.prog}: error: {mistake}\n")
+    return args
+
+
+def complete(args: argparse.Namespace) -> str | None:
+    """Fill in what depends on several arguments; returns what is wrong with them, if anything."""
+    gpu, asked = args.device == "cuda", getattr(args, "norms", None)
+    if gpu and not torch.cuda.is_available():
+        return "--device cuda: no GPU is available; leave it out to use the CPU"
+    if not gpu and args.dtype != "float32":
+        return f"--dtype {args.dtype} is measured on a GPU only: add --device cuda"
+    if not gpu and "SyncBN" in (asked or ()):
+        return "--norms SyncBN: it runs on a GPU only: add --device cuda"
+    if FLOOR in (asked or ()) and args.command not in ("layer", "count"):
+        return f"--norms '{FLOOR}': this row is layer's and count's alone"
+    plot = getattr(args, "plot", None)
+    if plot and not (plot.endswith(".png") and osp.isdir(osp.dirname(plot) or ".")):
+        return f"--plot {plot}: takes a .png file in a folder that exists"
+    rows, args.notes = asked or ROWS.get(args.command, []), []
+    if "SyncBN" in rows:
+        alone = "in one process communicates nothing: it calls BN's kernels"
+        args.notes.append(f"SyncBN {alone if gpu else 'runs on a GPU only'}.")
+    if gpu and args.command == "layer":
+        args.notes.append("CBN's step() waits for the GPU: here for each layer, in a model once.")
+    args.norms = [row for row in dict.fromkeys(["BN", *rows]) if gpu or row != "SyncBN"]
+    if "digits" in args:
+        args.size = args.size or ([128, 128] if args.digits else [320, 320])
+        args.batch = args.batch or (1 if args.digits else 2)
+        args.config = args.config or (DIGITS if args.digits else R50[args.all_norms])
+    return None
+
+
+def shape(text: str) -> Shape:
+    """Read a shape."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", text):
+        raise argparse.ArgumentTypeError(f"takes N,C_in,C_out,kernel,size, got {text}")
+    return Shape(*map(int, text.split(",")))
+
+
+def row(text: str) -> str:
+    """Read the name of a norm, or of the row that is none."""
+    return text if text == FLOOR else norm(text)
+
+
+def main() -> None:
+    """Measure, and print."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if "config" in args:
+        run_tool(lambda: report(args))
+    else:
+        report(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measure and print: tables are ``{title: rows}``, a row is ``{column: cell}``."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        redirect_stdout(io.StringIO()),  # mmengine's and pycocotools' chatter
+    ):
+        bar.add_task(args.command, total=None)
+        # The detector's part needs MMDetection.
+        part = import_module(f"benchmarks.{'detector' if 'config' in args else 'layer'}")
+        tables = getattr(part, f"measure_{args.command}")(args, bar)
+    about = {
+        "machine": machine(args.device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+    }
+    if args.json:
+        print(json.dumps({**about, "tables": tables, "notes": args.notes}, indent=2))
+        return
+    print(about.pop("machine"), *(f"{key} {value}" for key, value in about.items()), sep=", ")
+    for title, rows in tables.items():
+        print_table(title, [{key: cell(each) for key, each in row.items()} for row in rows])
+    print("", *args.notes, sep="\n")
+
+
+def cell(value: object) -> str:
+    """Format a cell: a ratio and its error, or what BN took; a number; text."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    if not isinstance(value, dict):
+        return str(value)
+    if value["error"]:
+        return f"{value['ratio']:.3f} ± {value['error']:.3f}"
+    own = [f" ({cell(value[unit])} {unit})" for unit in ("ms", "MiB") if unit in value]
+    return "".join([cell(value["ratio"]), *own])
+
+
+if __name__ == "__main__":
+    main()

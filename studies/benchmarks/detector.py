@@ -1,0 +1,204 @@
+# Licensed under the Apache License, Version 2.0.
+"""What a norm costs a detector: its training step, its evaluation, its memory."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import multiprocessing
+import os.path as osp
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from common.config import read_config
+from common.errors import UsageError
+from common.launchers import peak_memory
+from mmdet.registry import DATASETS, MODELS
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from norms import has_cbn, norm_cfg, replace_norms
+from rich.progress import Progress
+from torch import nn
+
+from cbn_mmdet import CBN, link, links, step
+
+from .timing import FLOAT, MIB, Clock, Run, compare, interleave, warm_up
+
+
+def read_detector(args: argparse.Namespace) -> Config:
+    """Read the detector's config, and say in which library its parts are."""
+    cfg = read_config(args.config)
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    return cfg
+
+
+def build_detector(cfg: Config, name: str, args: argparse.Namespace) -> nn.Module:
+    """Build the detector with a norm, from the same random weights for all norms."""
+    settings = copy.deepcopy(cfg.model)
+    if not replace_norms(settings, norm_cfg(name)):
+        raise UsageError(
+            f"{args.config}: none of its norms trains: set a norm_cfg without requires_grad=False"
+        )
+    settings.get("backbone", {}).pop("init_cfg", None)  # nothing to download
+    torch.manual_seed(0)
+    try:
+        model = MODELS.build(settings)
+    except (TypeError, ValueError) as error:  # a number of groups that does not fit, say
+        raise UsageError(f"{args.config} with {name}: {error}") from error
+    model.init_weights()
+    return model.to(args.device)
+
+
+def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict], str]:
+    """What returns the data of a step, anew each time; and what they are."""
+    settings = cfg.train_dataloader.dataset
+    if args.digits and osp.isfile(osp.join(settings.data_root, settings.ann_file)):
+        data = DATASETS.build(settings)
+
+        def read(seed: int) -> dict:
+            first = seed * args.batch
+            return pseudo_collate([data[i % len(data)] for i in range(first, first + args.batch)])
+
+        return read, f"{args.batch} image(s) of {settings.data_root}"
+
+    def invent(seed: int) -> dict:
+        shapes, objects = [(3, *args.size)] * args.batch, [8] * args.batch
+        masks = "mask_head" in cfg.model.get("roi_head", {})
+        return demo_mm_inputs(args.batch, shapes, objects, num_classes=10, with_mask=masks)
+
+    return invent, f"{args.batch} image(s) of {args.size[0]}×{args.size[1]}, noise"
+
+
+def step_run(
+    cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
+) -> tuple[Run, nn.Module]:
+    """A training step: losses, backward, clipping, optimiser, the end of the iteration."""
+    model = build_detector(cfg, name, args).train()
+    settings = copy.deepcopy(cfg.optim_wrapper)
+    settings.optimizer.lr *= 0.01  # no warm-up: train, but do not diverge
+    if args.dtype != "float32":
+        settings.update(type="AmpOptimWrapper", dtype=args.dtype)
+    optim_wrapper, steps, loss = build_optim_wrapper(model, settings), has_cbn(model), []
+    if steps:
+        link(model)
+
+    def run(seed: int, clock: Clock) -> None:
+        data = batch(seed)
+        torch.manual_seed(seed)  # for the sampling of regions
+        np.random.seed(seed)
+        with clock:
+            loss[:] = [model.train_step(data, optim_wrapper)["loss"]]
+            if steps:
+                step(model)
+
+    warm_up(model, run, args.device)
+    if not loss[0].isfinite():
+        raise UsageError(f"{args.config}: the loss is not finite: give a lower learning rate")
+    return run, model
+
+
+def inference_run(
+    cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
+) -> tuple[Run, nn.Module]:
+    """From images to detections."""
+    model, dtype = build_detector(cfg, name, args).eval(), getattr(torch, args.dtype)
+
+    def run(seed: int, clock: Clock) -> None:
+        data = batch(seed)
+        half = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
+        with clock, torch.no_grad(), half:
+            model.test_step(data)
+
+    return warm_up(model, run, args.device), model
+
+
+def time_detectors(
+    build: Callable, what: str, args: argparse.Namespace, bar: Progress
+) -> tuple[dict, dict[str, Run]]:
+    """Time a detector with each norm; returns the table, and what was run."""
+    cfg, runs = read_detector(args), {}
+    batch, data = batches(cfg, args)
+    for name in args.norms:
+        bar.update(0, description=f"building and warming up {name}")
+        runs[name], _ = build(cfg, name, batch, args)
+    seconds = interleave(runs, args, bar, args.command)
+    rows = [{"norm": name, "time / BN's": compare(seconds[name], seconds["BN"])} for name in runs]
+    return {f"{what}, {Path(args.config).stem}, {data}": rows}, runs
+
+
+def measure_step(args: argparse.Namespace, bar: Progress) -> dict:
+    """Time a training step with each norm."""
+    return time_detectors(step_run, "Training step", args, bar)[0]
+
+
+def measure_inference(args: argparse.Namespace, bar: Progress) -> dict:
+    """Time evaluation with each norm, and compare its operations with BN's."""
+    tables, runs = time_detectors(inference_run, "Evaluation", args, bar)
+    operations = {name: operations_of(run, args.device) for name, run in runs.items()}
+    for row in next(iter(tables.values())):
+        row["calls BN's operations"] = operations[row["norm"]] == operations["BN"]
+    return tables
+
+
+def operations_of(run: Run, device: str) -> list[list[str]]:
+    """The operations that are called, in their order; and a GPU's kernels, in theirs."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU] + [kinds.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        run(0, Clock(device))
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    called = [each.name for each in events if each.name.startswith("aten::")]
+    return [called, [each.name for each in events if each.device_type.name == "CUDA"]]
+
+
+def measure_memory(args: argparse.Namespace, bar: Progress) -> dict:
+    """Measure each norm's peak memory, each time in a process of its own."""
+    measured, order = {name: [] for name in args.norms}, random.Random(0)
+    bar.update(0, total=args.repeats * len(measured))
+    for _ in range(args.repeats):
+        for name in order.sample(args.norms, len(args.norms)):
+            bar.update(0, description=name)
+            fresh = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=fresh) as process:
+                measured[name].append(process.submit(memory_of, name, args).result())
+            bar.advance(0)
+    peaks = {name: [each["peak"] for each in measured[name]] for name in measured}
+    rows = [
+        {
+            "norm": name,
+            "peak / BN's": compare(peaks[name], peaks["BN"], "MiB"),
+            "windows, MiB": measured[name][0]["windows"],
+            "of the weights": measured[name][0]["of the weights"],
+        }
+        for name in measured
+    ]
+    whose = "the GPU allocator's in a step" if args.device == "cuda" else "the process's"
+    _, data = batches(read_detector(args), args)
+    args.notes.insert(0, f"The peak is {whose}.")
+    return {f"Memory, {Path(args.config).stem}, {data}": rows}
+
+
+def memory_of(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of a step with full windows; their size, in MiB and in sizes of the weights."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with redirect_stdout(io.StringIO()):
+        cfg = read_detector(args)
+        run, model = step_run(cfg, name, batches(cfg, args)[0], args)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run(0, Clock(args.device))
+    peak = peak_memory(args.device)
+    held = sum(module.window_bytes for module in model.modules() if isinstance(module, CBN))
+    convs = map(model.get_submodule, links(model).values())
+    weights = FLOAT * sum(conv.weight.numel() for conv in convs)
+    return {"peak": peak / MIB, "windows": held / MIB, "of the weights": held / max(weights, 1)}

@@ -1,0 +1,135 @@
+# Licensed under the Apache License, Version 2.0.
+"""How a ratio is measured: clocks, rounds, medians."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import os.path as osp
+import platform
+import random
+import re
+import time
+from collections.abc import Callable
+from statistics import geometric_mean, median, quantiles
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from cbn_mmdet import CBN
+
+MIN_ROUNDS, FEWEST_ROUNDS = 12, 3  # to call it stable, and when the time is up
+SAMPLE_SECONDS = 0.005  # shorter calls are repeated, to be above the noise of the clock
+FLOAT, MIB = 4, 2**20  # bytes
+WARM_UP = 8  # iterations of a window that chooses its own size
+
+
+class Clock:
+    """Adds up the time spent in ``with`` blocks, as ``tell`` tells it.
+
+    On a GPU it is the GPU's, read at the end: waiting for each block would leave the GPU idle.
+    """
+
+    def __init__(self, device: str, tell: Callable[[], float] = time.perf_counter) -> None:
+        self._gpu, self._tell, self._blocks = device == "cuda", tell, []
+
+    def _now(self) -> object:
+        if not self._gpu:
+            return self._tell()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.append((self._start, self._now()))
+
+    def seconds(self) -> float:
+        """Total of all blocks."""
+        if not self._gpu:
+            return sum(end - start for start, end in self._blocks)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._blocks) / 1000
+
+
+# What is timed: does it once, the untimed preparations with the seed, the rest within the clock.
+Run = Callable[[int, Clock], None]
+
+
+def warm_up(model: nn.Module, run: Run, device: str) -> Run:
+    """Run until the windows are full and what is done only once has been done."""
+    sizes = [module.window_size for module in model.modules() if isinstance(module, CBN)]
+    for seed in range(max([WARM_UP if size == "auto" else size for size in sizes], default=1) + 1):
+        run(seed, Clock(device))
+    return run
+
+
+def interleave(
+    runs: dict[str, Run],
+    args: argparse.Namespace,
+    bar: Progress,
+    label: str,
+    tell: Callable[[], float] = time.perf_counter,
+    sample: float = SAMPLE_SECONDS,
+) -> dict[str, list[float]]:
+    """Take turns until each ratio to BN is stable, or the time is up; returns seconds by round."""
+    seconds = {name: [] for name in runs}
+    order = random.Random(0)
+    first = Clock(args.device, tell)
+    runs["BN"](0, first)
+    repeats = min(100, math.ceil(sample / first.seconds()))
+    start, rounds, worst = time.monotonic(), 0, math.inf
+    while rounds < MIN_ROUNDS or worst > args.stable_to:
+        if rounds >= FEWEST_ROUNDS and time.monotonic() - start > args.max_seconds:
+            args.notes.append(f"{label}: after {rounds} rounds stable to {100 * worst:.1f} % only.")
+            break
+        for name in order.sample(list(runs), len(runs)):
+            clock = Clock(args.device, tell)
+            for each in range(repeats):
+                runs[name](rounds * repeats + each, clock)
+            seconds[name].append(clock.seconds() / repeats)
+        rounds += 1
+        if rounds >= FEWEST_ROUNDS:
+            each = [compare(own, seconds["BN"]) for own in seconds.values()]
+            worst = max(figure["error"] / figure["ratio"] for figure in each)
+        bar.update(0, description=f"{label}: round {rounds}, to {100 * worst:.1f} %")
+    bar.advance(0)
+    return seconds
+
+
+def compare(own: list[float], reference: list[float], unit: str = "ms") -> dict:
+    """The median of the ratios of each round, and half of its 95 % interval.
+
+    The standard error of the median is that of normally distributed ratios with the same
+    interquartile range, which a few disturbed rounds do not widen.
+    """
+    ratios = [a / b for a, b in zip(own, reference, strict=True)]
+    error = 0.0
+    if len(ratios) > 1:
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        error = 1.96 * math.sqrt(math.pi / 2) * (high - low) / 1.349 / math.sqrt(len(ratios))
+    scale = 1000 if unit == "ms" else 1
+    return {"ratio": median(ratios), "error": error, unit: scale * median(own)}
+
+
+def average(figures: list[dict]) -> dict:
+    """Geometric mean of several ratios."""
+    ratio = geometric_mean(figure["ratio"] for figure in figures)
+    error = math.hypot(*(figure["error"] / figure["ratio"] for figure in figures)) / len(figures)
+    return {"ratio": ratio, "error": ratio * error}
+
+
+def machine(device: str) -> str:
+    """Name the CPU and its cores, or the GPU."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    name = platform.processor() or platform.machine()
+    if osp.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            found = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        name = found[1] if found else name
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,243 @@
+# Licensed under the Apache License, Version 2.0.
+"""Compare norms at small batches: what CBN gains, and which of its settings matter.
+
+classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
+to 32 images, and momentum trains it with other momenta of CBN's running statistics. detector trains
+the Faster R-CNN of digits/configs at 1, 2 and 4 images per step, and ablation does with other
+windows and burn-ins. continued goes on with a ResNet-18 that batch normalisation has trained, at
+one image per step: its mean loss, and the worst accuracy on the way. Each adds its results to
+FOLDER/NAME.json, prints them as a table and plots them (but for continued) to FOLDER/NAME.png. What
+the file has is not run again, so an interrupted command goes on where it stopped, and one with more
+--seeds adds to what is there.
+
+A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
+CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import os.path as osp
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from functools import partial
+
+import paths  # noqa: F401  where common is
+import torch
+from common.checkpoint import check_writable
+from common.errors import UsageError, positive, run_tool
+from filelock import FileLock, Timeout  # which torch depends on
+from norms import norm, norm_cfg
+from tqdm import tqdm
+from trainings.classifier import CLASSIFIER, train_classifier
+from trainings.continued import CONTINUED, train_continued
+from trainings.detector import ABLATION, DETECTOR, train_detector
+from trainings.results import plot_ablation, plot_batches, report
+from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, sliding
+
+# The results that docs/evidence.md shows, and their runs, which an interrupted command resumes.
+KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
+ALL = ["BN", "BRN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
+WIDE = "CBN(window_size=8)"
+WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
+MOMENTA = (0.005, 0.02, 0.1, 0.5)
+STUDIES = {
+    "classifier": Study(
+        ALL, [1, 2, 4, 8, 16, 32], {1: 5}, CLASSIFIER, train_classifier, "accuracy", plot_batches
+    ),
+    "momentum": Study(
+        [f"CBN(momentum={momentum})" for momentum in MOMENTA],
+        [1, 2],
+        {1: 3},
+        CLASSIFIER,
+        train_classifier,
+        "accuracy",
+        plot_batches,
+        {f"{SLIDING[:-1]}, momentum={each})": f"CBN, sliding, momentum={each}" for each in MOMENTA},
+    ),
+    "continued": Study(
+        ["BN", SLIDING, "CBN", WIDE, "CBN(window_size=8, backward='own')"],
+        [1],
+        {1: 3},
+        CONTINUED,
+        train_continued,
+        "loss",
+    ),
+    "detector": Study(
+        ALL,
+        [1, 2, 4],
+        {1: 3, 2: 2, 4: 1},
+        DETECTOR,
+        partial(train_detector, precise=("BN", SLIDING, "CBN")),
+        "ap",
+        plot_batches,
+    ),
+    "ablation": Study(
+        [],
+        [1, 2],
+        {1: 3},
+        ABLATION,
+        train_detector,
+        "ap",
+        plot_ablation,
+        {sliding(k): f"CBN, sliding, window_size={k}" for k in WINDOWS},
+    ),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=list(STUDIES))
+    add = parser.add_argument
+    text = f"of results, plots and, but for the default ({KEPT}), of the detector's runs"
+    add("--folder", default=KEPT, help=text)
+    add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
+    add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
+    text = "seeds of each (5 for classifier, else 3; 2 and 1 for detector at 2 and 4 images)"
+    add("--seeds", type=positive, metavar="N", help=text)
+    text = "epochs before windows open, of classifier and momentum eighths of the run (1)"
+    add("--burn-in", type=int, metavar="N", help=text)
+    text = "share of the images that are seen, to see a study run; needs a --folder of its own"
+    add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
+    add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
+    add("--data", default="data", metavar="DIR", help="where digits are built (data)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, and report all there is."""
+    args = parse_args()
+    if not 0 < args.shorten <= 1:
+        raise UsageError(f"--shorten {args.shorten:g}: takes a share above 0, up to 1")
+    if (args.burn_in or 0) < 0:
+        raise UsageError(f"--burn-in {args.burn_in}: takes a whole number of at least 0")
+    study = STUDIES[args.study]
+    if args.study == "continued":
+        check_continued(args)
+    check_writable(args.folder, "--folder")
+    path = osp.join(args.folder, f"{args.study}.json")
+    settings = dict(study.settings, shorten=args.shorten)
+    with alone_with(path):
+        results = read_results(path, settings)
+        run_missing(args, study, plan(args, study), results, path, settings)
+    rows = list(results.values())
+    report(args.study, study, rows)
+    print(f"figures: {path}")
+    if study.draw:
+        plot = osp.join(args.folder, f"{args.study}.png")
+        study.draw(rows, study, plot)
+        print(f"plot: {plot}")
+
+
+def check_continued(args: argparse.Namespace) -> None:
+    """Refuse what this study has no use for."""
+    if args.burn_in is not None:
+        raise UsageError("--burn-in: continued has none")
+    for name in args.norms or []:
+        if norm_cfg(name)["type"] not in ("BN", "CBN"):
+            raise UsageError(f"--norms {name}: continued goes on with BN or CBN")
+
+
+@contextmanager
+def alone_with(path: str) -> Iterator[None]:
+    """Keep other commands from what this one trains and writes, until it ends or is killed."""
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(
+            f"another command adds to {path}: wait for it, or take another --folder"
+        ) from error
+
+
+def plan(args: argparse.Namespace, study: Study) -> list[Job]:
+    """All trainings that are asked for, seed by seed, so that early results compare all norms."""
+    batches = args.batches or study.batches
+    most = args.seeds or max(study.seeds.values())
+    default = ABLATION["burn_in"] if args.study == "ablation" else None
+    variants = [(name, default) for name in args.norms or study.norms]
+    if not variants:  # the ablation's own, of which the sliding ones cross at a window of 8
+        variants = [(sliding(k), default) for k in WINDOWS]
+        variants += [(SLIDING, other) for other in BURN_INS if other != default]
+        variants += [(name, each) for name in ("CBN", WIDE) for each in (0, 1)]
+    if args.burn_in is not None:
+        variants = [(name, args.burn_in) for name in dict.fromkeys(name for name, _ in variants)]
+    jobs = []
+    for seed in range(most):
+        for batch in batches:
+            if seed >= (args.seeds or study.seeds.get(batch, min(study.seeds.values()))):
+                continue
+            jobs += [
+                Job(name, batch, seed, burn_in if "CBN" in name else None)
+                for name, burn_in in variants
+            ]
+    return jobs
+
+
+def read_results(path: str, settings: dict) -> dict[Job, dict]:
+    """Read what was measured before, under the same settings."""
+    if not osp.isfile(path):
+        return {}
+    try:
+        with open(path) as file:
+            saved = json.load(file)
+        rows = {Job(*(row[key] for key in Job._fields)): row for row in saved["runs"]}
+        measured = saved["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: delete it, or take another --folder") from error
+    if measured != settings:
+        raise UsageError(
+            f"{path} has results of other settings, {measured}, than these, {settings}: "
+            "take another --folder"
+        )
+    return rows
+
+
+def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, settings) -> None:
+    """Train what ``results`` lacks, and write each result at once."""
+    missing = [job for job in jobs if job not in results]
+    if results:
+        kept = len(jobs) - len(missing)
+        print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
+    workers = args.jobs or os.cpu_count()
+    # One thread each: two small trainings side by side use two cores better than in turn.
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(desc=args.study, total=len(jobs), initial=len(jobs) - len(missing)) as bar,
+        ProcessPoolExecutor(
+            workers, context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        runs = RUNS if osp.normpath(args.folder) == KEPT else osp.join(args.folder, "runs")
+        work_dir = osp.join(runs, args.study, f"{args.shorten:g}")
+        options = dict(settings, work_dir=work_dir, data=args.data)
+        running = {pool.submit(study.train, job, options): job for job in missing}
+        try:
+            for done in as_completed(running):
+                job = running[done]
+                results[job] = {**job._asdict(), **done.result()}
+                write_results(path, settings, results)
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_results(path: str, settings: dict, results: dict[Job, dict]) -> None:
+    """Write all results, so that a death while writing loses none."""
+    rows = [results[job] for job in sorted(results, key=lambda job: tuple(map(str, job)))]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    with open(path + ".part", "w") as file:
+        file.write(f'{{"settings": {json.dumps(settings)},\n "runs": [\n{lines}\n]}}\n')
+    os.replace(path + ".part", path)
+
+
+if __name__ == "__main__":
+    run_tool(main)

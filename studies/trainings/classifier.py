@@ -1,0 +1,80 @@
+# Licensed under the Apache License, Version 2.0.
+"""A plain CNN on handwritten digits of varied tone and contrast."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from digits.build import split_glyphs
+from norms import build_norm, has_cbn, norm_cfg
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from cbn_mmdet import link, precise_statistics, set_window, step
+
+from .shared import POPULATION, SHARED, Job, accuracy, descend, one_cycle, shuffled, with_defaults
+
+CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
+
+
+def render(glyphs: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Digits in faint or strong ink on grounds of any tone, ``(N, 1, 8, 8)``.
+
+    So that images differ in mean and variance, as photographs do: then the statistics of few of
+    them are a bad estimate of the population's.
+    """
+    count = len(glyphs)
+    contrast = np.exp(rng.uniform(np.log(0.3), np.log(1.5), count))
+    tone = rng.normal(0, 1, count)
+    slope = rng.normal(0, 0.3, (count, 2, 1, 1))
+    place = np.linspace(-1, 1, 8)
+    light = slope[:, 0] * place[:, None] + slope[:, 1] * place
+    grain = rng.normal(0, 0.05, glyphs.shape) * contrast[:, None, None]
+    images = contrast[:, None, None] * glyphs + tone[:, None, None] + light + grain
+    return torch.from_numpy(images[:, None]).float()
+
+
+def classifier_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels for training, one of each of ``count`` glyphs, and for testing."""
+    digits = load_digits()
+    split, rng, data = split_glyphs(), np.random.default_rng(seed), []
+    for indices in (rng.permutation(split["train"])[:count], np.tile(split["val"], 5)):
+        data += [render(digits.images[indices] / 16, rng), torch.from_numpy(digits.target[indices])]
+    return tuple(data)
+
+
+def classifier(settings: dict) -> nn.Sequential:
+    """Six 3x3 convolutions, five of them with maps of 2x2, a norm after each."""
+    layers, channels = [], 1
+    for width, stride in ((32, 2), (64, 2), (64, 1), (128, 1), (128, 1), (128, 1)):
+        conv = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        layers += [conv, build_norm(settings, width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def train_classifier(job: Job, options: dict) -> dict:
+    """Train once; returns the accuracy in percent, with both kinds of statistics."""
+    images, labels, test_images, test_labels = classifier_data(job.seed, options["train_glyphs"])
+    torch.manual_seed(job.seed)
+    steps = round(options["images_seen"] * options["shorten"]) // job.batch
+    model = classifier(with_defaults(norm_cfg(job.norm), job.batch, steps))
+    rate = options["lr_at_32"] * job.batch / 32
+    optimizer, schedule = one_cycle(model, rate, steps, weight_decay=1e-4)
+    windows = has_cbn(model)
+    if windows:
+        link(model)
+    eighths = 1 if job.burn_in is None else job.burn_in
+    burn_in = round(options["burn_in_images"] * eighths * options["shorten"]) // job.batch
+    for number, chosen in enumerate(shuffled(len(images), job.batch, steps)):
+        if windows and number in (0, burn_in):
+            set_window(model, 1 if number < burn_in else None)
+        descend(model, optimizer, images[chosen], labels[chosen])
+        if windows:
+            step(model)
+        schedule.step()
+    result = dict(accuracy=accuracy(model.eval(), test_images, test_labels))
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model):
+        precise_statistics(model.train(), images[:POPULATION].split(job.batch))
+        result["precise"] = accuracy(model.eval(), test_images, test_labels)
+    return result

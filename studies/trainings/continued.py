@@ -1,0 +1,84 @@
+# Licensed under the Apache License, Version 2.0.
+"""A ResNet-18 that batch normalisation has trained, and that goes on at one image per step."""
+
+from __future__ import annotations
+
+import os
+import os.path as osp
+from statistics import mean
+
+import numpy as np
+import torch
+from filelock import FileLock  # which torch depends on
+from norms import has_cbn, norm_cfg
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from cbn_mmdet import from_batchnorm, link, step
+
+from .shared import AVERAGES, Job, accuracy, descend, one_cycle, shuffled, with_defaults
+
+# BN sees images with 32 in a step; then come the iterations that are measured.
+CONTINUED = dict(AVERAGES, train_images=1400, images_seen=5600, lr_at_32=0.05)
+CONTINUED.update(iterations=300, lr_at_1=0.0016, evaluate_every=50)
+
+
+def continued_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images of 24x24 pixels and labels, ``count`` for training, the others for validation."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images[:, None]).float()
+    images = nn.functional.interpolate(images, size=24, mode="bilinear")
+    images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1)
+    order = np.random.default_rng(seed).permutation(len(images))
+    images, labels = images[order], torch.from_numpy(digits.target[order])
+    return images[:count], labels[:count], images[count:], labels[count:]
+
+
+def trained_resnet(seed: int, options: dict, images: Tensor, labels: Tensor) -> nn.Module:
+    """A ResNet-18 that batch normalisation has trained, once for all norms."""
+    torch.manual_seed(seed)
+    model = resnet18(num_classes=10)
+    model.maxpool = nn.Identity()  # or one image's last maps would have a single position
+    given = [options[key] for key in ("train_images", "images_seen", "lr_at_32")]
+    path = osp.join(options["work_dir"], "-".join(map(str, ["resnet18", seed, *given])) + ".pth")
+    os.makedirs(options["work_dir"], exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of the workers that need it, one trains it
+        if not osp.isfile(path):
+            steps = round(options["images_seen"] * options["shorten"]) // 32
+            optimizer, schedule = one_cycle(model, options["lr_at_32"], steps)
+            for chosen in shuffled(len(images), 32, steps):
+                descend(model, optimizer, images[chosen], labels[chosen])
+                schedule.step()
+            torch.save(model.state_dict(), path + ".part")
+            os.replace(path + ".part", path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def train_continued(job: Job, options: dict) -> dict:
+    """Go on once; returns the mean loss and the worst accuracy on the way, as a share."""
+    images, labels, *held_out = continued_data(job.seed, options["train_images"])
+    model = trained_resnet(job.seed, options, images, labels)
+    every = max(1, round(options["evaluate_every"] * options["shorten"]))
+    steps = max(every, round(options["iterations"] * options["shorten"]))
+    settings = with_defaults(norm_cfg(job.norm), job.batch, steps)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = settings["momentum"]
+    if settings.pop("type") == "CBN":
+        from_batchnorm(model, **settings)
+    windows = has_cbn(model)
+    if windows:
+        link(model)
+    rate = options["lr_at_1"] * job.batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    torch.manual_seed(job.seed)  # whether or not the network was trained just now
+    losses, accuracies = [], []
+    for number, chosen in enumerate(shuffled(len(images), job.batch, steps), 1):
+        losses.append(descend(model.train(), optimizer, images[chosen], labels[chosen]))
+        if windows:
+            step(model)
+        if number % every == 0:
+            accuracies.append(accuracy(model.eval(), *held_out))
+    return dict(loss=mean(losses), worst=min(accuracies) / 100)

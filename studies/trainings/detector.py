@@ -1,0 +1,93 @@
+# Licensed under the Apache License, Version 2.0.
+"""The Faster R-CNN of the digits' configs, by ``tools/train.py`` and ``tools/test.py``."""
+
+from __future__ import annotations
+
+import os
+import os.path as osp
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import paths
+from common.checkpoint import latest_checkpoint
+from common.errors import UsageError
+from common.runs import read_run
+from digits.build import build_digits
+from mmengine.config import Config
+from norms import norm_cfg, replace_norms
+
+from .shared import POPULATION, SHARED, Job, with_defaults
+
+DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
+DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
+ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
+
+
+def train_detector(job: Job, options: dict, precise: Iterable[str] = ()) -> dict:
+    """Train once; returns the box AP, of the norms in ``precise`` with both kinds of statistics."""
+    cfg = detector_config(job, options)
+    name = re.sub("[(=',) ]", "-", f"{job.norm}_{job.batch}_{job.burn_in}_{job.seed}")
+    work_dir = osp.join(options["work_dir"], name)
+    path = osp.join(work_dir, "config.py")
+    if osp.isfile(path) and Config.fromfile(path).to_dict() != cfg.to_dict():
+        shutil.rmtree(work_dir)  # of other settings: not to be resumed
+    os.makedirs(work_dir, exist_ok=True)
+    cfg.dump(path)
+    run = osp.join(work_dir, "run")
+    call("train.py", path, "--resume", "--work-dir", run)
+    if not read_run(run).evaluations:  # interrupted between the last checkpoint and its evaluation
+        call("test.py", path, latest_checkpoint(run), "--work-dir", run)
+    result = dict(ap=last_ap(run))
+    if job.norm in precise:
+        test = osp.join(work_dir, "precise")
+        statistics = "--precise-stats", str(POPULATION)
+        call("test.py", path, latest_checkpoint(run), "--work-dir", test, *statistics)
+        result["precise"] = last_ap(test)
+    return result
+
+
+def last_ap(work_dir: str) -> float:
+    """The box AP of the last evaluation that a training, or a test, left in its work dir."""
+    return read_run(work_dir).evaluations[-1]["coco/bbox_mAP"]
+
+
+def detector_config(job: Job, options: dict) -> Config:
+    """The digits detector with the norm of the job."""
+    epochs = options["epochs"]
+    count, held_out = (
+        round(options[split] * options["shorten"]) for split in ("train_images", "val_images")
+    )
+    folder = osp.join(options["data"], f"digits_{count}_{held_out}")
+    root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
+    cfg = Config.fromfile(DIGITS)
+    settings = with_defaults(norm_cfg(job.norm), job.batch, epochs * count // job.batch)
+    replace_norms(cfg.model, settings)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = root
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = f"{root}annotations/instances_val.json"
+    cfg.train_dataloader.update(batch_size=job.batch)
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+    cfg.param_scheduler[1].update(end=epochs, milestones=[epochs - 1])
+    cfg.optim_wrapper.optimizer.lr = options["lr_at_2"]  # auto_scale_lr does the rest
+    burn_in = options["burn_in"] if job.burn_in is None else job.burn_in
+    cfg.custom_hooks = [dict(type="CBNHook", burn_in=burn_in)] if "CBN" in job.norm else []
+    cfg.default_hooks.checkpoint.update(max_keep_ckpts=1)
+    cfg.randomness = dict(seed=job.seed)
+    return cfg
+
+
+def call(tool: str, *args: str) -> None:
+    """Run another tool, and show what it said if it fails."""
+    done = subprocess.run(
+        [sys.executable, osp.join(paths.TOOLS, tool), *args],
+        # Where there is a GPU, too, so that all figures of a file are comparable.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UsageError(f"{tool} {' '.join(args)} failed:\n{(done.stdout + done.stderr)[-3000:]}")

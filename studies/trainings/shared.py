@@ -1,0 +1,97 @@
+# Licensed under the Apache License, Version 2.0.
+"""What the studies of evidence have in common: norms, jobs, steps of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NAIVE = "CBN(window='sliding', window_size=8, compensate=False, backward='window')"
+CURRENT = "CBN(window='sliding', window_size=8, backward='current')"
+SLIDING = "CBN(window='sliding', window_size=8, backward='window')"
+# Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
+SMALL_GN = "GN(num_groups=8)"
+LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"}
+LABELS.update({SMALL_GN: "GN", "GN": "GN(num_groups=32)"})
+
+# What all norms share. Learning rates follow the batch linearly; running statistics average over
+# 50 images, as many at each batch until that is the usual momentum of 0.1.
+MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
+POPULATION = 300  # images of which the statistics for evaluation are estimated anew
+AVERAGES = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM)
+SHARED = dict(AVERAGES, population=POPULATION)
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    norm: str
+    batch: int  # images per step
+    seed: int  # of weights, order and data
+    # Epochs before the window opens, of the classifier eighths of the run; None for the study's
+    # own, and for norms without a window.
+    burn_in: int | None = None
+
+
+class Study(NamedTuple):
+    """What a command compares."""
+
+    norms: list[str]  # by default; none where the study has a plan of its own
+    batches: list[int]  # by default
+    seeds: dict[int, int]  # their number at each batch, by default
+    settings: dict  # what the trainings have in common, kept beside their results
+    train: Callable[[Job, dict], dict]  # returns what was measured
+    figure: str  # what a result is called
+    draw: Callable | None = None  # plots the results
+    labels: dict[str, str] = LABELS  # of norms, in tables and plots; others go by their names
+
+
+def sliding(size: int) -> str:
+    """CBN with the paper's window and the gradient through it."""
+    return SLIDING.replace("window_size=8", f"window_size={size}")
+
+
+def with_defaults(settings: dict, batch: int, steps: int) -> dict:
+    """What a norm needs to know of the training and was not told."""
+    defaults = {}
+    if settings["type"] != "GN":
+        defaults.update(momentum=min(LARGEST_MOMENTUM, round(MOMENTUM * batch, 4)))
+    if settings["type"] == "BRN":  # the paper's shares of its run
+        defaults.update(warmup=steps // 18, r_end=4 * steps // 9, d_end=5 * steps // 18)
+    return {**defaults, **settings}
+
+
+def one_cycle(
+    model: nn.Module, rate: float, steps: int, weight_decay: float = 0.0
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
+    """The optimiser of a short training, and its schedule."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, steps, pct_start=0.1, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def shuffled(count: int, batch: int, steps: int) -> Iterator[Tensor]:
+    """The indices of each step's images, of ``count`` in one random order after another."""
+    order = torch.cat([torch.randperm(count) for _ in range(steps * batch // count + 1)])
+    for start in range(0, steps * batch, batch):
+        yield order[start : start + batch]
+
+
+def descend(model: nn.Module, optimizer, images: Tensor, labels: Tensor) -> float:
+    """One step of the training; returns the loss."""
+    loss = nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Per cent of the images that are named right."""
+    return 100 * (model(images).argmax(1) == labels).float().mean().item()
