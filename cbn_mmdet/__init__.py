@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0.
 """Cross-Iteration Batch Normalization for MMDetection.
 
-Importing the package registers the layers ``CBN``, ``SyncCBN`` and ``BRN`` in mmengine's root
-``MODELS`` registry, where mmdet and the rest of the OpenMMLab family find them as
-``norm_cfg=dict(type='CBN')``, and ``CBNHook``, ``DiagnoseHook`` and
-``PreciseStatsHook`` in ``HOOKS``. Without
-mmengine, the layers and their functions work in any torch training loop.
+Importing the package registers the layers ``CBN``, ``SyncCBN``, ``CmBN``, ``BRN`` and ``MABN`` in
+mmengine's root ``MODELS`` registry, where mmdet and the rest of the OpenMMLab family find them as
+``norm_cfg=dict(type='CBN')``, the convolution ``CenConv2d`` that goes with ``MABN``, and
+``CBNHook``, ``DiagnoseHook`` and ``PreciseStatsHook`` in ``HOOKS``. Without mmengine, the layers
+and their functions work in any torch training loop.
 """
 
 from importlib.util import find_spec
@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from .norm import (
     BRN,
     CBN,
+    MABN,
+    CenConv2d,
+    CmBN,
     Diagnosis,
     SyncCBN,
     diagnose,
@@ -27,11 +30,14 @@ from .norm import (
     window_state,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BRN",
     "CBN",
+    "MABN",
+    "CenConv2d",
+    "CmBN",
     "Diagnosis",
     "SyncCBN",
     "diagnose",
@@ -51,7 +57,6 @@ if find_spec("mmengine") is not None:
 
     from .hooks import CBNHook, DiagnoseHook, PreciseStatsHook
 
-    MODELS.register_module(name="BRN", module=BRN)
-    MODELS.register_module(name="CBN", module=CBN)
-    MODELS.register_module(name="SyncCBN", module=SyncCBN)
+    for layer in (BRN, CBN, CenConv2d, CmBN, MABN, SyncCBN):
+        MODELS.register_module(module=layer)
     __all__ += ["CBNHook", "DiagnoseHook", "PreciseStatsHook"]

@@ -9,11 +9,12 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norm import link, load_window_state, set_window, window_state
-from ..norm.diagnostics import LARGE_CLAMPED
+from ..norm.diagnostics import LARGE_APART, LARGE_CLAMPED, diagnose
 from ..norm.iteration import cbn_layers, end_iteration
-from ..norm.layer import check_count
+from ..norm.layer import NormLayer, check_count
 
 _KEY = "cbn_windows"  # in a checkpoint
 
@@ -72,6 +73,7 @@ class CBNHook(Hook):
         self.save_window = save_window
         self._loaded: dict | None = None  # windows of a checkpoint
         self._has_checked_modes = False
+        self._has_checked_calls = False
         self._has_warned = False
         self._is_read_each_time = False
         self._differs = False  # running statistics between the processes
@@ -81,7 +83,7 @@ class CBNHook(Hook):
     def before_train(self, runner) -> None:
         """Links the model and checks the burn-in against the length of the run."""
         model = unwrapped(runner.model)
-        linked = link(model)
+        linked = link(model) if cbn_layers(model) else 0
         if linked == 0:
             runner.logger.warning(
                 "CBNHook: the model contains no CBN layer, so the hook does nothing. Set "
@@ -89,18 +91,11 @@ class CBNHook(Hook):
                 "(A config with sync_bn turns every CBN into SyncBN.)"
             )
             return
-        unit, length = (
-            ("epochs", runner.max_epochs) if self.by_epoch else ("iterations", runner.max_iters)
-        )
-        if self.burn_in >= length:
-            raise ValueError(
-                f"CBNHook: burn_in={self.burn_in} {unit} is not shorter than the run of {length} "
-                f"{unit}, so the window would never open. Set a shorter burn_in"
-                + (", or count iterations with by_epoch=False." if self.by_epoch else ".")
-            )
+        self.check_length(runner.max_epochs, runner.max_iters)
         self._hold(runner)
         # An iteration of nothing: the first one of the run is to know the scale of its gradients.
         end_iteration(model, _loss_scaler(runner))
+        unit = "epochs" if self.by_epoch else "iterations"
         sizes = sorted({str(layer.window_size) for layer in cbn_layers(model).values()})
         runner.logger.info(
             f"CBNHook: {linked} CBN layers, whose window (window_size={', '.join(sizes)}) "
@@ -111,6 +106,20 @@ class CBNHook(Hook):
         if runner.iter > 0:
             self._fill(runner, windows)
 
+    def check_length(self, epochs: int, iterations: int | None) -> None:
+        """Checks that the window opens within a run of this length; of None it is not known.
+
+        Raises:
+            ValueError: ``burn_in`` is not shorter.
+        """
+        unit, length = ("epochs", epochs) if self.by_epoch else ("iterations", iterations)
+        if length is not None and self.burn_in >= length:
+            raise ValueError(
+                f"CBNHook: burn_in={self.burn_in} {unit} is not shorter than the run of {length} "
+                f"{unit}, so the window would never open. Set a shorter burn_in"
+                + (", or count iterations with by_epoch=False." if self.by_epoch else ".")
+            )
+
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
         if not self.by_epoch:
@@ -118,8 +127,22 @@ class CBNHook(Hook):
         if self._has_checked_modes:
             return
         self._has_checked_modes = True
-        layers = cbn_layers(unwrapped(runner.model))
+        model = unwrapped(runner.model)
+        layers = cbn_layers(model)
         idle = [name for name, layer in layers.items() if not layer.training]
+        plain = [
+            f"'{name}' ({type(module).__name__})"
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.training
+            and not isinstance(module, NormLayer)
+        ]
+        if plain and layers:
+            runner.logger.warning(
+                f"CBNHook: {len(plain)} batch norms that are no CBN train beside {len(layers)} CBN "
+                f"layers, {plain[0]} first. Some models build norms that no norm_cfg reaches: "
+                "cbn_mmdet.from_batchnorm turns them into CBN."
+            )
         if idle:
             runner.logger.warning(
                 f"CBNHook: {len(idle)} of {len(layers)} CBN layers are in evaluation mode while "
@@ -136,8 +159,9 @@ class CBNHook(Hook):
             self._hold(runner)
 
     def _hold(self, runner) -> None:
-        size = 1 if self._done(runner) < self.burn_in else None
-        set_window(unwrapped(runner.model), size)
+        size, model = 1 if self._done(runner) < self.burn_in else None, unwrapped(runner.model)
+        if cbn_layers(model):
+            set_window(model, size)
 
     def _done(self, runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter
@@ -147,7 +171,8 @@ class CBNHook(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
         model = unwrapped(runner.model)
-        clamped, warning = end_iteration(model, _loss_scaler(runner))
+        updated = runner.optim_wrapper.should_update()
+        clamped, warning = end_iteration(model, _loss_scaler(runner), updated)
         if warning:
             # mmengine keeps what is no error of the other processes to itself.
             log = runner.logger.warning if get_rank() == 0 else runner.logger.error
@@ -175,6 +200,21 @@ class CBNHook(Hook):
     def before_val_epoch(self, runner) -> None:
         """Averages the running statistics of all processes for an evaluation in training."""
         self._average(runner)
+        if not self._has_checked_calls:
+            self._check_calls(runner)
+
+    def _check_calls(self, runner) -> None:
+        """Tells of a layer on several levels that differ, which are evaluated with one average."""
+        found = diagnose(unwrapped(runner.model))
+        self._has_checked_calls = bool(found)
+        worst = max(found, key=lambda name: found[name].apart, default=None)
+        if worst is not None and found[worst].apart > LARGE_APART:
+            runner.logger.warning(
+                f"CBNHook: '{worst}' is called several times in a forward, on maps whose means are "
+                f"{found[worst].apart:.2f} standard deviations apart. Training normalises each "
+                "call with a window of its own, evaluation all with one running average, as BN "
+                "does: give each call its own layer (as RetinaSepBNHead does), or use GN there."
+            )
 
     def _average(self, runner) -> None:
         """Averages what layers learnt of their process's images, if they did since the last time.

@@ -21,7 +21,9 @@ class DiagnoseHook(Hook):
     - ``cbn/correction`` and ``cbn/worst_correction``: by how many standard deviations the
       compensation moves past means, in the mean over the layers and in the worst of them, whose
       name the log has;
-    - ``cbn/noise``: how many standard deviations the last batch's means were from the past's.
+    - ``cbn/noise``: how many standard deviations the last batch's means were from the past's;
+    - ``cbn/lag``: whether they are off in the same direction time after time, from -1 to 1, in the
+      mean over the layers: well above 0 the past lags behind what earlier layers do.
 
     The log also names the layers with the narrowest and the widest window, where they differ. A
     warning names the worst layer, once, when more than 5 % of a layer's past variances are cut to
@@ -78,6 +80,9 @@ def _log(runner, found: dict[str, Diagnosis]) -> None:
         log_scalar("noise", noise)
         told += f"; noise {noise:.4f}"
     told += f"; {len(found)} layers, in standard deviations"
+    lag = sum(each.lag for each in found.values()) / len(found)
+    log_scalar("lag", lag)
+    told += f"; lag {lag:.2f}"
     names = list(found)  # from the narrowest window to the widest
     narrowest, widest = names[0], names[-1]
     if found[narrowest].window_size < found[widest].window_size:

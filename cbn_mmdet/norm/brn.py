@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import NormLayer, check_count, is_number, is_recomputation
+from .layer import NormLayer, check_count, check_values, is_momentum, is_number, is_recomputation
 from .moments import batch_moments
 
 
@@ -78,21 +78,16 @@ class BRN(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_count("BRN", "num_features", num_features, "the number of channels")
-        if not is_number(eps) or eps <= 0:
-            raise ValueError(f"BRN: eps must be a number above 0, got {eps!r}.")
-        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
-            raise ValueError(f"BRN: momentum must be None or from 0 to 1, got {momentum!r}.")
-        if not isinstance(affine, bool):
-            raise ValueError(f"BRN: affine must be True or False, got {affine!r}.")
-        if track_running_stats is not True:
-            raise ValueError(
-                f"BRN: track_running_stats must be True, got {track_running_stats!r}: the layer "
-                "corrects its batch towards the running statistics. Use type='BN' to do without."
-            )
-        if not is_number(r_max) or r_max < 1:
-            raise ValueError(f"BRN: r_max must be a finite number of at least 1, got {r_max!r}.")
-        if not is_number(d_max) or d_max < 0:
-            raise ValueError(f"BRN: d_max must be a finite number of at least 0, got {d_max!r}.")
+        tracked = "True (type='BN' does without running statistics)"
+        check_values(
+            "BRN",
+            ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
+            ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
+            ("affine", affine, isinstance(affine, bool), "True or False"),
+            ("track_running_stats", track_running_stats, track_running_stats is True, tracked),
+            ("r_max", r_max, is_number(r_max) and r_max >= 1, "a finite number of at least 1"),
+            ("d_max", d_max, is_number(d_max) and d_max >= 0, "a finite number of at least 0"),
+        )
         check_count("BRN", "warmup", warmup, "the steps that are batch normalisation", 0)
         for name, end, limit in (("r_end", r_end, "r_max"), ("d_end", d_end, "d_max")):
             meaning = f"the step that reaches {limit}, not before the end of warmup"
@@ -136,7 +131,7 @@ class BRN(NormLayer):
 
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
-        self._refuse_graphs()
+        self._refuse_graphs(input)
         if input.numel() == 0:  # no region in the batch: nothing to learn
             return self._batch_norm(input, self.weight, self.bias)
         if is_recomputation():

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sync
-from .layer import NormLayer, check_choice, check_count, is_number
+from .layer import NormLayer, check_choice, check_count, check_values, is_momentum, is_number
 from .moments import Moments, batch_derivative, batch_moments, full_precision
 from .normalize import normalize
 from .record import Record
-from .window import LARGEST, WINDOW_DTYPES, MovingWindow, Past, SlidingWindow, Window
+from .window import ENDLESS, LARGEST, WINDOW_DTYPES, MovingWindow, Past, SlidingWindow, Window
 
 if TYPE_CHECKING:
     from .iteration import Call
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _WINDOWS = {
     "moving": "the past as one function of the weight",
     "sliding": "the paper's, of single iterations",
+    "step": "the forwards of one step of the optimiser",
 }
 _BACKWARDS = {
     "full": "what the past's images want of common statistics is averaged",
@@ -62,13 +63,18 @@ class CBN(NormLayer):
         track_running_stats: Whether to keep running statistics for evaluation.
         window: ``'moving'`` keeps the past as one first-order function of the weight, which is
             averaged exponentially; its cost does not depend on its size. ``'sliding'`` is the
-            paper's, the last iterations one by one.
+            paper's, the last iterations one by one. ``'step'`` averages the forwards of one step of
+            the optimiser, between which gradients accumulate: it is emptied when the optimiser
+            steps.
         window_size: The paper's ``k``: a sliding window averages so many iterations, the current
             one included, and in a moving one the current one's share is ``1 / k``. 1 is batch
             normalisation. ``'auto'``, for a moving window: the share sets itself, between 1 and
-            1/64, so that what the past says of the next batch is as likely too high as too low.
+            1/64, so that what the past says of the next batch is as likely too high as too low. For
+            the forwards of a step: all of them.
         compensate: Whether to move past statistics to the current weights. False is the paper's
             *naive CBN*, which needs no convolution; its gradient takes the past as a constant.
+            ``'where_possible'`` is naive where what the layer is handed is no function of a weight
+            that can be found, with a warning, where True refuses.
         backward: The gradient. ``'current'`` is the paper's: past statistics are constants, and
             running statistics those of the current batch. In the others, which batches of one or
             two images need, it flows to the convolution's weight and bias through the past as well,
@@ -111,7 +117,7 @@ class CBN(NormLayer):
         track_running_stats: bool = True,
         window: str = "moving",
         window_size: int | str = "auto",
-        compensate: bool = True,
+        compensate: bool | str = True,
         backward: str = "full",
         derivative_stride: int | None = None,
         sync: bool = False,
@@ -132,20 +138,24 @@ class CBN(NormLayer):
         check_choice("CBN", "backward", backward, _BACKWARDS)
         if derivative_stride is not None:
             check_count("CBN", "derivative_stride", derivative_stride, "every n-th row and column")
-        if not isinstance(window_dtype, str) or window_dtype not in WINDOW_DTYPES:
-            raise ValueError(
-                f"CBN: window_dtype must be 'float32' or 'bfloat16', got {window_dtype!r}."
-            )
-        switches = dict(
-            affine=affine, track_running_stats=track_running_stats, compensate=compensate, sync=sync
+        is_dtype = isinstance(window_dtype, str) and window_dtype in WINDOW_DTYPES
+        is_compensate = isinstance(compensate, bool) or compensate == "where_possible"
+        switch = "True or False"
+        check_values(
+            "CBN",
+            ("window_dtype", window_dtype, is_dtype, "'float32' or 'bfloat16'"),
+            ("affine", affine, isinstance(affine, bool), switch),
+            (
+                "track_running_stats",
+                track_running_stats,
+                isinstance(track_running_stats, bool),
+                switch,
+            ),
+            ("compensate", compensate, is_compensate, f"{switch} or 'where_possible'"),
+            ("sync", sync, isinstance(sync, bool), switch),
+            ("eps", eps, is_number(eps) and eps >= 0, "a number of at least 0"),
+            ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
         )
-        for name, value in switches.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"CBN: {name} must be True or False, got {value!r}.")
-        if not is_number(eps) or eps < 0:
-            raise ValueError(f"CBN: eps must be a number of at least 0, got {eps!r}.")
-        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
-            raise ValueError(f"CBN: momentum must be None or from 0 to 1, got {momentum!r}.")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -164,13 +174,16 @@ class CBN(NormLayer):
     @property
     def window_in_force(self) -> int:
         """The largest window size in force: 1 in a burn-in; 64 where the window sets its own."""
-        own = LARGEST if self.window_size == "auto" else self.window_size
+        own = self.window_size
+        if own == "auto":
+            own = ENDLESS if self.window == "step" else LARGEST
         return own if self.window_limit is None else min(self.window_limit, own)
 
     @property
     def mean_window_size(self) -> float:
         """The window size as it is: of windows that set their own the mean, 1 if there is none."""
-        if self.window_size != "auto" or self.window_in_force == 1:
+        is_fixed = self.window_size != "auto" and self.window != "step"
+        if is_fixed or self.window_in_force == 1:
             return float(self.window_in_force)
         sizes = [1 / window.share for window in self._windows if window.seen]
         return sum(sizes) / len(sizes) if sizes else 1.0
@@ -193,10 +206,9 @@ class CBN(NormLayer):
 
     def new_window(self) -> Window:
         """An empty window, of the size in force."""
-        kind = MovingWindow if self.window == "moving" else SlidingWindow
-        return kind(
-            self.window_in_force, self.window_size == "auto", WINDOW_DTYPES[self.window_dtype]
-        )
+        kind = SlidingWindow if self.window == "sliding" else MovingWindow
+        sets_itself = self.window_size == "auto" and self.window == "moving"
+        return kind(self.window_in_force, sets_itself, WINDOW_DTYPES[self.window_dtype])
 
     def is_spread(self) -> bool:
         """Whether other processes hold parts of the batch."""
@@ -235,7 +247,7 @@ class CBN(NormLayer):
     # What is known of past iterations is for Python to look up: a compiled graph ends here.
     @torch.compiler.disable
     def _train(self, y: Tensor) -> Tensor:
-        self._refuse_graphs()
+        self._refuse_graphs(y)
         if self._is_plain():
             return super().forward(y)
         with full_precision(y.device.type):
@@ -277,8 +289,7 @@ class CBN(NormLayer):
         else:
             share = past.share
             record.distance = d = moments.mean - past.mean
-            record.mean = torch.add(past.mean, d, alpha=share)
-            record.var = past.var.lerp(moments.var, share)
+            record.mean, record.var = torch._foreach_lerp(past[:2], moments[:2], share)
             record.var.addcmul_(d, d, value=share * (1 - share))
         if past is None or self.backward == "current":
             record.running = moments.mean, moments.unbiased_var
@@ -288,31 +299,31 @@ class CBN(NormLayer):
 
     def _learn(self, record: Record, y: Tensor, call: Call) -> None:
         """Adds what the window needs of this iteration."""
-        record.window = call.window
-        if call.bias is not None:
-            record.bias = call.bias.to(record.mean.dtype, copy=True)
-        if call.input is not None:
-            record.derivative = batch_derivative(
-                call.conv, call.input, y, record.moments, self.derivative_stride
-            )
+        record.window, source = call.window, call.source
+        if source is None:
+            return
+        if source.bias is not None:
+            record.bias = source.bias.to(record.mean.dtype, copy=True)
+        if source.weight is not None:
+            if record.window.dtype != torch.float32:
+                record.weight = source.weight.detach()
+            record.derivative = batch_derivative(source, y, record.moments, self.derivative_stride)
 
     def _normalize(self, y: Tensor, record: Record, call: Call) -> Tensor:
         record.is_spread, record.finish = self.is_spread(), self._iteration.finish
         dtype, weight, bias = record.mean.dtype, None, None
-        if call.conv is not None:  # else the past is a constant
+        if call.source is not None:  # else the past is a constant
             record.backward, record.scale = self.backward, self._iteration.scale
             if self.backward == "full" and record.past is not None:
                 record.averages = record.window.sums
             # Of a convolution that ran without gradients the weight gets none this way either.
             if record.past is not None and self.backward != "current" and y.requires_grad:
-                weight, bias = call.weight, call.bias
+                weight, bias = call.source[:2]
         gamma, beta = self._parameters["weight"], self._parameters["bias"]
         if gamma is not None:
             if gamma.dtype != dtype:
                 gamma, beta = gamma.to(dtype), beta.to(dtype)
-            # A copy: FSDP takes the parameter away after the forward of its block, and an optimiser
-            # moves it before the iteration ends.
-            record.gamma = gamma.detach().clone()
+            record.gamma = gamma.detach().clone() if call.gamma is None else call.gamma
         kind = type(record.window)
         record.kind = record.mean.device, dtype, kind, record.backward, record.is_spread
         self._iteration.add(record, call.repeats)
@@ -403,7 +414,7 @@ class CBN(NormLayer):
         """The arguments, for ``print(model)``."""
         return (
             f"{super().extra_repr()}, window={self.window!r}, window_size={self.window_size!r}, "
-            f"compensate={self.compensate}, backward={self.backward!r}, "
+            f"compensate={self.compensate!r}, backward={self.backward!r}, "
             f"derivative_stride={self.derivative_stride}"
             + (", sync=True" if self.sync else "")
             + (f", window_dtype={self.window_dtype!r}" if self.window_dtype != "float32" else "")
@@ -412,6 +423,22 @@ class CBN(NormLayer):
 
 # The state of a layer that has not run, beside its windows, one for each call in a forward.
 _FRESH = dict(_iteration=None, _was_reset=False)
+
+
+class CmBN(CBN):
+    """Cross mini-batch normalisation: ``norm_cfg=dict(type='CmBN')``.
+
+    Bochkovskiy et al. 2020, "YOLOv4", https://arxiv.org/abs/2004.10934, section 3.3, figure 4. Of a
+    step of the optimiser that accumulates the gradients of several mini-batches, each is normalised
+    with the statistics of all those up to it, and the next step begins anew. As weights stay the
+    same within a step there is nothing to compensate, and it stands behind any layer. It is
+    :class:`CBN` with other defaults.
+    """
+
+    def __init__(
+        self, num_features: int, *args, window: str = "step", compensate: bool = False, **kwargs
+    ) -> None:
+        super().__init__(num_features, *args, window=window, compensate=compensate, **kwargs)
 
 
 class SyncCBN(CBN):

@@ -9,20 +9,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import linking
-from .brn import BRN
 from .cbn import CBN
+from .layer import NormLayer
 
 # What a layer has already, and passes on as it is.
 _KEPT = ("num_features", "affine", "track_running_stats", "device", "dtype")
 
 
 def to_batchnorm(model: nn.Module) -> nn.Module:
-    """Turns every CBN, SyncCBN and BRN of ``model`` into ``nn.BatchNorm2d``, in place.
+    """Turns every CBN, SyncCBN, CmBN, BRN and MABN of ``model`` into ``nn.BatchNorm2d``, in place.
 
     That is what these layers are in evaluation mode: the outputs there stay the same, bit for bit.
     The new layers take over parameters and buffers themselves (so an optimiser keeps working), the
     mode and the names. What :func:`cbn_mmdet.link` has put on the model goes, so that a saved or
-    pickled model needs this package no more.
+    pickled model needs this package no more. (But for the :class:`cbn_mmdet.CenConv2d` before a
+    MABN, which centralises its weight.)
 
     Args:
         model: Any module, a single layer included.
@@ -31,7 +32,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         The model; the new layer if ``model`` is itself a layer to turn.
     """
     linking.unhook(model)
-    layers = [module for module in model.modules() if isinstance(module, CBN | BRN)]
+    layers = [module for module in model.modules() if isinstance(module, NormLayer)]
     return _replace(model, {layer: _to_batchnorm(layer) for layer in layers})
 
 
@@ -71,7 +72,7 @@ def from_batchnorm(model: nn.Module, **options) -> nn.Module:
     for name, layer in model.named_modules():
         if type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             layers[layer] = _from_batchnorm(name, layer, options)
-        elif isinstance(layer, _BatchNorm) and not isinstance(layer, CBN | BRN):
+        elif isinstance(layer, _BatchNorm) and not isinstance(layer, NormLayer):
             left.append(f"'{name}' ({type(layer).__name__})")
     if left:
         warnings.warn(
@@ -88,18 +89,12 @@ def from_batchnorm(model: nn.Module, **options) -> nn.Module:
     return _replace(model, layers)
 
 
-def _to_batchnorm(layer: CBN | BRN) -> nn.BatchNorm2d:
-    return _taking_over(
-        layer,
-        nn.BatchNorm2d(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            layer.affine,
-            layer.track_running_stats,
-            device="meta",
-        ),
-    )
+def _to_batchnorm(layer: NormLayer) -> nn.BatchNorm2d:
+    own = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+    new = nn.BatchNorm2d(layer.num_features, *own, device="meta")
+    names = list(new._buffers)  # MABN has more
+    _taking_over(layer, new)._buffers = {name: layer._buffers[name] for name in names}
+    return new
 
 
 def _from_batchnorm(name: str, layer: _BatchNorm, options: dict) -> CBN:

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from . import kernels, linking
 from .cbn import CBN
 from .layer import check_count, is_number, is_recomputation
-from .moments import statistics_dtype
+from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
-from .window import LARGEST, Growth, MovingWindow, Past, Window, grow, growth, pasts
+from .window import LARGEST, MovingWindow, Past, Surprise, Window, grow, growth, pasts
+
+_MANY = 10  # forwards without a step
 
 
 class Call(NamedTuple):
@@ -37,20 +39,16 @@ class Call(NamedTuple):
 
     Attributes:
         window: The window of this call.
-        conv: The convolution that feeds it; None if nothing is compensated.
-        weight: The convolution's weight, if it trains.
-        bias: The convolution's bias.
-        input: The convolution's input, if its weight trains.
+        source: What computed the layer's input; None if nothing is compensated.
         past: What the window tells at today's weight, or None if it is empty.
+        gamma: A copy of the layer's scale at the beginning of the iteration, if it was there whole.
         repeats: Whether activation checkpointing repeats a call, which records nothing.
     """
 
     window: Window
-    conv: nn.Conv2d | None
-    weight: Tensor | None
-    bias: Tensor | None
-    input: Tensor | None
+    source: Source | None
     past: Past | None
+    gamma: Tensor | None
     repeats: bool
 
 
@@ -72,6 +70,7 @@ class Iteration:
         self.scale: float | Tensor = 1.0
         self._scaler: object = None
         self._calls: dict[CBN, int] = {}
+        self._gammas: dict[CBN, Tensor] = {}
         self._marked: list[weakref.ref[Tensor]] = []
         self._made: list[weakref.ref[Record]] = []  # since the last step
         self._trains = False  # whether the model's forward runs, with a layer that trains
@@ -79,6 +78,7 @@ class Iteration:
         self._finished: list[Vectors] = []
         self._forwards = 0  # that began since the last step
         self._version: int | None = None
+        self._has_stepped = False
 
     # A copied or unpickled model has no iteration.
 
@@ -119,11 +119,8 @@ class Iteration:
         root = self.root()
         if not self._trains and (root is None or not root.training):
             return
-        marked = linking.mark(
-            module, args[0] if args else next(iter(kwargs.values()), None), output
-        )
-        if marked is not None:
-            self._marked.append(marked)
+        input = args[0] if args else next(iter(kwargs.values()), None)
+        self._marked += linking.mark(module, input, output)
 
     # In order of an iteration.
 
@@ -134,8 +131,18 @@ class Iteration:
         self._clear()
         self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
+        # Of a model that has trained only those that cannot be a closure's, which is repeated.
+        is_gathering = not (self._has_stepped and torch.is_grad_enabled())
+        if self._forwards == _MANY and is_gathering:
+            warnings.warn(
+                f"CBN: {_MANY} forwards in training mode, and cbn_mmdet.step(model) was not called "
+                "after any: running statistics and windows stay as they are. Call it after each, "
+                "or use cbn_mmdet.precise_statistics to gather statistics alone.",
+                stacklevel=2,
+            )
         if self._scaler is not None:
             self.scale = _scale_of(self._scaler, self._any_parameter())
+        self._gammas = _copies_of_gammas(layers)
         alike = defaultdict(list)
         for layer in layers:
             if layer.window_in_force == 1:
@@ -147,12 +154,13 @@ class Iteration:
                 conv = None if window.conv is None else window.conv()
                 weight = bias = None
                 if window.h is not None:
-                    if not linking.keeps_weight(conv) or not window.fits(
-                        conv._parameters["weight"]
-                    ):
+                    # A hook may set weight.data first, which nothing would tell of.
+                    if not linking.is_plain(conv) or conv._forward_pre_hooks:
                         continue  # left to its own layer
                     weight = conv._parameters["weight"]
-                if layer.compensate and conv is not None:
+                    if not window.fits(weight):
+                        continue
+                if layer.compensate and linking.is_plain(conv):
                     bias = conv.bias
                 if weight is None:
                     key = window.device, torch.float32
@@ -188,26 +196,16 @@ class Iteration:
         windows = layer._windows
         while len(windows) <= number:
             windows.append(layer.new_window())
-        window, found = windows[number], linking.mark_of(y)
-        conv = None if found is None else found.module
-        if layer.compensate:
-            self._check_source(layer, y, window, found)
-        if window.conv is None or window.conv() is not conv:
-            window.conv = None if conv is None else weakref.ref(conv)
+        window = windows[number]
+        source = self._source(layer, y, window)
         if layer.window_in_force == 1:
-            return Call(window, None, None, None, None, None, repeats)
-        weight = bias = x = None
-        if not layer.compensate:
-            conv = None
-        else:
-            weight, bias, x = conv.weight, conv.bias, found.input
-            if not weight.requires_grad:  # it never changes: there is nothing to compensate
-                weight = x = None
+            return Call(window, None, None, None, repeats)
         # A forward has been between, maybe of weights that were set through .data.
         if repeats and self._forwards > 1:
             window.known = None
+        weight, bias = (None, None) if source is None else source[:2]
         past = window.past(weight, bias, statistics_dtype(y.dtype))
-        return Call(window, conv, weight, bias, x, past, repeats)
+        return Call(window, source, past, self._gammas.get(layer), repeats)
 
     def _check_repetition(self, layer: CBN, calls: int) -> None:
         if calls > 1 and layer.window_size != 1:  # in a burn-in, too, before its time is lost
@@ -222,38 +220,44 @@ class Iteration:
                 "cbn_mmdet.step(model) after the backward pass."
             )
 
-    def _check_source(
-        self, layer: CBN, y: Tensor, window: Window, found: linking.Mark | None
-    ) -> None:
-        """Refuses what is no plain convolution, and another one than the window's."""
-        conv = None if found is None else found.module
+    def _source(self, layer: CBN, y: Tensor, window: Window) -> Source | None:
+        """What computed ``y``; refuses what cannot be told, and another one than before."""
+        found = linking.mark_of(y)
+        module = None if found is None else found.module
         before = None if window.conv is None else window.conv()
-        if before is conv and window.is_verified:
-            return
-        if found is None and self.root() is None:
+        if layer.compensate and before is not module:
+            if before is not None and module is not None and window.seen > 0:
+                raise layer.refusal(
+                    f"was fed by {self.name_of(before)} so far, and now by {self.name_of(module)} "
+                    "in the same place of the model's forward. Past statistics of one convolution "
+                    "say nothing of another: give each its own CBN."
+                )
+            if before is None and window.conv is not None:  # another has taken its place
+                window.clear()
+        if before is not module:
+            window.conv = None if module is None else weakref.ref(module)
+        if not layer.compensate:
+            return None
+        if module is None and self.root() is None:
             raise layer.refusal(
                 "was linked as a part of a model that is gone. Call cbn_mmdet.link on the model "
                 "that trains, and keep it."
             )
-        if before is None and window.conv is not None:  # another has taken its place
-            window.clear()
-        if None not in (before, conv) and before is not conv:
-            window.is_verified = False
-            if window.seen > 0:
-                raise layer.refusal(
-                    f"was fed by {self.name_of(before)} so far, and now by {self.name_of(conv)} in "
-                    "the same place of the model's forward. Past statistics of one convolution say "
-                    "nothing of another: give each its own CBN."
-                )
-        is_to_verify = linking.trains(conv) and linking.tells(y)
-        why = linking.why_not(found, y, is_to_verify, self.name_of)
-        if why is not None:
+        is_known = window.rows_of is not None and window.rows_of() is module
+        source, why_not = linking.source_of(y, found, self.name_of, is_known)
+        if source is not None and source.leaf:
+            window.rows_of = None if module is None else weakref.ref(module)
+        if source is None and layer.compensate is True:
             raise layer.refusal(
-                f"{why}. CBN can only compensate the statistics of a plain nn.Conv2d's output: "
-                "place the layer directly after one, use another norm here, link the model that "
-                "contains both, or set compensate=False (naive CBN)."
+                f"{why_not}. CBN compensates the statistics of a convolution's output: place the "
+                "layer directly after one, use another norm here, link the model that contains "
+                "both, or let such layers average past statistics as they are with "
+                "compensate='where_possible' (all layers: compensate=False, naive CBN)."
             )
-        window.is_verified = is_to_verify
+        if source is None and all(each.why_not is None for each in layer._windows):
+            warnings.warn(f"{layer.title} is not compensated: it {why_not}.", stacklevel=2)
+        window.why_not = why_not or None
+        return source
 
     @torch.no_grad()
     def finish(self, record: Record) -> None:
@@ -262,7 +266,7 @@ class Iteration:
         for records in _alike(self.records if is_listed else [record]):
             waiting = [each for each in records if each.coefficients is None]
             if waiting and records[0].moments is not None:
-                vectors = Vectors.of(waiting)
+                vectors = Vectors(waiting)
                 self._finished.append(vectors)
                 for each, of in zip(waiting, coefficients(vectors), strict=True):
                     each.coefficients = of
@@ -281,7 +285,9 @@ class Iteration:
         self.records[:] = [record for record in self.records if record.layer is not layer]
 
     @torch.no_grad()
-    def step(self, loss_scale: object = None) -> tuple[Tensor | None, str | None]:
+    def step(
+        self, loss_scale: object = None, updated: bool = True
+    ) -> tuple[Tensor | None, str | None]:
         """Ends the iteration, as :func:`step` does; returns its warning with its result."""
         self._depth = 0
         linking.unmark(self._marked)
@@ -308,6 +314,7 @@ class Iteration:
                 "statistics."
             )
         self._scaler = loss_scale
+        self._has_stepped = True
         self.scale = 1.0
         self._clear()
         self._forwards = 0
@@ -318,6 +325,8 @@ class Iteration:
         self._made.clear()
         for layer in self.living():
             layer._was_reset = False
+            if updated and layer.window == "step":
+                layer._forget()
         return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
 
     def _end(self, records: list[Record]) -> tuple[list[bool], float | None]:
@@ -328,12 +337,15 @@ class Iteration:
         else:
             vectors = next((each for each in self._finished if each.records == records), None)
             if vectors is None:
-                vectors = Vectors.of(records)
-            checked = [vectors.mean, vectors.var]
+                vectors = Vectors(records)
+            checked = [vectors.union.view(-1)]
+            surprise = Surprise.of(vectors)
+            if first.is_spread and any(record.window.sets_itself for record in records):
+                dist.all_reduce(surprise.agreement)
+            figures.append(surprise.agreement.view(-1))
         if isinstance(first.window, MovingWindow):
             new = growth(vectors)
             checked.append(new.values.view(-1))
-            figures.append(self._of_all_processes(vectors, new).view(-1))
         derivatives = [
             each for record in records if record.derivative for each in record.derivative[:2]
         ]
@@ -344,30 +356,34 @@ class Iteration:
         dtype = checked[0].dtype
         if positives:
             figures.append(torch.cat(positives).mean(dtype=dtype).view(1))
-        figures.append(torch.cat(checked).isfinite().all().view(1).to(dtype))
+        # The largest, which NaN and infinity come through.
+        figures.append(torch.linalg.vector_norm(torch.cat(checked), math.inf).view(1))
         if any(record.sums is not None for record in records):
             sums = new_averages(vectors)
-            figures.append(sums.isfinite().all().view(1).to(dtype))
+            figures.append(torch.linalg.vector_norm(sums, math.inf).view(1))
         told = torch.cat(figures).tolist()  # the one wait for the device
 
-        are_sums_finite = sums is None or bool(told.pop())
-        is_finite = bool(told.pop())
+        are_sums_finite = sums is None or math.isfinite(told.pop())
+        is_finite = math.isfinite(told.pop())
         clamped = 1 - told.pop() if positives else None
         keep = [True] * len(records)
         if not is_finite:
             values = [None] * len(records) if new is None else vectors.split(new.values)
             keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
+        if vectors is None:
+            return keep, clamped
+        of_each = zip(records, keep, vectors.split(surprise.values.float()), strict=True)
+        for place, (record, is_kept, values) in enumerate(of_each):
+            window, (product, now, last) = record.window, told[3 * place : 3 * place + 3]
+            # Of a batch that is spread all processes learn, that their shares stay equal.
+            if (is_kept or record.is_spread) and now * last > 0:
+                window.learn(product / math.sqrt(now * last))
+            if is_kept and new is None:
+                window.push(record)
+            if is_kept:
+                window.surprise = None if record.past is None else values
         if new is not None:
-            for place, (record, is_kept) in enumerate(zip(records, keep, strict=True)):
-                product, now, last = told[3 * place : 3 * place + 3]
-                # Of a batch that is spread all processes learn, that their shares stay equal.
-                learns = record.window.sets_itself and (is_kept or record.is_spread)
-                if learns and now * last > 0:
-                    record.window.learn(product / math.sqrt(now * last))
             grow(vectors, new, keep)
-        for record, is_kept in zip(records, keep, strict=True):
-            if is_kept and new is None and record.window is not None:
-                record.window.push(record)
         if sums is not None:
             averages = vectors.split(sums.float())
             for record, is_kept, average in zip(records, keep, averages, strict=True):
@@ -376,13 +392,6 @@ class Iteration:
                 if record.sums and is_kept:
                     record.window.sums = average
         return keep, clamped
-
-    def _of_all_processes(self, vectors: Vectors, new: Growth) -> Tensor:
-        """The agreements, where the batch is spread over processes those of all together."""
-        is_shared = any(record.window.sets_itself for record in vectors.records)
-        if is_shared and vectors.records[0].is_spread:
-            dist.all_reduce(new.agreement)
-        return new.agreement
 
     # Names, for messages.
 
@@ -428,6 +437,21 @@ def _is_within_itself(model: nn.Module) -> bool:
         calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
         frame = frame.f_back
     return calls != 1  # none is found in compiled code, which is not to tell
+
+
+def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, Tensor]:
+    """Copies of the layers' scales, of all together: an optimiser moves them before ``step``."""
+    alike = defaultdict(list)
+    for layer in layers:
+        gamma = layer._parameters["weight"]
+        if type(gamma) is nn.Parameter and layer.training:  # else FSDP's, which comes and goes
+            alike[gamma.device, gamma.dtype].append(layer)
+    copies = {}
+    for of in alike.values():
+        gammas = [layer._parameters["weight"] for layer in of]
+        parts = torch.split_with_sizes(torch.cat(gammas).detach(), [len(each) for each in gammas])
+        copies.update(zip(of, parts, strict=True))
+    return copies
 
 
 def _alike(records: list[Record]) -> list[list[Record]]:
@@ -502,13 +526,15 @@ def link(model: nn.Module) -> int:
     """
     layers = cbn_layers(model).values()
     if not layers:
+        _warn_without_layers(model, "link")
         return 0
     iteration = _iteration_of(model) or Iteration(model)
     linking.unhook(model)
     for module in model.modules():
         if linking.marks(module):
             hook = linking.Hook(iteration, "mark")
-            module.register_forward_hook(hook, with_kwargs=True)
+            # First of all hooks: what another one makes of the output is no convolution's.
+            module.register_forward_hook(hook, with_kwargs=True, prepend=True)
     model.register_forward_pre_hook(linking.Hook(iteration, "enter"), prepend=True)
     model.register_forward_hook(linking.Hook(iteration, "leave"), always_call=True)
     iteration.layers = [weakref.ref(layer) for layer in layers]
@@ -538,14 +564,20 @@ def links(model: nn.Module) -> dict[str, str]:
 
     Returns:
         CBN name to feeding module's name, for each CBN that has run. (For naive CBN it may be any
-        module with a weight.)
+        module with a weight.) Of a convolution that no module returned it is ``'(a function)'``,
+        and of a layer that ``compensate='where_possible'`` left out ``'(not compensated)'``.
     """
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for name, layer in cbn_layers(model).items():
-        convs = [window.conv() for window in layer._windows if window.conv is not None]
-        if convs and convs[0] in names:
-            found[name] = names[convs[0]]
+        for window in layer._windows[:1]:
+            conv = None if window.conv is None else window.conv()
+            if window.why_not is not None:
+                found[name] = "(not compensated)"
+            elif conv in names:
+                found[name] = names[conv]
+            elif window.conv is None and layer.compensate:
+                found[name] = "(a function)"
     return found
 
 
@@ -564,6 +596,8 @@ def set_window(model: nn.Module, size: int | None) -> None:
         ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
     """
     layers = cbn_layers(model).values()
+    if not layers:
+        _warn_without_layers(model, "set_window")
     if size is not None:
         check_count("CBN", "size", size, "the window size to put in force, or None")
         largest = max(
@@ -580,7 +614,7 @@ def set_window(model: nn.Module, size: int | None) -> None:
         layer.set_window(size)
 
 
-def step(model: nn.Module, loss_scale: object = None) -> Tensor | None:
+def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> Tensor | None:
     """Ends an iteration: what its forward recorded becomes part of the windows.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
@@ -596,6 +630,9 @@ def step(model: nn.Module, loss_scale: object = None) -> Tensor | None:
             ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
             needs it before ``step`` tells it: it takes the number that was told last, and asks the
             scaler.)
+        updated: Whether the optimiser has stepped after this iteration's backward pass. Where
+            gradients accumulate, False after each forward but the last one of a group: it matters
+            to ``window='step'`` alone.
 
     Returns:
         The fraction of compensated past channel variances that the maximum cut to zero in this
@@ -604,13 +641,17 @@ def step(model: nn.Module, loss_scale: object = None) -> Tensor | None:
     Raises:
         ValueError: ``loss_scale`` is neither a number above 0 nor a scaler.
     """
-    clamped, warning = end_iteration(model, loss_scale)
+    if not cbn_layers(model):
+        _warn_without_layers(model, "step")
+    clamped, warning = end_iteration(model, loss_scale, updated)
     if warning:
         warnings.warn(warning, stacklevel=2)
     return clamped
 
 
-def end_iteration(model: nn.Module, loss_scale: object = None) -> tuple[Tensor | None, str | None]:
+def end_iteration(
+    model: nn.Module, loss_scale: object = None, updated: bool = True
+) -> tuple[Tensor | None, str | None]:
     """Does what :func:`step` does; returns the warning, if there is one, with the fraction."""
     is_scale = is_number(loss_scale) and loss_scale > 0
     if not (loss_scale is None or is_scale or hasattr(loss_scale, "scale")):
@@ -625,12 +666,25 @@ def end_iteration(model: nn.Module, loss_scale: object = None) -> tuple[Tensor |
         layers = own.living()
     # A part that was linked after the model has an iteration of its own.
     iterations = dict.fromkeys([own, *[layer._iteration for layer in layers]])
-    results = [each.step(loss_scale) for each in iterations if each is not None]
+    results = [each.step(loss_scale, updated) for each in iterations if each is not None]
     clamped = [each for each, _ in results if each is not None]
     warned = [warning for _, warning in results if warning]
     return (
         torch.stack(clamped).mean() if clamped else None,
         " ".join(warned) if warned else None,
+    )
+
+
+def _warn_without_layers(model: nn.Module, caller: str) -> None:
+    """Tells whoever calls a function of a model without CBN layers, and why, if it shows."""
+    why = "Build it with norm_cfg=dict(type='CBN'), or convert it by cbn_mmdet.from_batchnorm."
+    if any(linking.hooks_of(module) for module in model.modules()):
+        why = (
+            "It had them when it was linked: torch's convert_sync_batchnorm, for one, turns them "
+            "into nn.SyncBatchNorm; SyncCBN (sync=True) is the one that synchronises."
+        )
+    warnings.warn(
+        f"cbn_mmdet.{caller}: the model has no CBN layer, so it does nothing. {why}", stacklevel=3
     )
 
 
@@ -703,12 +757,13 @@ def _check_fit(name: str, layer: CBN, saved: dict, modules: dict[str, nn.Module]
         )
     channels = (saved["values"] if "values" in saved else saved["vectors"]).shape[-1]
     fits = channels == layer.num_features
-    if h is None:
-        fits &= not (layer.compensate and linking.trains(conv))
-    else:
-        patch = h.shape[-1]
-        fits &= layer.compensate and h.dtype == new.dtype and conv is not None
-        fits = fits and patch == conv.weight[0].numel()
+    if h is not None:
+        fits &= bool(layer.compensate) and h.dtype == new.dtype
+    if linking.is_plain(conv):  # of others only a forward tells the weight
+        if h is None:
+            fits &= not (layer.compensate and conv.weight.requires_grad)
+        else:
+            fits = fits and h.shape[-1] == conv.weight[0].numel()
     if not fits:
         raise ValueError(
             f"load_window_state: the window of CBN layer '{name}' is of another number of "

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .moments import Source
 
 # On the CPU, from how many numbers on two reductions beat one kernel for the moments, and how far
 # the squared mean may exceed the variance before the first lose too many digits.
@@ -34,6 +37,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_gpu(tensor: Tensor) -> bool:
+    """Whether to go a GPU's ways: few launches, and no product of matrices that may use TF32."""
+    return tensor.is_cuda
+
+
 def version_of(tensor: Tensor | None) -> int:
     """How often a tensor was changed in place, as far as autograd counts it; -1 for None."""
     if tensor is None:
@@ -45,7 +53,7 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """``E[y]`` and ``E[(y - E[y])^2]`` of each channel, ``(C,)``, in float32 at least."""
     dtype = statistics_dtype(y.dtype)
     if y.dtype == dtype:
-        if y.device.type == "cpu" and y.numel() >= _LARGE and y.is_contiguous():
+        if not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
             return _moments_in_two_reductions(y)
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     # Without float32 running statistics the kernel would return its results in half precision.
@@ -99,64 +107,62 @@ def standardize(
 # A convolution's patches.
 
 
-def weight_gradient(
-    conv: nn.Conv2d, x: Tensor, padding: Sequence[int], gradient: Tensor, stride: int
-) -> Tensor:
+def weight_gradient(source: Source, gradient: Tensor, stride: int) -> Tensor:
     """``sum_p gradient_p phi_p`` over one of every ``stride``-th row and column, ``(C_out, P)``.
 
     It is the weight's gradient of the same convolution with its stride multiplied.
     """
-    weight = conv.weight
-    steps = conv.stride if stride == 1 else [step * stride for step in conv.stride]
-    if stride > 1 and tuple(conv.kernel_size) == (1, 1) and not any(padding):
+    x, weight = source.input, source.weight
+    steps = source.stride if stride == 1 else [step * stride for step in source.stride]
+    if stride > 1 and weight[0, 0].numel() == 1 and not any(source.padding):
         # What the convolution would pick out slowly: 1.3 against 0.5 ms for 256 to 64 channels.
         x, steps = x[:, :, :: steps[0], :: steps[1]].contiguous(), [1, 1]
     return torch.ops.aten.convolution_backward.default(
         gradient,
         x,
-        weight if weight.dtype == x.dtype else weight.to(x.dtype),
+        weight if weight.dtype == x.dtype else x.new_empty(weight.shape),  # its shape is read
         None,
         steps,
-        padding,
-        conv.dilation,
+        source.padding,
+        source.dilation,
         False,
         [0, 0],
-        conv.groups,
+        source.groups,
         [False, True, False],
     )[1].flatten(1)
 
 
-def mean_patch(conv: nn.Conv2d, x: Tensor, padding: Sequence[int], y: Tensor) -> Tensor:
+def mean_patch(source: Source, y: Tensor) -> Tensor:
     """``E[phi]``, ``(groups, P)``.
 
     The sum over output positions is separable: along each axis, a 0/1 matrix says which input rows
-    (columns) meet which tap of the kernel. One pass over ``x`` serves all taps.
+    (columns) meet which tap of the kernel. One pass over the input serves all taps.
     """
+    x, padding, strides, groups = source.input, source.padding, source.stride, source.groups
     dtype = statistics_dtype(x.dtype)
-    (images, channels, *size), outputs = x.shape, y.shape[2:]
-    if tuple(conv.kernel_size) == (1, 1) and not any(padding):
-        seen = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-        return seen.mean((0, 2, 3), dtype=dtype).view(conv.groups, -1)
-    geometry = tuple(size), outputs, conv.kernel_size, conv.stride, tuple(padding), conv.dilation
+    (images, channels, *size), outputs, kernel = x.shape, y.shape[2:], source.weight.shape[2:]
+    if kernel.numel() == 1 and not any(padding):
+        seen = x[:, :, :: strides[0], :: strides[1]]
+        return seen.mean((0, 2, 3), dtype=dtype).view(groups, -1)
+    geometry = tuple(size), outputs, kernel, tuple(strides), tuple(padding), tuple(source.dilation)
     if size[0] * size[1] <= _SMALL_MAP:
         one = x if images == 1 else x.mean(0, dtype=dtype)
         one = one.reshape(channels, -1)
         one = one if one.dtype == dtype else one.to(dtype)
-        return torch.mm(one, _map_taps(geometry, dtype, x.device)).view(conv.groups, -1)
+        return torch.mm(one, _map_taps(geometry, dtype, x.device)).view(groups, -1)
     axes = tuple(zip(*geometry, strict=True))
-    count = images * outputs.numel()
-    rows, columns = _taps(*axes[0], x.dtype, x.device).t(), _taps(*axes[1], dtype, x.device)
-    if x.dtype != dtype:  # keep a sum over rows within the range of half precision
-        shrink = 2.0 ** -outputs[0].bit_length()
-        rows, count = rows * shrink, count * shrink
+    # A power of two is exact in half precision, and keeps a sum over rows within its range.
+    shrink = 2.0 ** -outputs[0].bit_length()
+    rows = _taps(*axes[0], x.dtype, x.device, shrink).t()
+    columns = _taps(*axes[1], dtype, x.device, 1 / (outputs.numel() * shrink))
     if x.is_contiguous(memory_format=torch.channels_last):
         by_row = rows.expand(images, -1, -1) @ x.permute(0, 2, 3, 1).flatten(2)  # N, kh, W C
         by_row = by_row.view(images, len(rows), size[1], channels).permute(0, 3, 1, 2)
     else:
         by_row = rows.expand(images * channels, -1, -1) @ x.flatten(0, 1)  # N C, kh, W
         by_row = by_row.view(images, channels, len(rows), size[1])
-    taps = by_row.sum(0, dtype=dtype) @ columns  # C_in, kh, kw
-    return taps.div_(count).view(conv.groups, -1)
+    of_all = by_row[0].to(dtype) if images == 1 else by_row.mean(0, dtype=dtype)
+    return (of_all @ columns).view(groups, -1)  # C_in, kh, kw
 
 
 # The same few feature maps come back in every iteration.
@@ -165,8 +171,7 @@ def mean_patch(conv: nn.Conv2d, x: Tensor, padding: Sequence[int], y: Tensor) ->
 def _map_taps(geometry: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Which position of a map meets which tap, ``(H W, kh kw)``, over the number of outputs."""
     axes = zip(*geometry, strict=True)
-    rows, columns = (_taps(*axis, dtype, device) / axis[1] for axis in axes)
-    return torch.kron(rows, columns)
+    return torch.kron(*(_taps(*axis, dtype, device, 1 / axis[1]) for axis in axes))
 
 
 @lru_cache(maxsize=1024)
@@ -180,64 +185,17 @@ def _taps(
     dilation: int,
     dtype: torch.dtype,
     device: torch.device,
+    scale: float,
 ) -> Tensor:
-    """Whether input index ``i`` meets kernel tap ``j`` at some output position, ``(size, kernel)``.
+    """``scale`` where input index ``i`` meets kernel tap ``j`` at an output, ``(size, kernel)``.
 
     It does so at most once, and not at all where the tap's output position does not exist.
     """
-    index = torch.arange(size)[:, None] + padding
-    start = index - torch.arange(kernel) * dilation
+    # Made on the device, as a copy to it would wait.
+    index = torch.arange(size, device=device)[:, None] + padding
+    start = index - torch.arange(kernel, device=device) * dilation
     meets = (start >= 0) & (start % stride == 0) & (start < outputs * stride)
-    return meets.to(device, dtype)
-
-
-def padded(conv: nn.Conv2d, x: Tensor, y: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """The input with any padding applied that a convolution call cannot express as two numbers.
-
-    Args:
-        conv: The convolution.
-        x: Its input, ``(N, C_in, H_in, W_in)``.
-        y: Its output, whose size tells the padding of a module that pads in its own ``forward``.
-
-    Returns:
-        The input and the zeros still to be added to each side of its height and width.
-    """
-    if type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros":
-        if not isinstance(conv.padding, str):
-            return x, conv.padding
-    if isinstance(conv.padding, str):
-        pads = conv._reversed_padding_repeated_twice  # left, right, top, bottom
-    else:
-        pads = [pad for pad in reversed(conv.padding) for _ in range(2)]
-    if _output_size(conv, x, pads) != tuple(y.shape[2:]):
-        pads = _pads_to_size(conv, x, y)
-    if conv.padding_mode != "zeros":
-        return F.pad(x, pads, mode=conv.padding_mode), [0, 0]
-    if pads[0] == pads[1] and pads[2] == pads[3]:
-        return x, [pads[2], pads[0]]
-    return F.pad(x, pads), [0, 0]
-
-
-def _output_size(conv: nn.Conv2d, x: Tensor, pads: list[int]) -> tuple[int, ...]:
-    return tuple(
-        (x.shape[i + 2] + pads[2 - 2 * i] + pads[3 - 2 * i] - _reach(conv, i)) // conv.stride[i] + 1
-        for i in (0, 1)
-    )
-
-
-def _pads_to_size(conv: nn.Conv2d, x: Tensor, y: Tensor) -> list[int]:
-    """TensorFlow's "same" padding, as EfficientNet's convolutions do it: the odd one at the end."""
-    pads = []
-    for i in (1, 0):
-        total = (y.shape[i + 2] - 1) * conv.stride[i] + _reach(conv, i) - x.shape[i + 2]
-        total = max(total, 0)
-        pads += [total // 2, total - total // 2]
-    return pads
-
-
-def _reach(conv: nn.Conv2d, axis: int) -> int:
-    """How many inputs the kernel spans along an axis."""
-    return (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
+    return meets.to(dtype) * scale
 
 
 # Products with weights, of many layers at once.
@@ -260,7 +218,7 @@ def weight_products(
     alike = defaultdict(list)  # of equal patches, and as many channels in a group
     for place, (m, h) in enumerate(zip(ms, hs, strict=True)):
         (groups, patch), channels = m.shape, h.shape[0]
-        is_small = channels * patch <= _SMALL_WEIGHT and not h.is_cuda
+        is_small = channels * patch <= _SMALL_WEIGHT
         alike[(patch, channels // groups) if is_small else place].append(place)
     found: list[tuple[Tensor, Tensor]] = [None] * len(hs)  # type: ignore[list-item]
     for places in alike.values():
@@ -284,12 +242,16 @@ def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tens
     """``sum_p w_cp m_gp`` and ``sum_p w_cp h_cp``.
 
     By elements, which on the CPU is a fourth of a batched product's time. On a GPU that may use
-    TF32 for matrix products, these would round each weight by as much as it moves in an iteration,
-    and the difference between two products would be lost.
+    TF32 for products of matrices, these would round each weight by as much as it moves in an
+    iteration, and the difference between two products would be lost: there, the reduction of
+    batch norm's backward pass does it in one launch, without a copy of the weight's size.
     """
     (groups, patch), channels = m.shape, h.shape[0]
     m, w = m.to(dtype), w.reshape(channels, patch).to(dtype)
-    if groups == 1 and not h.is_cuda:
+    if is_gpu(h):
+        by_channel = m[:, None].expand(groups, channels // groups, patch).reshape(channels, patch)
+        return _products_of_rows(w, by_channel), _products_of_rows(w, h.to(dtype))
+    if groups == 1:
         of_mean = torch.mv(w, m[0])
     else:
         of_mean = (w.view(groups, -1, patch) * m[:, None]).sum(2).view(channels)
@@ -297,9 +259,17 @@ def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tens
     return of_mean, of_var[0] if len(of_var) == 1 else torch.cat(of_var)
 
 
+def _products_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``sum_p a_cp b_cp``."""
+    rows, like = len(a), (a.dtype, a.device)
+    nothing, one = (constant(rows, value, *like) for value in (0.0, 1.0))
+    maps = (each[None, :, :, None] for each in (a, b))  # 1, C, P, 1
+    return channel_sums(*maps, nothing, one, 0.0, one)[0]
+
+
 def products_of_rows(a: Tensor, b: Tensor) -> Tensor:
     """``sum_p a_bqp b_btp``, ``(B, Q, T)``; on a GPU by elements, as TF32 would lose them."""
-    if a.is_cuda:
+    if is_gpu(a):
         return (a[:, :, None] * b[:, None]).sum(3)
     return torch.bmm(a, b.transpose(1, 2))
 
@@ -307,7 +277,7 @@ def products_of_rows(a: Tensor, b: Tensor) -> Tensor:
 def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Goes through ``h``, ``(C, ...)``, in another dtype; on the CPU in parts for a cache."""
     step, count = h.shape[0], h.numel()
-    if count > _BLOCK and not h.is_cuda:
+    if count > _BLOCK and not is_gpu(h):
         step = max(1, step * _BLOCK // count)
     for start in range(0, h.shape[0], step):
         rows = slice(start, start + step)
@@ -316,24 +286,26 @@ def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def add_outer_(grad: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """``grad_cp += scale left_c right_gp``, where ``right`` is ``(groups, P)``."""
+    """``grad_cp += scale left_c right_gp``; ``left`` is ``(C, 1)``, ``right`` ``(groups, P)``."""
     groups, patch = right.shape
     if groups == 1:
-        grad.addmm_(left.unsqueeze(1), right, alpha=scale)
+        grad.addmm_(left, right, alpha=scale)
         return
     by_group = grad.view(groups, -1, patch)
     by_group.baddbmm_(left.view(groups, -1, 1), right[:, None], alpha=scale)
 
 
 def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> None:
-    """``start += weight (end - start)`` of each pair: a few launches for all of them."""
+    """``start += weight (end - start)`` of each pair: a launch for all of them."""
     if not starts:
         return
     if len(set(weights)) == 1:
         torch._foreach_lerp_(starts, ends, weights[0])
-        return
-    for start, end, weight in zip(starts, ends, weights, strict=True):
-        start.lerp_(end, weight)
+    elif "ScalarList" in torch.ops.aten._foreach_lerp_.overloads():  # from torch 2.7
+        torch._foreach_lerp_(starts, ends, weights)
+    else:
+        for start, end, weight in zip(starts, ends, weights, strict=True):
+            start.lerp_(end, weight)
 
 
 def segment_sums(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -345,10 +317,13 @@ def spread(values: Sequence[float], sizes: tuple[int, ...], like: Tensor) -> Ten
     """Each value as often as its size says, ``(N,)``, beside ``like``; one number if all agree."""
     if values.count(values[0]) == len(values):
         return values[0]
-    value = torch.tensor(values, dtype=like.dtype)
-    if like.is_cuda:
-        value = value.pin_memory().to(like.device, non_blocking=True)
+    value = _moved(torch.tensor(values, dtype=like.dtype), like.device)
     return value[_owners(sizes, like.device)]
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Copies numbers to a device, which does not wait for them."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @lru_cache(maxsize=1024)
@@ -361,10 +336,10 @@ def constant(size: int, value: float, dtype: torch.dtype, device: torch.device) 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(sizes, device=device)
+    return _moved(torch.tensor(sizes), device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(sizes)).to(device)
+    return torch.repeat_interleave(_lengths(sizes, device), output_size=sum(sizes))

@@ -7,12 +7,14 @@ import numbers
 import sys
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx, nn
 
 
-class NormLayer(_BatchNorm):
+class NormLayer(nn.BatchNorm2d):
     """Batch normalisation of the maps that a convolution returns.
+
+    It is an ``nn.BatchNorm2d`` for whoever looks for one: other people's precise statistics, groups
+    of parameters, freezing and test-time adaptation.
 
     Attributes:
         kind: What messages call the layer.
@@ -30,6 +32,8 @@ class NormLayer(_BatchNorm):
         return RuntimeError(f"{self.title}: {why}")
 
     def _check_input_dim(self, input: Tensor) -> None:
+        if isinstance(input, fx.Proxy):  # it has no shape yet
+            return
         if input.dim() != 4:
             raise ValueError(
                 f"{self.title}: expected an input of shape (N, C, H, W), got {input.dim()} "
@@ -42,14 +46,16 @@ class NormLayer(_BatchNorm):
                 f"{input.shape[1]} channels."
             )
 
-    def _refuse_graphs(self) -> None:
+    def _refuse_graphs(self, input: Tensor) -> None:
         """Refuses to put a training step into a graph, which would repeat one iteration for ever.
 
         torch.compile is welcome: it leaves these layers to Python.
         """
-        if torch.jit.is_tracing() or is_compiling():
+        if torch.jit.is_tracing() or is_compiling() or isinstance(input, fx.Proxy):
             raise self.refusal(
-                "only its evaluation can be traced or exported. Call model.eval() first."
+                "only its evaluation can be traced or exported. Call model.eval() first, turn the "
+                "layer into batch normalisation by cbn_mmdet.to_batchnorm(model), or, for "
+                "torch.fx, have it as a leaf module."
             )
 
     def __prepare_scriptable__(self) -> None:
@@ -86,6 +92,18 @@ def check_choice(kind: str, name: str, value: object, choices: dict[str, str]) -
     if not isinstance(value, str) or value not in choices:
         known = " or ".join(f"{choice!r} ({what})" for choice, what in choices.items())
         raise ValueError(f"{kind}: {name} must be {known}, got {value!r}.")
+
+
+def check_values(kind: str, *rows: tuple[str, object, bool, str]) -> None:
+    """Refuses arguments: each a name, a value, whether it is right, and what is."""
+    for name, value, is_right, right in rows:
+        if not is_right:
+            raise ValueError(f"{kind}: {name} must be {right}, got {value!r}.")
+
+
+def is_momentum(value: object) -> bool:
+    """Whether ``value`` can be a weight of running statistics, or None for their plain average."""
+    return value is None or (is_number(value) and 0 <= value <= 1)
 
 
 def is_number(value: object) -> bool:

@@ -1,12 +1,16 @@
 # Licensed under the Apache License, Version 2.0.
-"""Which module's output a tensor is, and whether its statistics can follow that module's weight.
+"""Which module's output a tensor is, and of which weight it is a function.
 
 A norm layer is handed a tensor and must know the convolution that computed it. Neither the order of
 registration nor names tell: some blocks keep convolutions and norms in separate lists. So every
 module of a linked model that has a weight marks the tensor it returns, and the norm layer reads the
-mark of the very tensor that it is handed.
+mark of the very tensor that it is handed. A mark changes no value, rides on its tensor alone, and
+is taken off when the model's forward ends.
 
-A mark changes no value, rides on its tensor alone, and is taken off when the model's forward ends.
+Which weight the output is a function of, the module tells if it is a plain ``nn.Conv2d``. Of all
+others (weights that are normalised, standardised or gated on the way, modules that call
+``F.conv2d`` themselves) autograd's graph does: it has the weight that was used, and with which
+input. Both are asked in each forward, as what a module does may change.
 """
 
 from __future__ import annotations
@@ -15,18 +19,13 @@ import weakref
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .layer import NormLayer
-from .moments import statistics_dtype
+from .moments import Source
 
 _MARK = "_cbn_mark"  # the attribute of a tensor
-
-# What two computations of one convolution may differ by; other mathematics is far outside.
-_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-2}
-_SAME_OUTPUT_HALF = 5e-2
 
 
 class Mark:
@@ -64,16 +63,21 @@ class Hook:
             getattr(self.iteration, self.method)(*args)
 
 
-def mark(module: nn.Module, input: object, output: object) -> weakref.ref[Tensor] | None:
-    """Marks a module's output, unless a module within has; returns a reference to it if so."""
+def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[Tensor]]:
+    """Marks what a module returned, unless a module within has; returns references to it.
+
+    Of lists and tuples, as TridentNet's convolution returns, it marks each tensor.
+    """
     if not isinstance(output, Tensor):
-        return None
+        parts = output if isinstance(output, list | tuple) else ()
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        return [ref for tensor in tensors for ref in mark(module, None, tensor)]
     version = kernels.version_of(output)
     there = getattr(output, _MARK, None)
     if there is not None and there.version == version:
-        return None
+        return []
     setattr(output, _MARK, Mark(module, input, version))
-    return weakref.ref(output)
+    return [weakref.ref(output)]
 
 
 def mark_of(tensor: Tensor) -> Mark | None:
@@ -93,7 +97,12 @@ def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
 
 def marks(module: nn.Module) -> bool:
     """Whether a module is one whose output is to be marked."""
-    return isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, NormLayer)
+    if isinstance(module, NormLayer):
+        return False
+    # Reading a parametrized weight would compute it.
+    return nn.utils.parametrize.is_parametrized(module, "weight") or isinstance(
+        getattr(module, "weight", None), Tensor
+    )
 
 
 def hooks_of(module: nn.Module) -> list[tuple[dict, int, Hook]]:
@@ -115,90 +124,104 @@ def unhook(model: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-def why_not(
-    found: Mark | None, y: Tensor, is_to_verify: bool, name_of: Callable[[nn.Module], str]
-) -> str | None:
-    """Why the statistics of ``y`` cannot follow the weight of the module that returned it.
+# The weight.
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether a module's output is the convolution of its input with its parameter, by its code."""
+    kind = type(module)
+    return (
+        isinstance(module, nn.Conv2d)
+        and kind.forward is nn.Conv2d.forward
+        and kind._conv_forward is nn.Conv2d._conv_forward
+        and "forward" not in module.__dict__
+        and type(module._parameters.get("weight")) is nn.Parameter  # not FSDP's, between forwards
+    )
+
+
+def source_of(
+    y: Tensor, found: Mark | None, name_of: Callable[[nn.Module], str], is_known: bool = False
+) -> tuple[Source | None, str]:
+    """What computed ``y``, as a function of a weight.
 
     Args:
-        found: The tensor's mark.
-        y: The tensor.
-        is_to_verify: Whether to compute once more what the module should have.
+        y: What the layer was handed, ``(N, C, H, W)``.
+        found: Its mark.
         name_of: Names a module.
+        is_known: Whether the channels of this module are known to be rows of its weight.
 
     Returns:
-        A part of a sentence; None if they can.
+        The source, or None and why there is none, as a part of a sentence.
     """
-    if found is None:
-        return (
+    module = None if found is None else found.module
+    if is_plain(module):
+        return Source.of(module, found.input), ""
+    graph = y.grad_fn
+    is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
+    if module is None and not is_convolution:
+        return None, (
             f"was handed a tensor of shape {tuple(y.shape)} that no module with a weight of the "
             "linked model returned as it is: the result of an activation, a function or an "
             "operation in place, or of a module that the linked model does not contain"
         )
-    conv, x = found.module, found.input
-    if not isinstance(conv, nn.Conv2d):
-        return f"is fed by {name_of(conv)}, which is no nn.Conv2d"
-    if nn.utils.parametrize.is_parametrized(conv, "weight"):
-        return (
-            f"is fed by {name_of(conv)}, whose weight is parametrized, so that its value may "
-            "change each time it is read"
+    fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
+    if module is not None and not any(each.requires_grad for each in module.parameters()):
+        return Source(None, None), ""  # it never changes
+    if graph is None or _is_checkpointed():
+        return None, (
+            f"{fed}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, and "
+            "this forward runs without gradients, as that of activation checkpointing does (turn "
+            "with_cp off around this layer)"
         )
-    if is_to_verify and not is_plain(conv, x, y):
-        return (
-            f"is fed by {name_of(conv)}, whose output is not the plain convolution of its weight "
-            "(a standardised or modulated one, say)"
+    if is_convolution and not graph._saved_transposed:
+        return _convolution(graph), ""
+    weight = graph._saved_weight if is_convolution else module._parameters.get("weight")
+    if weight is None or not weight.requires_grad:
+        return None, f"{fed}, which has no weight of its own that trains"
+    bias = None if module is None else module._parameters.get("bias")
+    source = Source.by_autograd(weight, bias, graph._saved_groups if is_convolution else None)
+    if len(source.weight) != y.shape[1] or not (is_known or _has_rows_of_channels(source, y)):
+        return None, f"{fed}, whose weight has not one row for each of its {y.shape[1]} channels"
+    return source, ""
+
+
+def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
+    """Whether each channel is a function of its own row alone: that of ``Linear`` is no channel."""
+    with torch.no_grad():
+        number = torch.arange(1, y.shape[1] + 1, dtype=y.dtype, device=y.device).view(-1, 1, 1)
+        one, each = (
+            source.rows(torch.autograd.grad(y, source.leaf, grad, retain_graph=True)).double()
+            for grad in (torch.ones_like(y), number.expand_as(y).contiguous())
         )
-    return None
+        expected = one * number.flatten(1).double()
+        return bool((each - expected).norm() <= 1e-2 * each.norm())
 
 
-@torch.no_grad()
-def is_plain(conv: nn.Conv2d, x: Tensor, y: Tensor) -> bool:
-    """Whether ``y`` is the plain convolution of ``x`` with the weight of ``conv``.
-
-    It is not if the weight is standardised or modulated on the way, say. Computes the convolution
-    once more, and allows for the rounding of half precision or of TF32.
-    """
-    if x.dim() != 4 or x.shape[1] != conv.in_channels or y.shape[1] != conv.out_channels:
-        return False
-    padded, padding = kernels.padded(conv, x.to(y.dtype), y)
-    weight = conv.weight.to(y.dtype)
-    bias = None if conv.bias is None else conv.bias.to(y.dtype)
-    again = F.conv2d(padded, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-    if again.shape != y.shape:
-        return False
-    dtype = statistics_dtype(y.dtype)
-    error, size = (torch.linalg.vector_norm(each, dtype=dtype) for each in (again.sub_(y), y))
-    # What is not finite tells nothing.
-    return not bool(error > _SAME_OUTPUT.get(y.dtype, _SAME_OUTPUT_HALF) * size)
-
-
-def trains(module: nn.Module | None) -> bool:
-    """Whether it is a convolution whose weight is a parameter that trains."""
-    # Reading a parametrized weight computes it anew.
-    if not isinstance(module, nn.Conv2d) or nn.utils.parametrize.is_parametrized(module, "weight"):
-        return False
-    return module.weight.requires_grad
-
-
-@torch.no_grad()  # else abs saves y, and a checkpoint's repetition, which does not ask, saves less
-def tells(y: Tensor) -> bool:
-    """Whether an output shows what computed it: it is neither all zero nor infinite."""
-    return bool(y.any()) and bool(y.isfinite().all())
-
-
-def keeps_weight(conv: nn.Module | None) -> bool:
-    """Whether the weight is there before the convolution's forward as it will be in it.
-
-    A subclass or a hook may set ``weight.data`` first, which nothing would tell of.
-    """
-    return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv).forward is nn.Conv2d.forward
-        and not conv._forward_pre_hooks
-        and is_whole(conv.weight)
+def _convolution(graph: torch.autograd.graph.Node) -> Source:
+    """The convolution that autograd recorded."""
+    _, weight, bias = (_parameter(each) for each, _ in graph.next_functions)
+    weight = graph._saved_weight if weight is None else weight
+    trains = weight.requires_grad
+    return Source(
+        weight if trains else None,
+        bias,
+        graph._saved_input.detach() if trains else None,
+        graph._saved_padding,
+        graph._saved_stride,
+        graph._saved_dilation,
+        graph._saved_groups,
+        is_exact=False,
     )
 
 
-def is_whole(weight: Tensor) -> bool:
-    """Whether a weight is not spread over processes: FSDP gathers it for the forward alone."""
-    return type(weight) is nn.Parameter
+def _parameter(graph: torch.autograd.graph.Node | None) -> Tensor | None:
+    """The parameter that a gradient ends in, maybe through autocast's copy of it."""
+    if graph is not None and graph.name() == "ToCopyBackward0":
+        graph = graph.next_functions[0][0]
+    return getattr(graph, "variable", None)
+
+
+def _is_checkpointed() -> bool:
+    """Whether a checkpoint that is not reentrant holds back what autograd saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -13,15 +13,20 @@ Write ``phi_p`` for the input patch at output position ``p``, so that the convol
 mean is linear in the weight and the variance quadratic, their products with it need no computation:
 
     m . w = mu - b                     h . w = 2 v                          (Euler's theorem)
+
+Any other layer with a weight has the same derivatives, with ``phi = dy / dw``, of which autograd
+tells the sums. Its ``m`` differs from channel to channel, and its products are computed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
@@ -31,6 +36,7 @@ from .kernels import statistics_dtype
 # positions so that the sum over 1e5 positions cannot overflow; this factor keeps the quotient out
 # of fp16's subnormal range.
 _HALF_SCALE = 16.0
+_TINY = 1e-20  # below any variance of fp16 numbers but zero
 
 # Positions from which the derivative of the variance is estimated if there are more.
 _ENOUGH = 256
@@ -67,11 +73,66 @@ class Moments(NamedTuple):
         return self.var * (self.count / others)
 
 
+class Source(NamedTuple):
+    """What computed a tensor ``y``, as a function of a weight.
+
+    Attributes:
+        weight: The weight that was used, ``(C_out, ...)``, in autograd's graph if it is no
+            parameter; None if it does not train, so that there is nothing to compensate.
+        bias: The convolution's parameter, or None.
+        input: The convolution's, ``(N, C_in, H_in, W_in)``; None if it is no convolution.
+        padding: The convolution's zeros on each side; likewise stride, dilation and groups.
+        is_exact: Whether ``y`` is ``weight . phi + bias``, and nothing else is added.
+        leaf: What autograd is asked for: the weight as the module has it, and the bias.
+        groups_of_transposed: The groups of a transposed convolution, else None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    input: Tensor | None = None
+    padding: Sequence[int] = (0, 0)
+    stride: Sequence[int] = (1, 1)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+    is_exact: bool = True
+    leaf: tuple[Tensor, ...] = ()
+    groups_of_transposed: int | None = None
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, x: Tensor) -> Source:
+        """A plain convolution with its own weight, whose input is ``x``."""
+        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+        if not weight.requires_grad:
+            return cls(None, bias)
+        padding = conv.padding
+        if conv.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode), (0, 0)
+        return cls(weight, bias, x, padding, conv.stride, conv.dilation, conv.groups)
+
+    @classmethod
+    def by_autograd(cls, weight: Tensor, bias: Tensor | None, transposed: int | None) -> Source:
+        """What is no convolution, or a transposed one; its bias is one more weight of each row."""
+        leaf = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
+        source = cls(None, None, is_exact=False, leaf=leaf, groups_of_transposed=transposed)
+        return source._replace(weight=source.rows(leaf))
+
+    def rows(self, leaf: Sequence[Tensor]) -> Tensor:
+        """What belongs to the leaf, its gradients say, by output channels: ``(C_out, P)``."""
+        weight, *bias = leaf
+        groups = self.groups_of_transposed
+        if groups is not None:  # C_in, C_out / groups, kh, kw
+            weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        rows = weight.reshape(weight.shape[0], -1)  # of a norm's it has but one dimension
+        return torch.cat([rows, *(each[:, None] for each in bias)], 1)
+
+
 class Derivative(NamedTuple):
     """Derivatives of a channel's statistics in the weight that produces it.
 
     Attributes:
-        mean: ``m`` (``d mu / d w``), shape ``(groups, P)`` with ``P = C_in / groups * kh * kw``.
+        mean: ``m`` (``d mu / d w``), shape ``(groups, P)`` with ``P = C_in / groups * kh * kw``;
+            if it is no convolution, ``(C_out, P)``.
         var: ``h`` (``d v / d w``), shape ``(C_out, P)``.
         mean_at: ``m . w`` at the weight of the batch, ``(C_out,)``.
         half_var_at: ``h . w / 2``, likewise.
@@ -109,9 +170,9 @@ def batch_moments(y: Tensor) -> Moments:
 
 @torch.no_grad()
 def batch_derivative(
-    conv: nn.Conv2d, x: Tensor, y: Tensor, moments: Moments, stride: int | None = None
+    source: Source, y: Tensor, moments: Moments, stride: int | None = None
 ) -> Derivative:
-    """Derivatives of ``y``'s mean and variance in the weight of ``conv``, where ``y = conv(x)``.
+    """Derivatives of ``y``'s mean and variance in the weight of what computed it.
 
     ``m`` is taken over all positions, which makes the compensated mean exact. ``h`` only steers a
     second-order-small correction, so it may be estimated on every ``stride``-th row and column:
@@ -119,34 +180,52 @@ def batch_derivative(
     ``1 / stride**2`` of the cost.
 
     Args:
-        conv: The convolution that computed ``y``.
-        x: Its input, shape ``(N, C_in, H_in, W_in)``.
-        y: Its output, shape ``(N, C_out, H, W)``, detached.
+        source: What computed ``y``.
+        y: Its output, shape ``(N, C_out, H, W)``.
         moments: ``batch_moments(y)``, of which the process's own statistics are used.
         stride: Subsampling of the positions for ``h``; 1 takes all of them, None as
-            :func:`stride_for` says.
+            :func:`stride_for` says. What is no convolution takes all.
 
     Returns:
         The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
         position.
     """
-    mean = mean_at = moments.own_mean
+    mean, weight = moments.own_mean, source.weight
     if y.numel() == 0:
-        of_var = mean.new_zeros(conv.weight.flatten(1).shape)
-        return Derivative(mean.new_zeros(conv.groups, of_var.shape[1]), of_var, mean, mean)
-    if conv.bias is not None:
-        mean_at = mean - conv.bias.to(mean.dtype)
-    if x.dtype != y.dtype:  # under autocast the convolution saw a cast copy of its input
-        x = x.to(y.dtype)
-    x, padding = kernels.padded(conv, x, y)
-    of_mean = kernels.mean_patch(conv, x, padding, y)
-    if stride is None:
-        stride = stride_for(y)
-    if stride == 1 and y.numel() >= _LARGE and _is_near(y, conv.weight, moments):
-        of_var = _var_derivative_near(conv, x, padding, y, mean, of_mean)
-        return Derivative(of_mean, of_var, mean_at, moments.own_var)
-    of_var, var = _var_derivative(conv, x, padding, y, moments, stride)
-    return Derivative(of_mean, of_var, mean_at, var)
+        of_var = mean.new_zeros(weight.flatten(1).shape)
+        return Derivative(mean.new_zeros(source.groups, of_var.shape[1]), of_var, mean, mean)
+    if source.input is None:
+        of_mean, of_var, var = *_by_autograd(source, y, moments), None
+    else:
+        if source.input.dtype != y.dtype:  # autocast's convolution saw a copy of its input
+            source = source._replace(input=source.input.to(y.dtype))
+        of_mean = kernels.mean_patch(source, y)
+        stride = stride_for(y) if stride is None else stride
+        if stride == 1 and y.numel() >= _LARGE and _is_near(y, weight, moments):
+            of_var, var = _var_derivative_near(source, y, mean, of_mean), moments.own_var
+        else:
+            of_var, var = _var_derivative(source, y, moments, stride)
+    if source.is_exact:
+        mean_at = mean if source.bias is None else mean - source.bias.to(mean.dtype)
+        return Derivative(of_mean, of_var, mean_at, var)
+    mean_at, var_at = kernels.weight_products([of_mean], [of_var], [weight], mean.dtype)[0]
+    return Derivative(of_mean, of_var, mean_at, var_at / 2)
+
+
+def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """``m`` and ``h``, ``(C_out, P)`` each, as two vector-Jacobian products."""
+    mean, var = moments.own_mean, moments.own_var
+    centred, rest, _ = _centred(y, mean, var)
+    shrink = _HALF_SCALE if y.dtype == torch.float16 else 1.0
+    ones = torch.full_like(y, shrink * y.shape[1] / y.numel())
+    of_mean, of_var = (
+        source.rows(
+            # A bias may be there and not be used.
+            torch.autograd.grad(y, source.leaf, each, retain_graph=True, materialize_grads=True)
+        ).to(mean.dtype)
+        for each in (ones, centred)
+    )
+    return of_mean / shrink, of_var if rest is None else of_var * rest[:, None]
 
 
 def stride_for(y: Tensor) -> int:
@@ -161,46 +240,58 @@ def stride_for(y: Tensor) -> int:
 
 
 def _var_derivative(
-    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, moments: Moments, stride: int
+    source: Source, y: Tensor, moments: Moments, stride: int
 ) -> tuple[Tensor, Tensor]:
     """``h = 2 E[(y - mean) phi]`` as one weight gradient, ``(C_out, P)``; and ``v``."""
     mean, var = moments.own_mean, moments.own_var
     if stride > 1:
         y = y[:, :, ::stride, ::stride].contiguous()
-        # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
-        mean, var = kernels.moments(y)
-    half_count = y.numel() / (2 * y.shape[1])  # M / 2
-    if y.dtype == torch.float16:
-        spread = var.sqrt()
-        spread = torch.where(spread > 0, spread, 1.0)  # a constant channel stays 0
-        divisor = (spread * (2 * half_count / _HALF_SCALE)).square_()
-        rest = spread * (2 / _HALF_SCALE)
-    else:
-        divisor = kernels.constant(len(mean), half_count * half_count, mean.dtype, mean.device)
-        rest = None
-    centred = kernels.standardize(y, None, None, mean, divisor, 0.0)
-    gradient = kernels.weight_gradient(conv, x, padding, centred, stride)
+        if y.dtype != torch.float16:
+            # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
+            mean, var = kernels.moments(y)
+    centred, rest, var = _centred(y, mean, var)
+    gradient = kernels.weight_gradient(source, centred, stride)
     if gradient.dtype != mean.dtype:
         gradient = gradient.to(mean.dtype)
     return (gradient if rest is None else gradient.mul_(rest[:, None])), var
 
 
+def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``2 (y - mean) / M``, as an output gradient, what of it is left to be multiplied, and ``v``.
+
+    In fp16 mean and variance are found anew.
+    """
+    scale = 2 * y.shape[1] / y.numel()  # 2 / M
+    if y.dtype == torch.float16:
+        of = len(mean), _HALF_SCALE * scale, mean.dtype, mean.device
+        # A variance of zero leaves a constant channel at 0.
+        centred, _, r = torch.native_batch_norm(
+            y, kernels.constant(*of), torch.zeros_like(mean), None, None, True, 0.0, _TINY
+        )
+        spread = r.reciprocal()
+        return centred, spread / _HALF_SCALE, spread.square()
+    if kernels.is_gpu(y):  # one launch, and on a CPU three times the time of two
+        divisor = kernels.constant(len(mean), scale**-2, mean.dtype, mean.device)
+        return kernels.standardize(y, None, None, mean, divisor, 0.0), None, var
+    offset = (mean * -scale).view(-1, 1, 1)
+    centred = torch.add(offset, y, alpha=scale)
+    return centred if centred.dtype == y.dtype else centred.to(y.dtype), None, var
+
+
 def _is_near(y: Tensor, weight: Tensor, moments: Moments) -> bool:
     """Whether to take the mean off ``h`` and not off ``y``: it is cheaper, and loses no digits."""
     mean, var = moments.own_mean, moments.own_var
-    if y.device.type != "cpu" or y.dtype != mean.dtype:
+    if kernels.is_gpu(y) or y.dtype != mean.dtype:
         return False
     if y.numel() < 4 * weight.numel():
         return False
     return bool((mean.square() <= 4 * var).all())
 
 
-def _var_derivative_near(
-    conv: nn.Conv2d, x: Tensor, padding: list[int], y: Tensor, mean: Tensor, of_mean: Tensor
-) -> Tensor:
+def _var_derivative_near(source: Source, y: Tensor, mean: Tensor, of_mean: Tensor) -> Tensor:
     """``h = 2 E[y phi] - 2 mean m`` from all positions, without a centred copy of ``y``."""
-    product = kernels.weight_gradient(conv, x, padding, y, 1)
-    by_group = product.view(conv.groups, -1, of_mean.shape[1])
+    product = kernels.weight_gradient(source, y, 1)
+    by_group = product.view(source.groups, -1, of_mean.shape[1])
     scale = 2 * y.shape[1] / y.numel()  # 2 / M
-    by_group.baddbmm_(mean.view(conv.groups, -1, 1), of_mean[:, None], beta=scale, alpha=-2)
+    by_group.baddbmm_(mean.view(source.groups, -1, 1), of_mean[:, None], beta=scale, alpha=-2)
     return product

@@ -87,13 +87,13 @@ class Coefficients(NamedTuple):
     """What a record's backward pass makes of its sums.
 
     Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
-    x_hat) + constant``: rows of what is added to ``r g`` (times ``1`` and times ``x_hat``), of
-    ``dL/d mu_p`` and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``).
+    x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``), of ``dL/d mu_p``
+    and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``).
 
     Attributes:
         r: ``(C,)``.
-        scale: ``r gamma``, ``(C,)``.
-        on_mean: ``(4, C)``, or ``(6, C)`` where something is given back.
+        scale: ``r gamma``, ``(C, 1, 1)``; without the last dimensions if the batch is spread.
+        on_mean: ``(4, C, 1)``, or ``(6, C, 1)`` where something is given back.
         on_var: Likewise.
         constant: Likewise, or None for 0.
     """
@@ -107,49 +107,61 @@ class Coefficients(NamedTuple):
 
 def coefficients(vectors: Vectors) -> list[Coefficients]:
     """The coefficients of each record; all have the same gradient, and are spread alike."""
-    records, share, first = vectors.records, vectors.share, vectors.records[0]
-    backward, is_spread = first.backward, first.is_spread
-    nothing, rest = torch.zeros_like(vectors.mean), 1 - share
-    r = (vectors.var + vectors.eps).rsqrt_()
-    scale, gammas = r, [record.gamma for record in records]
+    records, share, mean = vectors.records, vectors.share, vectors.union[0]
+    backward, is_spread = records[0].backward, records[0].is_spread
+    r = (vectors.union[1] + vectors.eps).rsqrt_()
+    nothing, scale = torch.zeros_like(r), r
+    gammas = [record.gamma for record in records]
     if any(gamma is not None for gamma in gammas):
-        scale = r * vectors.cat(gammas, torch.ones_like(r))
+        scale = r * vectors.cat(gammas, 1.0)
+    # Sums of all processes have the scales of each already.
+    each = torch.ones_like(r) if is_spread else scale
     own_count = vectors.spread([record.moments.own_count for record in records])
     count = own_count
     if is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-    slope = rest * r
-    taken = nothing + (-1 if backward == "own" else -share) / count
-    on_mean = [taken, nothing, nothing - rest, nothing]
-    on_var = [nothing, taken, share * slope * (vectors.batch_mean - vectors.past_mean), slope / -2]
-    constant = None
+    off = each * ((-1 if backward == "own" else -share) / count)
+    rest = each * (share - 1)  # of dL/d mu_bar, to the past
+    on_var = rest * r  # twice that of dL/d sigma2
+    masks = [record.past and record.past.mask for record in records]
+    of_var = on_var / 2
+    if any(mask is not None for mask in masks):
+        of_var = of_var * vectors.cat(masks, 1.0)
+    slope = off * r
+    on_means = [off, nothing, rest, nothing]
+    on_vars = [(slope * mean).neg_(), slope, on_var * vectors.distance * -share, of_var]
+    own_distance = mean  # of what is given back
     if backward in ("full", "own"):
-        own_mean = vectors.batch_mean
+        own_mean = vectors.batch[0]
         if is_spread:
             own_mean = torch.cat([record.moments.own_mean for record in records])
-        own_distance = own_mean - vectors.mean
+        own_distance = own_mean - mean
+    constant = None
     if backward == "own":
         part = own_count / count
-        on_mean += [nothing + rest * part, nothing]
-        on_var += [slope * part * own_distance, slope * (part / 2)]
+        back = on_var * -part
+        on_means += [rest * -part, nothing]
+        on_vars += [back * own_distance, back / 2]
     if backward == "full":
-        on_mean += [nothing, nothing]
-        on_var += [nothing, nothing]
+        on_means += [nothing, nothing]
+        on_vars += [nothing, nothing]
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
-            none = torch.zeros_like(vectors.mean.expand(2, -1))
-            e_b, e_g = vectors.cat(averages, none) * (slope * _scale(first, r))
-            back_b, back_g = e_b * own_count, e_g * r * own_count
+            e_b, e_g = vectors.cat(averages, 0.0) * (r * (1 - share) * _scale(records[0], r))
+            e_g = e_g * r
+            back = e_g * own_count
             constant = torch.stack(
-                (-e_b, -e_g, nothing, nothing, back_b + back_g * own_distance, back_g / 2)
+                (
+                    *(e_g * mean - e_b, e_g.neg(), nothing, nothing),
+                    *(torch.addcmul(e_b * own_count, back, own_distance), back / 2),
+                )
             )
-    on_mean, on_var = torch.stack(on_mean), torch.stack(on_var)
-    if not is_spread:  # else other processes' sums are to come, with scales of their own
-        on_mean, on_var = on_mean * scale, on_var * scale
     parts = [
-        [None] * len(records) if each is None else vectors.split(each)
-        for each in (r, scale, on_mean, on_var, constant)
+        [None] * len(records) if each is None else vectors.split_columns(each)
+        for each in (torch.stack(on_means), torch.stack(on_vars), constant)
     ]
+    scale = scale if is_spread else scale.view(-1, 1, 1)
+    parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
     return [Coefficients(*each) for each in zip(*parts, strict=True)]
 
 
@@ -178,19 +190,23 @@ def _backward(ctx, grad):
     with full_precision(y.device.type):
         if record.coefficients is None:
             record.finish(record)
-        r, scale, *_ = of = record.coefficients
-        grad_gamma, grad_beta = kernels.channel_sums(grad, y, record.mean, record.var, eps, r)
+        of = record.coefficients
+        sums = kernels.channel_sums(grad, y, record.mean, record.var, eps, of.r)
+        grad_gamma, grad_beta = sums
         rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
         grad_y = grad_weight = grad_bias = None
         if needs_y:
-            grad_y = _grad_y(grad, y, record, eps, of, *rows[:2])
+            offset, slope, scale = (each.view(-1, 1, 1) for each in (*rows[:2], of.scale))
+            # In float32: rounding terms that nearly cancel would leave a residue.
+            grad_y = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
+            grad_y = grad_y if grad_y.dtype == y.dtype else grad_y.to(y.dtype)
         if needs_bias:
-            grad_bias = rows[2] if len(rows) == 4 else rows[2] + rows[4]
+            grad_bias = (rows[2] if len(rows) == 4 else rows[2] + rows[4]).view(-1)
         if needs_weight:
             grad_weight = record.past.gradient(rows[2], rows[3])
             if len(rows) == 6:
                 m, h = record.derivative[:2]
-                grad_weight.addcmul_(h, rows[5][:, None])
+                grad_weight.addcmul_(h, rows[5])
                 kernels.add_outer_(grad_weight, rows[4], m)
             grad_weight = grad_weight.view(ctx.conv_shape)
     return (
@@ -205,11 +221,12 @@ def _backward(ctx, grad):
 
 
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Sequence[Tensor]:
-    """The rows that :class:`Coefficients` describes, each ``(C,)``."""
+    """The rows that :class:`Coefficients` describes, each ``(C, 1)``, from sums of ``(C,)``."""
     first = record.original or record
     if record.backward == "full":
         first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
         first.add_sums(on_mean, on_var)
+    on_mean, on_var = on_mean.unsqueeze(1), on_var.unsqueeze(1)
     if of.constant is None or first.is_constant_used:
         rows = of.on_mean * on_mean
     else:
@@ -232,21 +249,10 @@ def _rows_of_all(
     all_mean, slope = (each / share for each in sums)
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
     rows = list(_rows(record, of, all_mean, slope / of.r))
+    own_mean, own_var = own_mean.unsqueeze(1), own_var.unsqueeze(1)
     rows[2] = own_mean * of.on_mean[2] + own_var * of.on_var[2]
     rows[3] = own_var * of.on_var[3]
     return rows
-
-
-def _grad_y(grad, y, record, eps, of, off_mean, off_var):
-    """Gradient in y: its own, and what reaches it through statistics."""
-    if y.dtype == record.mean.dtype:
-        through_statistics = kernels.standardize(y, off_var, off_mean, record.mean, record.var, eps)
-    else:
-        # Terms that nearly cancel: rounding each to half precision would leave a residue.
-        slope = off_var * of.r
-        rest = torch.addcmul(off_mean, slope, record.mean, value=-1)
-        through_statistics = torch.addcmul(rest[:, None, None], y, slope[:, None, None])
-    return through_statistics.addcmul_(grad, of.scale[:, None, None]).to(y.dtype)
 
 
 @torch.no_grad()
@@ -255,20 +261,18 @@ def new_averages(vectors: Vectors) -> Tensor:
 
     Of records that no backward pass has reached they are what they were, or 0.
     """
-    records, nothing = vectors.records, torch.zeros_like(vectors.mean.expand(2, -1))
-    if any(record.sums is None for record in records):
-        now = vectors.cat([each.sums and torch.stack(each.sums) for each in records], nothing)
-    else:
-        sums = [record.sums for record in records]
-        now = torch.stack([torch.cat(each) for each in zip(*sums, strict=True)])
+    records = vectors.records
+    sums = [record.sums for record in records]
+    nothing = torch.zeros_like(vectors.union) if None in sums else vectors.union
+    now = vectors.cat_pairs(sums, nothing)
     # g is the incoming gradient times gamma; sums of all processes have it already, and r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-        now = now * ((vectors.var + vectors.eps).sqrt_() / count)
+        now = now * ((vectors.union[1] + vectors.eps).sqrt_() / count)
     else:
         gammas = [record.gamma for record in records]
         if any(gamma is not None for gamma in gammas):
-            now = now * vectors.cat(gammas, torch.ones_like(vectors.mean))
+            now = now * vectors.cat(gammas, 1.0)
         now = now / vectors.spread([record.moments.count for record in records])
     now = now / _scale(records[0], now)
     past = vectors.cat([record.past and record.window.sums for record in records], now)

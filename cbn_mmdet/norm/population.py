@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .mabn import MABN
 from .moments import Moments, batch_moments
 from .sync import is_distributed, joint_moments
 
@@ -145,8 +146,11 @@ class _Population:
         self.layer.running_var.copy_(self._before[1])
 
     def _use(self) -> None:
-        self.layer.running_mean.copy_(self._moments.mean)
-        self.layer.running_var.copy_(self._moments.var)
+        mean, var = self._moments[:2]
+        if isinstance(self.layer, MABN):
+            mean, var = self.layer.population(mean, var)
+        self.layer.running_mean.copy_(mean)
+        self.layer.running_var.copy_(var)
 
 
 def _union(seen: Moments, mean: Tensor, var: Tensor, count: int) -> Moments:

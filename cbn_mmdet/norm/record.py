@@ -9,7 +9,8 @@ together, when the forward is over: their channels are one dimension of :class:`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Record:
         running: What is averaged into the layer's running mean and variance, each ``(C,)``.
         window: The window that grows, or None in a burn-in, where ``running`` replaces them.
         derivative: Of the batch's statistics, or None where nothing is to be compensated.
+        weight: In which they are, detached, where the window rounds them; else None.
         bias: The convolution's, if means are to be kept without it.
         gamma: The layer's scale, or None for 1.
         backward: Which gradient is asked for.
@@ -58,6 +60,7 @@ class Record:
     distance: Tensor | None = None
     window: Window | None = None
     derivative: Derivative | None = None
+    weight: Tensor | None = None
     bias: Tensor | None = None
     gamma: Tensor | None = None
     backward = "current"
@@ -88,68 +91,86 @@ class Record:
 
 
 _HELD = (
-    *("moments", "past", "distance", "running", "window", "derivative", "bias", "gamma"),
-    *("averages", "sums", "coefficients", "finish", "original"),
+    *("moments", "past", "distance", "running", "window", "derivative", "weight", "bias"),
+    *("gamma", "averages", "sums", "coefficients", "finish", "original"),
 )
 
 
-class Vectors(NamedTuple):
-    """What records have in one number per channel, ``(N,)`` each, for all channels together.
+class Vectors:
+    """What records have in one number per channel, for all ``N`` channels of them together.
+
+    Args:
+        records: The records, on one device, in one dtype.
 
     Attributes:
-        records: The records, on one device, in one dtype.
         sizes: Each one's number of channels.
-        batch_mean: ``mu``.
-        batch_var: ``v``.
-        past_mean: ``mu_p``; of a first iteration ``mu``.
-        past_var: ``V``; of a first iteration ``v``.
-        mean: Of the union.
-        var: Of the union.
-        share: ``s``; a number if all records have the same.
+        batch: Mean ``mu`` and variance ``v``, ``(2, N)``.
+        past: ``mu_p`` and ``V``, ``(2, N)``; of a first iteration ``mu`` and ``v``.
+        union: Mean and variance of both, ``(2, N)``.
+        share: ``s``; a number if all records have the same, else ``(N,)``.
         eps: Of the layer; likewise.
     """
 
-    records: Sequence[Record]
-    sizes: tuple[int, ...]
-    batch_mean: Tensor
-    batch_var: Tensor
-    past_mean: Tensor
-    past_var: Tensor
-    mean: Tensor
-    var: Tensor
-    share: Tensor | float
-    eps: Tensor | float
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.sizes = tuple([record.mean.shape[0] for record in records])
+        batch = [record.moments[:2] for record in records]
+        self.batch = pairs(batch)
+        self.past = pairs(
+            [
+                now if record.past is None else record.past[:2]
+                for record, now in zip(records, batch, strict=True)
+            ]
+        )
+        self.union = pairs([(record.mean, record.var) for record in records])
+        self.share = self.spread([record.share for record in records])
+        self.eps = self.spread([record.layer.eps for record in records])
 
-    @classmethod
-    def of(cls, records: Sequence[Record]) -> Vectors:
-        """Puts them together."""
-        rows = []
-        for record in records:
-            moments, past = record.moments, record.past
-            batch = moments.mean, moments.var
-            rows.append((*batch, *(batch if past is None else past[:2]), record.mean, record.var))
-        together = [torch.cat(each) for each in zip(*rows, strict=True)]
-        sizes = tuple([record.mean.shape[0] for record in records])
-        like = together[0]
-        share = kernels.spread([record.share for record in records], sizes, like)
-        eps = kernels.spread([record.layer.eps for record in records], sizes, like)
-        return cls(records, sizes, *together, share, eps)
+    @cached_property
+    def distance(self) -> Tensor:
+        """``d = mu - mu_p``, ``(N,)``."""
+        return self.batch[0] - self.past[0]
 
     def spread(self, values: list[float]) -> Tensor | float:
         """Each record's number for each of its channels; one number if all agree."""
-        return kernels.spread(values, self.sizes, self.mean)
+        return kernels.spread(values, self.sizes, self.union[0])
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Each record's part of ``(..., N)``."""
         return torch.split_with_sizes(tensor, self.sizes, -1)
 
-    def cat(self, tensors: list[Tensor | None], otherwise: Tensor) -> Tensor:
-        """Each record's tensor, ``(..., C)``, and parts of ``otherwise`` for those without one."""
+    def split_columns(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Each record's part of ``(K, N)``, as ``(K, C, 1)``."""
+        return torch.split_with_sizes(tensor.unsqueeze(2), self.sizes, 1)
+
+    def cat(self, tensors: list[Tensor | None], otherwise: Tensor | float) -> Tensor:
+        """Each record's tensor, ``(..., C)``, and ``otherwise`` for those without one.
+
+        That is a number, or a tensor whose parts are taken.
+        """
         if any(tensor is None for tensor in tensors):
+            if not isinstance(otherwise, Tensor):
+                some = next((each for each in tensors if each is not None), self.union[0])
+                size = *some.shape[:-1], sum(self.sizes)
+                otherwise = self.union.new_full(size, otherwise)
             parts = self.split(otherwise)
             tensors = [
                 part if tensor is None else tensor.to(part.dtype)
                 for tensor, part in zip(tensors, parts, strict=True)
             ]
-        together = torch.cat(tensors, -1)
-        return together if together.dtype == otherwise.dtype else together.to(otherwise.dtype)
+        together, dtype = torch.cat(tensors, -1), self.union.dtype
+        return together if together.dtype == dtype else together.to(dtype)
+
+    def cat_pairs(self, each: list[Sequence[Tensor] | None], otherwise: Tensor) -> Tensor:
+        """Each record's two tensors, ``(C,)``, and parts of ``otherwise``, ``(2, N)``."""
+        if all(pair is None for pair in each):
+            return otherwise
+        if any(pair is None for pair in each):
+            parts = self.split(otherwise)
+            each = [part if pair is None else pair for pair, part in zip(each, parts, strict=True)]
+        return pairs(each)
+
+
+def pairs(each: Sequence[Sequence[Tensor]]) -> Tensor:
+    """All first tensors of pairs in one row, and all second ones in another, ``(2, N)``."""
+    return torch.cat([tensor for row in zip(*each, strict=True) for tensor in row]).view(2, -1)

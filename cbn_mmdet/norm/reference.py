@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .moments import stride_for
-from .window import LARGEST, RATE
+from .window import ENDLESS, LARGEST, RATE
 
 
 class Statistics(NamedTuple):
@@ -55,7 +55,7 @@ class Reference:
 
     Args:
         conv: The convolution, whose weights are today's.
-        window: ``'moving'`` or ``'sliding'``.
+        window: ``'moving'``, ``'sliding'``, or ``'step'``, whose end :meth:`forget` is.
         window_size: ``k``, or ``'auto'``.
         eps: Added to the variance.
         compensate: Whether past statistics are moved to today's weights.
@@ -126,13 +126,16 @@ class Reference:
 
     def largest(self) -> int:
         """The largest window size."""
-        return LARGEST if self.window_size == "auto" else self.window_size
+        if self.window_size != "auto":
+            return self.window_size
+        return ENDLESS if self.window == "step" else LARGEST
 
     def share(self) -> float:
         """``s``: the current batch's in the union with the past."""
         if self.window == "sliding" or not self.past:
             return 1 / (len(self.past) + 1)
-        own = math.exp(self.log_share) if self.window_size == "auto" else 0.0
+        sets_itself = self.window_size == "auto" and self.window == "moving"
+        own = math.exp(self.log_share) if sets_itself else 0.0
         return max(own, 1 / self.largest(), 1 / (self.seen + 1))
 
     def compensated(self) -> list[tuple[Tensor, Tensor]]:

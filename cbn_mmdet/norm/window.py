@@ -35,12 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .record import Record, Vectors
+from .record import Record, Vectors, pairs
 
 # A window that sets its own size: the largest, and how much a surprise changes it. With the former
 # at the momentum of running statistics for batches of one, and the latter some hundred iterations.
 LARGEST = 64
 RATE = 0.02
+
+ENDLESS = 1 << 30  # a window of all that there is
 
 WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,8 +56,7 @@ class MovingPast(NamedTuple):
         share: ``s``.
         positive: Whether ``V`` was not cut to zero, bool ``(C,)``; None, as all that follows, if
             the past is no function of the weight.
-        mean_at: ``M . w``, ``(C,)``.
-        var_at: ``H . w``, ``(C,)``.
+        at: ``M . w`` and ``H . w``, each ``(C,)``.
         m: ``M``, ``(groups, P)``.
         h: ``H``, ``(C, P)``.
     """
@@ -64,14 +65,22 @@ class MovingPast(NamedTuple):
     var: Tensor
     share: float
     positive: Tensor | None = None
-    mean_at: Tensor | None = None
-    var_at: Tensor | None = None
+    at: tuple[Tensor, Tensor] | None = None
     m: Tensor | None = None
     h: Tensor | None = None
 
+    @property
+    def mask(self) -> Tensor | None:
+        """What the gradient in ``V`` is to be multiplied by, ``(C,)``."""
+        return self.positive
+
     def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
-        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
-        of_var = (of_var * self.positive)[:, None]
+        """The gradient in the weight, ``(C, P)``.
+
+        Args:
+            of_mean: That in ``mu_p``, ``(C, 1)``.
+            of_var: That in ``V``, times the mask, ``(C, 1)``.
+        """
         if self.h.dtype == of_var.dtype:
             grad = self.h * of_var
         else:
@@ -90,7 +99,6 @@ class SlidingPast(NamedTuple):
         var: ``V``, the mean of the compensated variances plus the variance of the means, ``(C,)``.
         share: ``s``, that is ``1 / (T + 1)``.
         moved: How far the compensation moved each mean, ``(C, T)``.
-        newest: How far the last iteration's compensated mean is from ``mu_p``, ``(C,)``.
         positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as all
             that follows, if the past is no function of the weight.
         offset: ``mu_hat - c delta - mu_p``, ``(C, T)``.
@@ -102,17 +110,21 @@ class SlidingPast(NamedTuple):
     var: Tensor
     share: float
     moved: Tensor
-    newest: Tensor
     positive: Tensor | None = None
     offset: Tensor | None = None
     m: Tensor | None = None
     h: Tensor | None = None
 
+    @property
+    def mask(self) -> None:
+        """Each iteration has its own, which :meth:`gradient` sees to."""
+        return None
+
     def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
-        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C,)``."""
+        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C, 1)``."""
         (groups, count, patch), dtype = self.m.shape, of_mean.dtype
-        of_var = of_var[:, None] / count
-        of_each = torch.addcmul(of_mean[:, None] / count, of_var, self.offset, value=2)  # C, T
+        of_var = of_var / count
+        of_each = torch.addcmul(of_mean / count, of_var, self.offset, value=2)  # C, T
         grad = torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype)).view(-1, 1, patch)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
@@ -132,20 +144,27 @@ class Window:
         dtype: Of ``H`` or the ``h``; everything else is float32.
 
     Attributes:
-        conv: Reference to the convolution whose output it describes.
+        conv: Reference to the module whose output it describes.
+        why_not: Why that is not compensated, though other layers are; or None.
+        rows_of: Reference to the module of which autograd has shown that channels are rows.
         seen: How many iterations were added.
+        lag: Average over iterations of how consecutive surprises agree, from -1 to 1.
+        surprise: ``d / sqrt(V + v + eps)`` of the last iteration, ``(C,)``, or None.
         sums: Averages of the backward pass's sums, ``(2, C)``, or None.
     """
 
     def __init__(self, size: int, sets_itself: bool, dtype: torch.dtype) -> None:
         self.size, self.sets_itself, self.dtype = size, sets_itself, dtype
         self.conv: weakref.ref[nn.Module] | None = None
-        self.is_verified = False  # that its output is the plain convolution of its weight
+        self.why_not: str | None = None
+        self.rows_of: weakref.ref[nn.Module] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forgets the past and frees its memory."""
         self.seen = 0
+        self.lag = 0.0
+        self.surprise: Tensor | None = None
         self.sums: Tensor | None = None
         self.m: Tensor | None = None
         self.h: Tensor | None = None
@@ -238,7 +257,17 @@ class Window:
         (past,) = pasts([(self, weight, bias)], dtype)
         return past
 
-    _plain = ("seen",)
+    _plain = ("seen", "lag")
+
+    def learn(self, correlation: float) -> None:
+        """Takes note of how the last two surprises, as vectors over channels, agree.
+
+        If the past is as good as it can be, surprises do not depend on one another. In a window too
+        wide for how fast the network moves they point the same way, in one too narrow opposite
+        ways (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
+        """
+        if math.isfinite(correlation):
+            self.lag += RATE * (correlation - self.lag)
 
     @property
     def weight_size(self) -> int:
@@ -254,18 +283,16 @@ class MovingWindow(Window):
         m: ``M``, ``(groups, P)``, or None if the past is no function of the weight.
         h: ``H``, ``(C, P)``, likewise.
         recorded: The union's mean at the last iteration's weight, without the bias, ``(C,)``.
-        surprise: ``d / sqrt(V + v + eps)`` of the last iteration, ``(C,)``.
         log_share: Logarithm of the share that the surprises led to.
     """
 
-    _plain = ("seen", "log_share")
+    _plain = ("seen", "lag", "log_share")
 
     def clear(self) -> None:
         """Forgets the past and frees its memory."""
         super().clear()
         self.values: Tensor | None = None
         self.recorded: Tensor | None = None
-        self.surprise: Tensor | None = None
         self.log_share = 0.0
 
     @property
@@ -274,25 +301,18 @@ class MovingWindow(Window):
         own = math.exp(self.log_share) if self.sets_itself else 0.0
         return max(own, 1 / self.size, 1 / (self.seen + 1))
 
-    def look(self, past: MovingPast, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For a diagnosis: how far means were moved, and the noise of the last batch.
+    def moved(self, past: MovingPast) -> Tensor:
+        """For a diagnosis: how far means were moved, ``(C, 1)``; the last step times the size.
 
         Args:
             past: At today's weight, without the bias.
-            scale: One over the standard deviation, ``(C,)``.
         """
-        noise = None if self.surprise is None else 2 * self.surprise.square().mean()
-        moved = (past.mean - self.recorded) / past.share
-        return moved, None if noise is None else noise.sqrt()  # V + v are two variances
+        return ((past.mean - self.recorded) / past.share)[:, None]
 
     def learn(self, correlation: float) -> None:
-        """Adapts the share to how the last two surprises, as vectors over channels, agree.
-
-        If the past is as good as it can be, surprises do not depend on one another. In a window too
-        wide for how fast the network moves they point the same way, in one too narrow opposite
-        ways (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
-        """
-        if math.isfinite(correlation):
+        """Adapts the share to how the last two surprises agree, if it sets itself."""
+        super().learn(correlation)
+        if self.sets_itself and math.isfinite(correlation):
             changed = self.log_share + RATE * correlation
             self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
 
@@ -322,10 +342,9 @@ class SlidingWindow(Window):
         """``s``: the next iteration's share of the union."""
         return 1 / (self.held + 1)
 
-    def look(self, past: SlidingPast, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For a diagnosis: how far means were moved, and the noise of the last batch."""
-        noise = None if self.held < 2 else (past.newest * scale).square().mean().sqrt()
-        return past.moved, noise
+    def moved(self, past: SlidingPast) -> Tensor:
+        """For a diagnosis: how far each past mean was moved, ``(C, T)``."""
+        return past.moved
 
     @property
     def weight_size(self) -> int:
@@ -360,7 +379,7 @@ class SlidingWindow(Window):
             self.m[:, slot] = of.mean
             self.h[:, slot] = of.var
             if self.dtype != torch.float32:
-                self.vectors[slot, 2] += _left_out(self, of.var, self.h[:, slot])
+                self.vectors[slot, 2] += _left_out(record.weight, of.var, self.h[:, slot])
         self.seen += 1
         self.known = None
 
@@ -390,10 +409,9 @@ class SlidingWindow(Window):
         var = torch.addcmul(variances, distances, distances).mean(1)
         offset = None if positive is None else torch.addcmul(distances, positive, delta, value=-1)
         moved = torch.zeros_like(means) if delta is None else delta
-        newest = distances[:, (self.seen - 1) % (self.size - 1)]
         if bias is not None:
             mean = mean + bias.detach().to(dtype)
-        return SlidingPast(mean, var, self.share, moved, newest, positive, offset, m, h)
+        return SlidingPast(mean, var, self.share, moved, positive, offset, m, h)
 
 
 @torch.no_grad()
@@ -435,8 +453,7 @@ def _moving_pasts(
         else next(products)
         for (_, weight, _), size, each in zip(together, sizes, values, strict=True)
     ]  # M . w and H . w
-    value = torch.cat(values, 1).to(dtype)
-    value = value + torch.stack([torch.cat(each) for each in zip(*at, strict=True)])
+    value = torch.cat(values, 1).to(dtype) + pairs(at)
     positive = value[1] > 0
     value[1].clamp_min_(0)
     means, variances, positives = (
@@ -449,7 +466,7 @@ def _moving_pasts(
             mean = mean + bias.detach().to(dtype)
         past = mean, variances[place], window.share
         if weight is not None:
-            past = *past, positives[place], *at[place], window.m, window.h
+            past = *past, positives[place], at[place], window.m, window.h
         found.append(MovingPast(*past))
     return found
 
@@ -457,16 +474,36 @@ def _moving_pasts(
 # The end of an iteration.
 
 
-def _left_out(window: Window, h: Tensor, rounded: Tensor) -> Tensor | float:
+def _left_out(weight: Tensor, h: Tensor, rounded: Tensor) -> Tensor | float:
     """``(h - rounded) . w`` of each channel, at the weight as it is: what rounding would take off.
 
     Put back, the rounding touches what the weight will have moved by alone, and not the variance.
     """
-    conv = window.conv()
-    weight = None if conv is None else conv.weight
-    if weight is None or weight.numel() != h.numel():  # FSDP gathers it for the forward alone
+    if weight.untyped_storage().nbytes() == 0:  # FSDP gathers it for the forward alone
         return 0.0
-    return ((h - rounded.to(h.dtype)) * weight.detach().reshape(h.shape).to(h.dtype)).sum(1)
+    return ((h - rounded.to(h.dtype)) * weight.reshape(h.shape).to(h.dtype)).sum(1)
+
+
+class Surprise(NamedTuple):
+    """How far batches were from what their windows told.
+
+    Attributes:
+        values: ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``.
+        agreement: Of each window's ``z_t`` with its last one, ``(L, 3)``: ``z_t z_{t-1}``,
+            ``z_t^2`` and ``z_{t-1}^2``, summed over channels.
+    """
+
+    values: Tensor
+    agreement: Tensor
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> Surprise:
+        """The surprises of an iteration."""
+        now = vectors.distance * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
+        last = [each.past and each.window.surprise for each in vectors.records]
+        last = vectors.cat(last, 0.0)
+        each = torch.stack((now * last, now * now, last * last), 1)
+        return cls(now, kernels.segment_sums(each, vectors.sizes))
 
 
 class Growth(NamedTuple):
@@ -475,77 +512,60 @@ class Growth(NamedTuple):
     Attributes:
         values: ``A`` and ``R`` of all channels, ``(2, N)``.
         recorded: The union's means without the bias, ``(N,)``.
-        surprise: Of all channels, ``(N,)``.
-        agreement: Of each window's surprise ``z_t`` with its last one, ``(L, 3)``: ``z_t z_{t-1}``,
-            ``z_t^2`` and ``z_{t-1}^2``, summed over channels.
     """
 
     values: Tensor
     recorded: Tensor
-    surprise: Tensor
-    agreement: Tensor
 
 
 def growth(vectors: Vectors) -> Growth:
     """The new values of moving windows."""
-    records, share, mean = vectors.records, vectors.share, vectors.mean
-    nothing = torch.zeros_like(mean)
-    ofs, pasts_ = [each.derivative for each in records], [each.past for each in records]
+    records, share, union = vectors.records, vectors.share, vectors.union
     # m . w and h . w of the batch, M . w and H . w of the past.
-    mean_at = vectors.cat([of and of.mean_at for of in ofs], nothing)
-    var_at = vectors.cat([of and of.half_var_at for of in ofs], nothing).mul_(2)
-    past_mean_at = vectors.cat([past and past.mean_at for past in pasts_], mean_at)
-    past_var_at = vectors.cat([past and past.var_at for past in pasts_], var_at)
+    ofs, nothing = [record.derivative for record in records], torch.zeros_like(union)
+    batch_at = vectors.cat_pairs([of and (of.mean_at, of.half_var_at) for of in ofs], nothing)
+    batch_at[1] *= 2
+    past_at = vectors.cat_pairs([each.past and each.past.at for each in records], batch_at)
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
-        mean = mean - vectors.cat(biases, nothing)
-
-    d = vectors.batch_mean - vectors.past_mean
-    rest = d * (mean_at - past_mean_at) * (2 * share * (1 - share))
-    values = torch.stack(
-        (
-            mean - past_mean_at.lerp(mean_at, share),
-            vectors.var - past_var_at.lerp(var_at, share) - rest,
-        )
-    )
-    surprise = d * (vectors.past_var + vectors.batch_var + vectors.eps).rsqrt_()
-    last = vectors.cat([each.past and each.window.surprise for each in records], nothing)
-    each = torch.stack((surprise * last, surprise * surprise, last * last), 1)
-    return Growth(values, mean, surprise, kernels.segment_sums(each, vectors.sizes))
+        union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
+    values = union - past_at.lerp(batch_at, share)
+    values[1] -= vectors.distance * (batch_at[0] - past_at[0]) * (2 * share * (1 - share))
+    return Growth(values, union[0])
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     """Makes moving windows what :func:`growth` found, but for those whose record is dropped."""
-    ms, past_ms, hs, past_hs, rests, grown = [], [], [], [], [], []
-    stored = [vectors.split(each.float()) for each in new[:3]]
-    for record, is_kept, values, recorded, surprise in zip(
-        vectors.records, keep, *stored, strict=True
-    ):
-        window, of, rest = record.window, record.derivative, 1 - record.share
+    stored = [vectors.split(each.float()) for each in new]
+    grown, mixed = [], []  # of these the past has a share
+    for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):
+        window, of = record.window, record.derivative
         window.known = None
         if not is_kept:
             continue
         if record.past is None:
             window.clear()
         window.values, window.recorded = values, recorded
-        window.surprise = None if record.past is None else surprise
         window.seen += 1
         if of is None:
             continue
         m, h = of.mean, of.var
         if h.is_inference():  # not to be changed outside of inference mode
             m, h = m.clone(), h.clone()
-        grown.append((window, m, h))
-        if rest > 0:
-            past_m = window.m.to(m.dtype)
-            kernels.add_outer_(h, record.distance, m - past_m, 2 * rest)
-            ms.append(m), past_ms.append(past_m), rests.append(rest)
-            hs.append(h), past_hs.append(window.h.to(h.dtype))
-    kernels.lerp_each_(hs, past_hs, rests)
-    kernels.lerp_each_(ms, past_ms, rests)
-    for window, m, h in grown:
+        grown.append((record, m, h))
+        if record.past is not None:
+            mixed.append((record, m, h, window.m.to(m.dtype), window.h.to(h.dtype)))
+    if mixed:
+        records, ms, hs, past_ms, past_hs = zip(*mixed, strict=True)
+        rests = [1 - record.share for record in records]
+        differences = torch._foreach_sub(ms, past_ms)
+        for record, h, difference, rest in zip(records, hs, differences, rests, strict=True):
+            kernels.add_outer_(h, record.distance[:, None], difference, 2 * rest)
+        kernels.lerp_each_([*hs, *ms], [*past_hs, *past_ms], rests * 2)
+    for record, m, h in grown:
+        window = record.window
         window.m, window.h = m.float(), h.to(window.dtype)
         if window.dtype != torch.float32:
-            window.values[1] += _left_out(window, h, window.h)
+            window.values[1] += _left_out(record.weight, h, window.h)
