@@ -43,7 +43,7 @@ from common.config import (
     read_config,
 )
 from common.errors import UsageError, explain, positive, run_tool, some
-from common.launchers import peak_memory
+from common.memory import peak_memory
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import HOOKS, MODELS
 from mmengine.config import Config

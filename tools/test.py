@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--show-dir",
         metavar="DIR",
-        help="draw the results into this folder; a detector's relative one lies in its log's",
+        help="draw the results into this folder; a detector's below WORK_DIR/TIMESTAMP if relative",
     )
     parser.add_argument("--wait-time", type=float, default=2, help="seconds per shown image")
     return parser.parse_args()

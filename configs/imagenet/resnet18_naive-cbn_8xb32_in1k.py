@@ -1,0 +1,4 @@
+_base_ = ["../_base_/resnet18_8xb32_in1k.py", "../_base_/norms/naive-cbn.py"]
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))
+custom_hooks = [dict(type="CBNHook", burn_in=25)]
