@@ -224,7 +224,7 @@ def detectors():
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmdet")
-    folder = ROOT / "configs/digits"
+    folder = ROOT / "studies/digits/configs"
     models = []
     for norm in ("cbn", "bn"):
         cfg = Config.fromfile(folder / f"faster-rcnn_r18_fpn_{norm}-all_1xb2_digits.py").model

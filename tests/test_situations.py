@@ -21,10 +21,11 @@ from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmengine.utils import digit_version
 from test_hooks.test_cbn_hook import LENGTH, Net, Noise, runner
-from test_norm.test_linking import assert_same, held, loss_of, total
+from test_norm.test_linking import assert_same, held
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
+from zoo import loss_of, total
 
 import cbn_mmdet.norm.cbn
 from cbn_mmdet import (
@@ -62,7 +63,8 @@ def reference(model, size=4, **kwargs):
 
 def resnet(**kwargs):
     model = ResNet(18, base_channels=8, **{"norm_cfg": NORM, "norm_eval": False, **kwargs})
-    link(model)
+    if cbn_layers(model):
+        link(model)
     model.train()
     return model
 
@@ -465,9 +467,9 @@ class TestFrozen:
         """Frozen stages behave as BN's do; no derivative is formed of a weight that is frozen."""
         derivative, formed = cbn_mmdet.norm.cbn.batch_derivative, []
 
-        def spy(conv, *args):
-            formed.append(conv)
-            return derivative(conv, *args)
+        def spy(source, *args):
+            formed.append(source.weight)
+            return derivative(source, *args)
 
         monkeypatch.setattr(cbn_mmdet.norm.cbn, "batch_derivative", spy)
         torch.manual_seed(0)
@@ -489,7 +491,7 @@ class TestFrozen:
         assert not any(name.startswith(("conv1.", "bn1.", "layer1.")) for name in changed)
         assert {"layer2.0.bn1.running_mean", "layer2.0.bn1.weight"} <= changed
         trained = [
-            module for module in cbn.modules() if isinstance(module, nn.Conv2d)
+            module.weight for module in cbn.modules() if isinstance(module, nn.Conv2d)
             and module.weight.requires_grad
         ]  # fmt: skip
         assert set(formed) == set(trained) and len(formed) == 3 * len(trained)
@@ -743,12 +745,12 @@ def predicted_bytes(conv, norm):
     """The formula of docs/trust.md."""
     channels, weights = conv.out_channels, conv.weight.numel()
     patches = weights // channels * conv.groups  # of one channel, for each group
-    kept = dict(moving=4, sliding=3)[norm.window] * channels
+    kept = 3 * channels
     if norm.compensate:
         kept += weights + patches
     iterations = norm.window_size - 1 if norm.window == "sliding" else 1
     averages = 2 * channels if norm.compensate and norm.backward == "full" else 0
-    return 4 * (iterations * kept + averages)
+    return 4 * (iterations * kept + channels + averages)
 
 
 class TestLongRuns:

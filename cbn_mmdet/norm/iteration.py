@@ -172,7 +172,7 @@ class Iteration:
                 each[0].know(past, *each[1:])
 
     def _clear(self) -> None:
-        for each in (self.records, self._calls, self._finished):
+        for each in (self.records, self._calls, self._gammas, self._finished):
             each.clear()
 
     def call(self, layer: CBN, y: Tensor) -> Call:
@@ -243,7 +243,9 @@ class Iteration:
                 "was linked as a part of a model that is gone. Call cbn_mmdet.link on the model "
                 "that trains, and keep it."
             )
-        is_known = window.rows_of is not None and window.rows_of() is module
+        # What a module does may change, so it is checked again, ever more seldom.
+        is_due = window.seen > 0 and window.seen & (window.seen - 1) == 0
+        is_known = window.rows_of is not None and window.rows_of() is module and not is_due
         source, why_not = linking.source_of(y, found, self.name_of, is_known)
         if source is not None and source.leaf:
             window.rows_of = None if module is None else weakref.ref(module)

@@ -188,10 +188,18 @@ def source_of(
 def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
     """Whether each channel is a function of its own row alone: that of ``Linear`` is no channel."""
     with torch.no_grad():
-        number = torch.arange(1, y.shape[1] + 1, dtype=y.dtype, device=y.device).view(-1, 1, 1)
+        channels = y.shape[1]
+        number = torch.arange(1, channels + 1, device=y.device).view(-1, 1, 1) / channels
+        least = channels / max(y.numel(), 1)  # so that sums stay in the range of half precision
         one, each = (
-            source.rows(torch.autograd.grad(y, source.leaf, grad, retain_graph=True)).double()
-            for grad in (torch.ones_like(y), number.expand_as(y).contiguous())
+            source.rows(
+                # A bias may be there and not be used.
+                torch.autograd.grad(y, source.leaf, grad, retain_graph=True, materialize_grads=True)
+            ).double()
+            for grad in (
+                torch.full_like(y, least),
+                (number * least).to(y).expand_as(y).contiguous(),
+            )
         )
         expected = one * number.flatten(1).double()
         return bool((each - expected).norm() <= 1e-2 * each.norm())

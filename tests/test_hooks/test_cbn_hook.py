@@ -20,7 +20,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from cbn_mmdet import CBN, CBNHook, DiagnoseHook, links, window_state
+from cbn_mmdet import CBN, CBNHook, CmBN, DiagnoseHook, links, window_state
+from cbn_mmdet.norm.reference import Reference
 
 LENGTH = 4  # iterations of an epoch
 OWN = "MovingWindow of its own size up to 64"
@@ -118,6 +119,67 @@ def test_registered():
     assert HOOKS.get("DiagnoseHook") is DiagnoseHook
     assert MODELS.get("CBN") is CBN
     assert isinstance(MODELS.build(dict(type="CBN", num_features=3, window_size=2)), CBN)
+    assert MODELS.get("CmBN") is CmBN
+
+
+class TestAccumulation:
+    """``accumulative_counts``: one image per forward, several forwards in a step."""
+
+    def run(self, folder, norm, counts, epochs=3):
+        """Of each forward the convolution's input, the state, and what the norm returned."""
+        hook, seen = dict(type="CBNHook", burn_in=0), []
+        run, _ = runner(folder, hook, norm, epochs, checkpoint=dict(type="CheckpointHook"))
+        run.optim_wrapper.update(accumulative_counts=counts, optimizer=dict(type="SGD", lr=0.3))
+        conv, norm = run.model.body[:2]
+        inputs = []
+        conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
+
+        def note(_, args, z):
+            seen.append((inputs[-1], copy.deepcopy(run.model.body[:2].state_dict()), z.double()))
+
+        norm.register_forward_hook(note)
+        run.train()
+        assert len(seen) == epochs * LENGTH
+        return run, seen
+
+    @pytest.mark.parametrize("counts", [4, 3])
+    def test_cmbn_is_the_union_of_a_step(self, tmp_path, counts):
+        """The last step of a run may have fewer."""
+        run, seen = self.run(tmp_path, CmBN(4), counts)
+        group = []
+        for number, (x, state, z) in enumerate(seen):
+            if number % counts == 0:
+                group.clear()
+            elif number > 1:  # the weights stand still within a step
+                assert torch.equal(state["0.weight"], seen[number - 1][1]["0.weight"])
+            state = {name: value.double() for name, value in state.items()}
+            group.append(nn.functional.conv2d(x, state["0.weight"], state["0.bias"]))
+            affine = state["1.weight"], state["1.bias"]
+            union = nn.functional.batch_norm(torch.cat(group), None, None, *affine, training=True)
+            torch.testing.assert_close(z, union[-1:], rtol=1e-4, atol=1e-4)
+        assert window_state(run.model)["body.1"][0]["seen"] == 0
+        # And not more: the weights that a step moved are others.
+        assert not torch.equal(seen[0][1]["0.weight"], seen[-1][1]["0.weight"])
+
+    @pytest.mark.parametrize("window, size", [("moving", 4), ("moving", "auto"), ("sliding", 4)])
+    def test_cbn_is_the_reference(self, tmp_path, window, size):
+        """Its window goes on over the steps."""
+        norm = CBN(4, window=window, window_size=size)
+        run, seen = self.run(tmp_path, norm, 4)
+        slow = Reference(nn.Conv2d(3, 4, 3).double(), window, size, norm.eps)
+        for x, state, z in seen:
+            slow.conv.load_state_dict({key: state[f"0.{key}"] for key in ("weight", "bias")})
+            expected = slow.forward(x, state["1.weight"].double(), state["1.bias"].double())
+            torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+            slow.step(x)
+        assert window_state(run.model)["body.1"][0]["seen"] == 3 * LENGTH
+
+    def test_a_burn_in_by_iterations_counts_forwards(self, tmp_path):
+        hook = dict(type="CBNHook", burn_in=4, by_epoch=False)
+        run, seen = runner(tmp_path, hook, epochs=2)
+        run.optim_wrapper.update(accumulative_counts=2)
+        run.train()
+        assert windows(seen) == [1] * 4 + [3] * 4
 
 
 @pytest.mark.parametrize("burn_in", [0, 1, 3])

@@ -10,7 +10,7 @@ from torch import nn
 
 from cbn_mmdet import CBN, DiagnoseHook, diagnose
 
-FIGURES = ("cbn/correction", "cbn/worst_correction", "cbn/noise")
+FIGURES = ("cbn/correction", "cbn/worst_correction", "cbn/noise", "cbn/lag")
 
 
 def train(folder, norm, interval=1, burn_in=0, epochs=1, *hooks):
@@ -38,32 +38,36 @@ def logged(folder):
 def test_what_is_logged(tmp_path, norm):
     """Every other iteration, after which mmengine repeats it; and nothing of an empty window."""
     run = train(tmp_path, norm, interval=2, burn_in=1, epochs=2)
-    no, yes = [False] * 3, [True] * 3
+    no, yes = [False] * 4, [True] * 4
     assert logged(tmp_path) == [no] * (LENGTH + 1) + [yes] * (LENGTH - 1)
     found = diagnose(run.model)["body.1"]  # the last iteration's
-    assert found.correction > 0 and found.noise > 0
+    assert found.correction > 0 and found.noise > 0 and found.lag != 0
     assert [rows_of(tmp_path)[-1][name] for name in FIGURES] == pytest.approx(
-        [found.correction, found.correction, found.noise], rel=1e-3
+        [found.correction, found.correction, found.noise, found.lag], rel=1e-3
     )
     told = r"DiagnoseHook: correction 0\.\d+, worst 0\.\d+ in 'body.1'; noise \d\.\d+; 1 layers, "
     log = log_of(tmp_path)
-    assert len(re.findall(told + r"in standard deviations\.$", log, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(told + r"in standard deviations; lag -?0\.\d\d\.$", log, re.MULTILINE)) == 2
+    )
     assert "move too fast" not in log and "windows from" not in log
 
 
 def test_nothing_is_told_of_a_window_of_1(tmp_path):
     train(tmp_path, CBN(4, window_size=1))
-    assert logged(tmp_path) == [[False] * 3] * LENGTH
+    assert logged(tmp_path) == [[False] * 4] * LENGTH
     assert "DiagnoseHook: " not in log_of(tmp_path)
 
 
 def test_noise_takes_two_past_iterations(tmp_path):
     train(tmp_path, CBN(4, window="sliding", window_size=2))
-    assert logged(tmp_path) == [[True, True, False]] * LENGTH
+    no, yes = [True, True, False, True], [True] * 4
+    assert logged(tmp_path) == [no] + [yes] * (LENGTH - 1)
     told = re.findall(
         r"DiagnoseHook: correction 0\.\d+, worst 0\.\d+ in 'body.1'(.*)", log_of(tmp_path)
     )
-    assert told == ["; 1 layers, in standard deviations."] * LENGTH
+    assert told[0] == "; 1 layers, in standard deviations; lag 0.00."
+    assert all(line.startswith("; noise ") for line in told[1:])
 
 
 def test_means_over_layers_and_the_narrowest_and_widest(tmp_path):
@@ -86,11 +90,13 @@ def test_means_over_layers_and_the_narrowest_and_widest(tmp_path):
     assert row["cbn/noise"] == pytest.approx(
         sum(each.noise for each in found.values()) / 3, rel=1e-3
     )
+    lag = sum(each.lag for each in found.values()) / 3
+    assert row["cbn/lag"] == pytest.approx(lag, rel=1e-3)
     *_, last = re.findall("DiagnoseHook: correction .*", log_of(tmp_path))
     assert f"worst {corrections[worst]:.4f} in '{worst}'" in last
     assert last.endswith(
-        f"; 3 layers, in standard deviations; windows from {sizes[narrowest]:.1f} in 'body.1.4' to "
-        "3.0 in 'body.1.0'."
+        f"; 3 layers, in standard deviations; lag {lag:.2f}; windows from "
+        f"{sizes[narrowest]:.1f} in 'body.1.4' to 3.0 in 'body.1.0'."
     )
 
 

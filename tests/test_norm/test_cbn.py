@@ -16,7 +16,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import cbn_mmdet
-from cbn_mmdet import CBN, SyncCBN, link, links, load_window_state, set_window, step, window_state
+from cbn_mmdet import (
+    CBN,
+    CmBN,
+    SyncCBN,
+    link,
+    links,
+    load_window_state,
+    set_window,
+    step,
+    window_state,
+)
 from cbn_mmdet.norm.reference import Reference
 
 KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
@@ -190,7 +200,8 @@ class TestIsBatchNorm:
         model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, window=kind, window_size=8))
         link(model)
         with pytest.raises(
-            ValueError, match=r"'1' \(CBN\): Expected more than 1 value per channel"
+            ValueError,
+            match=r"'1' \(CBN\): Expected more than 1 value per channel.* empty.* Once the window",
         ):
             model(torch.randn(1, 3, 1, 1))
         model(torch.randn(2, 3, 4, 4))
@@ -447,22 +458,6 @@ class TestWindow:
         assert conv.weight.grad is None
         torch.testing.assert_close(conv.bias.grad, expected["0.bias"], rtol=1e-3, atol=1e-3)
 
-    def test_a_dead_output_is_verified_later(self):
-        """A convolution whose output is all zero tells nothing of what it computes."""
-
-        class Doubled(nn.Conv2d):
-            def forward(self, x):
-                return 2 * super().forward(x)
-
-        model = nn.Sequential(Doubled(3, 4, 1, bias=False), CBN(4))
-        link(model)
-        model[0].weight.data.zero_()
-        model(torch.randn(2, 3, 5, 5))
-        step(model)
-        nn.init.normal_(model[0].weight)
-        with pytest.raises(RuntimeError, match="not the plain convolution"):
-            model(torch.randn(2, 3, 5, 5))
-
     @KINDS
     def test_step_tells_what_was_clamped(self, kind):
         model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), CBN(2, window=kind, window_size=8))
@@ -598,8 +593,8 @@ class TestWindow:
         iterate(model, 4)
         state = state_of(model)
         assert "m" not in state and "h" not in state
-        # Numbers of a channel: of each of 3 iterations 3, or A, R, their last mean and surprise.
-        assert model[1].window_bytes == (9 if kind == "sliding" else 4) * 4 * 4
+        # Numbers of a channel: of each of 3 iterations 3, or A, R and their last mean; a surprise.
+        assert model[1].window_bytes == (10 if kind == "sliding" else 4) * 4 * 4
 
     @KINDS
     @pytest.mark.parametrize("reentrant", [True, False])
@@ -663,6 +658,126 @@ class TestWindow:
         iterate(model, 4)
         model.load_state_dict(model.state_dict())
         assert model[1].window_bytes == 0
+
+
+class TestStepWindow:
+    """CmBN: the mini-batches of one step of the optimiser, whose gradients accumulate."""
+
+    def build(self, kind=CmBN, **kwargs):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, momentum=0.3, **kwargs)).double()
+        nn.init.uniform_(model[1].weight, 0.5, 2)
+        nn.init.normal_(model[1].bias)
+        link(model)
+        return model
+
+    @pytest.mark.parametrize("counts", [4, 1, 3])
+    def test_is_the_formula(self, counts):
+        """Of Bochkovskiy et al., section 3.3: mean and mean square of all of a step so far."""
+        model = self.build()
+        conv, norm = model
+        mean, var = torch.zeros(4).double(), torch.ones(4).double()
+        optimizer, group = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for number in range(3 * counts):
+            x = torch.randn(1, 3, 6, 7, dtype=torch.float64) * (1 + number % 3) + number % 2
+            target = torch.randn(1, 4, 4, 5, dtype=torch.float64)
+            found = [model(x)]
+            found += torch.autograd.grad((found[0] * target).sum(), list(model.parameters()))
+            y = conv(x)
+            now = y.mean((0, 2, 3)), y.square().mean((0, 2, 3))
+            # Those before are constants, as in figure 4.
+            means, squares = (torch.stack(each).mean(0) for each in zip(*group, now, strict=True))
+            variances = squares - means.square()
+            z = (y - means[:, None, None]) * (variances + norm.eps).rsqrt()[:, None, None]
+            z = z * norm.weight[:, None, None] + norm.bias[:, None, None]
+            expected = [z, *torch.autograd.grad((z * target).sum(), list(model.parameters()))]
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            if not group:  # alone, it is batch normalisation
+                variances = variances * 20 / 19
+            mean, var = mean.lerp(means.detach(), 0.3), var.lerp(variances.detach(), 0.3)
+            group.append(tuple(each.detach() for each in now))
+            model(x).square().mean().backward()  # a repetition
+            is_last = len(group) == counts
+            if is_last:
+                optimizer.step()
+                optimizer.zero_grad()
+            step(model, updated=is_last)
+            assert held(model) == (0 if is_last else len(group))
+            if is_last:
+                group.clear()
+            torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(norm.running_var, var, rtol=1e-5, atol=1e-5)
+
+    def test_a_step_is_the_default(self):
+        """A loop that accumulates nothing has batch normalisation."""
+        model, bn = self.build(), nn.BatchNorm2d(4, momentum=0.3).double()
+        bn.load_state_dict(model[1].state_dict())
+        for _ in range(3):
+            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+            torch.testing.assert_close(model(x), bn(model[0](x)))
+            step(model)
+            assert model[1].window_bytes == 0
+        torch.testing.assert_close(model[1].running_var, bn.running_var)
+
+    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    def test_compensation_has_nothing_to_do(self, backward):
+        """The weights stand still within a step; its gradient may flow through the past."""
+        models = self.build(), self.build(CBN, window="step", backward=backward)
+        for number in range(8):
+            x = torch.randn(1, 3, 6, 6, dtype=torch.float64) + number % 4
+            torch.testing.assert_close(*(model(x) for model in models), rtol=1e-5, atol=1e-5)
+            for model in models:
+                step(model, updated=number % 4 == 3)
+                with torch.no_grad():
+                    model[0].weight *= 1.5 if number % 4 == 3 else 1
+
+    def test_stands_behind_anything(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), CmBN(4))
+        link(model)
+        for _ in range(3):
+            model(torch.randn(2, 3, 6, 6))
+            step(model, updated=False)
+        assert held(model, "2") == 3
+
+    def test_a_window_of_a_size(self):
+        """It averages exponentially from there; a burn-in closes it."""
+        model = self.build(window_size=2)
+        for number in range(4):
+            assert model[1].mean_window_size == (2 if number else 1)
+            model(torch.randn(1, 3, 6, 6, dtype=torch.float64))
+            step(model, updated=False)
+        set_window(model, 1)
+        assert held(model) == 0
+        x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+        y = model[0](x)
+        affine = model[1].weight, model[1].bias
+        torch.testing.assert_close(model(x), nn.functional.batch_norm(y, None, None, *affine, True))
+
+    def test_a_resume_within_a_step(self):
+        model, other = self.build(), self.build()
+        for _ in range(2):
+            model(torch.randn(1, 3, 6, 6, dtype=torch.float64))
+            step(model, updated=False)
+        load_window_state(other, window_state(model))
+        x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+        assert torch.equal(model(x), other(x))
+        for each in (model, other):
+            step(each)
+            assert held(each) == 0
+
+    def test_other_windows_do_not_ask(self):
+        """Whether the optimiser stepped is no matter of theirs."""
+        for kind in ("moving", "sliding"):
+            model = linked(kind)
+            for updated in (True, False, True):
+                model(torch.randn(2, 3, 8, 8))
+                step(model, updated=updated)
+            assert held(model) == 3
+
+    def test_its_repr(self):
+        assert "window='step', window_size='auto', compensate=False" in str(CmBN(4))
+        assert CmBN(4).window_in_force > 10**6 and isinstance(CmBN(4), CBN)
 
 
 class TestHalfPrecision:
@@ -769,11 +884,13 @@ class TestLayersTogether:
             monkeypatch.setattr(f"cbn_mmdet.norm.{room}.pasts", spy)
         return calls
 
-    def each_alone(self, monkeypatch):
-        monkeypatch.setattr("cbn_mmdet.norm.linking.keeps_weight", lambda conv: False)
+    def each_alone(self, model):
+        """A hook before a convolution's forward may set its weight: its layer looks for itself."""
+        for conv in model[::2]:
+            conv.register_forward_pre_hook(lambda conv, args: None)
 
     @pytest.mark.parametrize("moves", [False, True])
-    def test_as_each_alone(self, moves, calls, monkeypatch, kind):
+    def test_as_each_alone(self, moves, calls, kind):
         """Even if a weight moves between the beginning and its own layer's forward."""
 
         def move(norm, args, output):
@@ -782,9 +899,9 @@ class TestLayersTogether:
 
         ends = []
         for alone in (False, True):
-            if alone:
-                self.each_alone(monkeypatch)
             model = self.build(kind)
+            if alone:
+                self.each_alone(model)
             if moves:
                 model[1].register_forward_hook(move)
             calls.clear()
@@ -794,7 +911,7 @@ class TestLayersTogether:
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
-    def test_a_weight_set_within_the_forward(self, calls, monkeypatch, kind):
+    def test_a_weight_set_within_the_forward(self, calls, kind):
         """As by layers that renormalise their weight, which raises no version."""
 
         class Constrained(nn.Conv2d):
@@ -804,12 +921,12 @@ class TestLayersTogether:
 
         ends = []
         for alone in (False, True):
-            if alone:
-                self.each_alone(monkeypatch)
             model = self.build(kind)
             model[2] = Constrained(4, 8, 3, padding=1, groups=2)
             nn.init.constant_(model[2].weight, 0.5)
             link(model)
+            if alone:
+                self.each_alone(model)
             calls.clear()
             ends.append(self.train(model))
             # Its layer looks for itself.
@@ -1228,14 +1345,22 @@ class TestErrors:
             (dict(num_features=0), "num_features must be a whole number"),
             (dict(window_size="AUTO"), "window_size must be a whole number .*or 'auto'.*"),
             (dict(window="sliding"), "window_size='auto' is for window='moving'"),
-            (dict(window="paper"), "window must be 'moving' .* or 'sliding' .*got 'paper'"),
-            (dict(window=8), "window must be 'moving' .* or 'sliding' .*got 8"),
+            (
+                dict(window="paper"),
+                "window must be 'moving' .* or 'sliding' .* or 'step' .*'paper'",
+            ),
+            (dict(window=8), "window must be 'moving' .* or 'sliding' .* or 'step' .*got 8"),
             (
                 dict(backward="paper"),
                 "backward must be 'full' .* or 'own' .* or 'window' .* or 'current' .*'paper'",
             ),
             (dict(window_dtype="float16"), "window_dtype must be 'float32' or 'bfloat16', got"),
-            (dict(compensate="no"), "compensate must be True or False, got 'no'"),
+            (
+                dict(compensate="no"),
+                "compensate must be True or False or 'where_possible', got 'no'",
+            ),
+            (dict(affine=1), "affine must be True or False, got 1"),
+            (dict(sync="where_possible"), "sync must be True or False, got 'where_possible'"),
             (dict(eps=-1), "eps must be a number of at least 0, got -1"),
             (dict(eps="small"), "eps must be a number"),
             (dict(momentum=2), "momentum must be None or from 0 to 1, got 2"),

@@ -247,7 +247,8 @@ class TestToBatchnorm:
         from mmengine.registry import init_default_scope
 
         init_default_scope("mmdet")
-        cfg = Config.fromfile(root / "configs/digits/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
+        folder = root / "studies/digits/configs"
+        cfg = Config.fromfile(folder / "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
         model = MODELS.build(cfg.model).eval()
         x = torch.randn(1, 3, 64, 64)
         expected = model.extract_feat(x)

@@ -1,9 +1,11 @@
 """The layers on each device that is there, against themselves in float64 on the CPU."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
+from conftest import needs_float16
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,7 @@ from cbn_mmdet import (
     to_batchnorm,
     window_state,
 )
+from cbn_mmdet.norm import kernels
 
 DEVICES = [
     "cpu",
@@ -26,6 +29,7 @@ DEVICES = [
 ]
 # Large maps and small ones, for which other kernels are chosen.
 SIZES = [(2, 40, 36), (3, 9, 9), (1, 40, 36), (2, 9, 9)]
+LARGE = [(2, 96, 90), (3, 9, 9)]
 SLIDING = dict(window="sliding", window_size=8)
 LAYERS = {
     "full": dict(),
@@ -62,16 +66,24 @@ def build(norm, dtype=torch.float64, bias=True, **layer):
     return model.to(dtype)
 
 
-def images(number):
+def images(number, sizes=SIZES):
     """One iteration's, in float64 on the CPU."""
-    count, *size = SIZES[number % len(SIZES)]
+    count, *size = sizes[number % len(sizes)]
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(count, 3, *size, dtype=torch.float64, generator=generator)
     return (1 + number % 3) * x + number % 2
 
 
 def train(
-    model, device, half=None, channels_last=False, repeat=False, burn_in=2, count=8, scaler=None
+    model,
+    device,
+    half=None,
+    channels_last=False,
+    repeat=False,
+    burn_in=2,
+    count=8,
+    scaler=None,
+    sizes=SIZES,
 ):
     """Trains for some iterations; returns outputs, gradients and buffers of each, in float64."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -82,7 +94,7 @@ def train(
     for number in range(count):
         if any(isinstance(layer, CBN) for layer in model):
             set_window(model, 1 if number < burn_in else 4)
-        x = images(number).to(device, dtype, memory_format=layout).requires_grad_()
+        x = images(number, sizes).to(device, dtype, memory_format=layout).requires_grad_()
         with torch.autocast(device, half, enabled=half is not None):
             y = checkpoint(model, x, use_reentrant=False) if repeat else model(x)
         generator = torch.Generator().manual_seed(1000 + number)
@@ -113,6 +125,13 @@ def assert_close(found, expected, tolerance):
             )
 
 
+def assert_similar(found, expected):
+    """To the rounding of half precision."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() < 0.1 * max(1.0, float(other.norm()))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("repeat", [False, True], ids=["", "checkpointed"])
@@ -122,6 +141,45 @@ def test_cbn(name, repeat, channels_last, device):
     model = build(CBN, torch.float32, **LAYERS[name])
     found = train(model, device, repeat=repeat, channels_last=channels_last)
     assert_close(found, expected, 4e-3 if "bfloat16" in name else 2e-4)
+
+
+def train_as_on_a_gpu(*args, **kwargs):
+    """Computes on the CPU what the layers compute on a GPU: what asks for the device is told so."""
+    with mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu:
+        return train(*args, **kwargs), is_gpu.called
+
+
+class TestTheWaysOfAGPU:
+    @pytest.mark.parametrize("sizes", [SIZES, LARGE], ids=["", "large"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_cbn(self, name, dtype, sizes):
+        expected = train(build(CBN, **LAYERS[name]), "cpu", sizes=sizes)
+        model = build(CBN, dtype, **LAYERS[name])
+        found, was_asked = train_as_on_a_gpu(model, "cpu", sizes=sizes)
+        assert was_asked
+        tolerance = 1e-6 if dtype == torch.float64 else 5e-4  # windows are in float32
+        assert_close(found, expected, 4e-3 if "bfloat16" in name else tolerance)
+
+    @pytest.mark.parametrize(
+        "half", [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16)]
+    )
+    @pytest.mark.parametrize("name", ["full", "own", "current", "sliding, bfloat16"])
+    def test_autocast(self, name, half):
+        expected = train(build(CBN, bias=False, **LAYERS[name]), "cpu")
+        model = build(CBN, torch.float32, bias=False, **LAYERS[name])
+        found, _ = train_as_on_a_gpu(model, "cpu", half)
+        assert_similar(found, expected)
+
+    def test_a_window_at_once_and_in_parts(self, monkeypatch):
+        """On the CPU a large one in bfloat16 is read in parts that fit a cache."""
+        monkeypatch.setattr(kernels, "_BLOCK", 16)
+        for name in ("bfloat16", "sliding, bfloat16"):
+            of_gpu, in_parts = (
+                run(build(CBN, torch.float32, **LAYERS[name]), "cpu")
+                for run in (train_as_on_a_gpu, train)
+            )
+            assert_close(of_gpu[0], in_parts, 1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,10 +200,7 @@ def test_autocast(name, channels_last, device):
     expected = train(build(CBN, bias=False, **LAYERS[name]), "cpu")
     half = torch.float16 if device == "cuda" else torch.bfloat16
     model = build(CBN, torch.float32, bias=False, **LAYERS[name])
-    found = train(model, device, half, channels_last)
-    for ours, theirs in zip(found, expected, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one - other).norm() < 0.1 * max(1.0, float(other.norm()))
+    assert_similar(train(model, device, half, channels_last), expected)
     for (state,) in window_state(model).values():
         dtypes = {key: value.dtype for key, value in state.items() if torch.is_tensor(value)}
         assert dtypes.pop("h", None) == (

@@ -52,7 +52,7 @@ def root_mean_square(values):
 
 
 def test_a_sliding_window_against_the_inputs():
-    """With the last of them through today's weight."""
+    """With the last of them through today's weight, or that of the last iteration."""
     model, seen = train(CBN(4, window="sliding", window_size=4, eps=1e-12), 9)
     found = diagnose(model)
     assert list(found) == ["1"]
@@ -65,7 +65,9 @@ def test_a_sliding_window_against_the_inputs():
     )
     # The compensated variance is of second order only: hence the tolerance.
     correction = ((means - recorded).abs() / var.sqrt()).mean().item()
-    noise = root_mean_square((means[-1] - mean) / var.sqrt())
+    last_mean, last_var = statistics(weights[-1], images[-1:])
+    past_mean, past_var = statistics(weights[-1], [x for x, *_ in seen[-4:-1]])
+    noise = root_mean_square((last_mean - past_mean) / ((past_var + last_var) / 2).sqrt())
     assert found["1"].correction == pytest.approx(correction, rel=0.05) and correction > 0.01
     assert found["1"].noise == pytest.approx(noise, rel=0.05) and noise > 0.1
     assert found["1"].clamped == 0.0 and found["1"].window_size == 4
@@ -131,7 +133,7 @@ def test_a_frozen_weight_needs_none(window):
 
 @pytest.mark.parametrize(
     "window, window_size, steps",
-    [("sliding", 2, 4), ("sliding", 4, 1), ("moving", 4, 1), ("moving", "auto", 1)],
+    [("sliding", 2, 1), ("sliding", 4, 1), ("moving", 4, 1), ("moving", "auto", 1)],
 )
 def test_one_past_iteration_tells_all_but_the_noise(window, window_size, steps):
     norm = CBN(4, window=window, window_size=window_size, eps=1e-12)
@@ -173,6 +175,66 @@ def test_a_window_that_is_younger_than_the_layers_others(window):
     found = diagnose(model)["block.1"]
     assert 0 < found.noise < 1
     assert found.window_size == 3  # of 4 and 2
+
+
+@pytest.mark.parametrize("window, size", [("sliding", 4), ("moving", 4), ("moving", "auto")])
+def test_lag_is_the_mean_agreement_of_surprises(window, size):
+    model, lag, last = train(CBN(4, window=window, window_size=size), 1)[0], 0.0, None
+    for _ in range(6):
+        model(torch.randn(2, 2, 6, 6, dtype=torch.float64)).sum().backward()
+        step(model)
+        surprise = window_state(model)["1"][0]["surprise"]
+        if last is not None:
+            lag += 0.02 * (torch.cosine_similarity(surprise, last, 0).item() - lag)
+        last = surprise
+    assert diagnose(model)["1"].lag == pytest.approx(lag, abs=1e-6) and lag != 0
+
+
+@KINDS
+def test_lag_tells_what_earlier_layers_do_from_noise(window):
+    """A layer before moves the means by little in one direction; or images differ by much."""
+    lags = []
+    for drift in (0.05, 0.0):
+        torch.manual_seed(0)
+        norm = CBN(4, window=window, window_size=8)
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), norm)
+        link(model)
+        for _ in range(200):
+            model(torch.randn(1, 3, 6, 6) + (drift == 0) * torch.randn(1, 3, 1, 1))
+            step(model)
+            model[0].bias.data += drift
+        lags.append(diagnose(model)["2"].lag)
+    assert lags[0] > 0.8 and abs(lags[1]) < 0.3
+
+
+@KINDS
+@pytest.mark.parametrize("compensate", [True, False])
+def test_how_far_calls_are_apart(window, compensate):
+    torch.manual_seed(0)
+    norm = CBN(4, window=window, window_size=4, eps=0.5, compensate=compensate)
+    conv = nn.Conv2d(4, 4, 1, bias=False)
+    model = Often(window)
+    model.block = nn.Sequential(conv, norm)
+    link(model)
+    levels = [torch.randn(2, 4, size, size) * (1 + size) + size for size in (8, 5, 3)]
+    model.forward = lambda: [model.block(level) for level in levels]
+    model()
+    step(model)
+    means, variances = (
+        torch.stack(each) for each in zip(*map(moments_of(conv), levels), strict=True)
+    )
+    spread = means.var(0, correction=0) / (variances.mean(0) + 0.5)
+    assert diagnose(model)["block.1"].apart == pytest.approx(spread.mean().sqrt().item(), rel=1e-4)
+    assert spread.mean() > 0.1
+
+
+def moments_of(conv):
+    """Mean and variance of what it makes of an input."""
+    return lambda x: (conv(x).mean((0, 2, 3)), conv(x).var((0, 2, 3), correction=0))
+
+
+def test_one_call_is_not_apart():
+    assert diagnose(train(CBN(4), 3)[0])["1"].apart == 0
 
 
 def test_from_the_narrowest_window_to_the_widest():

@@ -1,0 +1,269 @@
+"""What the layers ask of a GPU, on a machine without one: launches, waits, and no mix of devices.
+
+Where a number of launches is a limit, the message of a failure says by which line each is made.
+"""
+
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_cuda import backward, fake_cuda
+from torch import nn
+
+from cbn_mmdet import BRN, CBN, MABN, SyncCBN, link, set_window, step
+
+PAPER = dict(window="sliding", window_size=4, backward="current")
+SETTINGS = {
+    "default": dict(),
+    "own": dict(backward="own", window_size=8),
+    "window": dict(backward="window", window_size=4),
+    "current": dict(backward="current"),
+    "naive": dict(compensate=False),
+    "bfloat16": dict(window_dtype="bfloat16"),
+    "stride 1": dict(derivative_stride=1),
+    "stride 2": dict(derivative_stride=2, backward="own"),
+    "sliding": dict(PAPER, backward="full"),
+    "sliding, own": dict(PAPER, backward="own"),
+    "sliding, window": dict(PAPER, backward="window"),
+    "paper": PAPER,
+    "paper, bfloat16": dict(PAPER, window_dtype="bfloat16", derivative_stride=1),
+    "paper, naive": dict(PAPER, compensate=False),
+    "step": dict(window="step", window_size=4),
+    "burn-in": dict(window_size=1),
+    "no parameters": dict(affine=False, track_running_stats=False),
+}
+# In full and in mixed precision, where bfloat16 differs from float16 in the derivative alone.
+CASES = [(name, half) for name in SETTINGS for half in (None, torch.float16)]
+CASES.append(("default", torch.bfloat16))
+
+
+def build(norm, layers=3, odd=False, **settings):
+    """Convolutions of 3x3 and 1x1 in turn, no two of them alike."""
+    modules, inputs = [], 4
+    with torch.device("cuda"):
+        for number in range(layers):
+            channels = 8 * (number + 1)
+            taps, pad = ((3, 1), (1, 0))[number % 2]
+            if odd and number == 2:  # maps are small from here on
+                conv = nn.Conv2d(inputs, channels, 3, 3, 1, groups=4)
+            else:
+                conv = nn.Conv2d(inputs, channels, taps, 1, pad, bias=odd and number == 1)
+            modules += [conv, norm(channels, **settings), nn.ReLU()]
+            inputs = channels
+        return nn.Sequential(*modules)
+
+
+def iterate(watch, model, half=None, scaler=None, size=(2, 40, 36)):
+    """One iteration's forward, backward and end, counted."""
+    images, *size = size
+    x = torch.empty(images, 4, *size, device="cuda")
+    watch.take()
+    with torch.autocast("cuda", half, enabled=half is not None):
+        y = model(x)
+    forward = watch.take()
+    backward(y if scaler is None else scaler.scale(y))
+    counts = forward, watch.take()
+    if any(isinstance(layer, CBN) for layer in model):
+        step(model, scaler)
+    counts = *counts, watch.take()
+    with torch.no_grad():  # the optimiser
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return counts
+
+
+def assert_no_wait(forward, backward, ended, of_step=1):
+    assert forward.waits == []
+    assert backward.waits == []
+    assert len(ended.waits) <= of_step, ended.waits
+
+
+class TestWaits:
+    @pytest.mark.parametrize(("name", "half"), CASES)
+    def test_of_cbn(self, name, half):
+        """One in ``step``; none for a new size of images either."""
+        with fake_cuda() as watch:
+            model = build(CBN, odd=True, **SETTINGS[name])
+            link(model)
+            for size in ((2, 40, 36), (1, 64, 48), (2, 12, 12), (2, 40, 36)):
+                assert_no_wait(*iterate(watch, model, half, size=size))
+
+    def test_of_windows_that_differ(self):
+        """The end of a burn-in, a share of its own for each layer, a layer that trains no more."""
+        with fake_cuda() as watch:
+            model = build(CBN, 4, odd=True, momentum=0.02)
+            link(model)
+            set_window(model, 1)
+            assert_no_wait(*iterate(watch, model))
+            set_window(model, None)
+            for _ in range(3):
+                assert_no_wait(*iterate(watch, model))
+                tell_apart(model)
+            model[0].weight.requires_grad_(False)
+            for _ in range(2):
+                # Records of both kinds are worked on apart.
+                assert_no_wait(*iterate(watch, model), of_step=2)
+
+    def test_of_a_loss_scaler(self):
+        with fake_cuda() as watch:
+            model, scaler = build(CBN), torch.amp.GradScaler("cuda")
+            link(model)
+            for _ in range(3):
+                assert_no_wait(*iterate(watch, model, torch.float16, scaler))
+
+    @pytest.mark.parametrize("half", [None, torch.float16], ids=str)
+    @pytest.mark.parametrize("norm", [BRN, MABN])
+    def test_of_norms_without_a_step(self, norm, half):
+        with fake_cuda() as watch:
+            model = build(norm, odd=True)
+            for _ in range(2):
+                assert_no_wait(*iterate(watch, model, half))
+
+
+@pytest.fixture
+def two_processes():
+    """The first of two, whose collectives return at once."""
+    fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", rank=0, world_size=2, store=fake_pg.FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+COLLECTIVES = {"allgather_", "_allgather_base_", "allreduce_", "broadcast_", "reduce_scatter_"}
+
+
+def collectives(counted):
+    return sum(count for (name, _), count in counted.launches.items() if name in COLLECTIVES)
+
+
+class TestSync:
+    @pytest.mark.parametrize(("name", "half"), [case for case in CASES if case[1] is None])
+    def test_waits_and_collectives(self, name, half, two_processes):
+        """One collective of a layer in each direction, as SyncBN has; one of all in step."""
+        with fake_cuda() as watch:
+            model = build(SyncCBN, odd=True, **SETTINGS[name])
+            link(model)
+            for _ in range(3):
+                counts = iterate(watch, model, half)
+                assert_no_wait(*counts)
+                forward, back, ended = map(collectives, counts)
+                assert forward == 3 and back <= 3 and ended <= 1
+
+
+def tell_apart(model):
+    """Gives each moving window a share of its own, as they come to have with ``'auto'``."""
+    layers = [layer for layer in model if isinstance(layer, CBN)]
+    for number, layer in enumerate(layers, 1):
+        for window in layer._windows:
+            window.log_share = -0.1 * number
+
+
+@lru_cache
+def launches(name, layers, half=None):
+    """Forward, backward and end of an iteration with full windows."""
+    with fake_cuda() as watch:
+        if name == "BN":
+            model = build(nn.BatchNorm2d, layers)
+        else:
+            model = build(CBN, layers, **SETTINGS[name])
+            link(model)
+        for _ in range(4):
+            counts = iterate(watch, model, half)
+            tell_apart(model)
+    return counts
+
+
+class TestLaunches:
+    """Beside batch normalisation, in an iteration with full windows, each of its own share."""
+
+    # More than BN's: of a forward, of a backward and of step, each for a layer and for the model.
+    # The beginning of a forward, which moves all pasts, is part of it. Where maps have 256
+    # positions or more, as here, a forward picks out those of the derivative ("stride 1" does not).
+    LIMITS = {
+        ("default", None): ((12.5, 8), (9.5, 48), (1, 48)),
+        ("stride 1", None): ((10, 8), (9.5, 48), (1, 48)),
+        ("own", None): ((12.5, 8), (9.5, 34), (1, 36)),
+        ("window", None): ((12.5, 8), (7.5, 24), (1, 36)),
+        ("current", None): ((13.5, 8), (4.5, 32), (1, 40)),
+        ("naive", None): ((5, 6), (4.5, 30), (0, 30)),
+        ("bfloat16", None): ((13.5, 8), (10.5, 48), (9, 48)),
+        ("default", torch.float16): ((19, 8), (11, 48), (1, 48)),
+    }
+
+    @pytest.mark.parametrize(("name", "half"), LIMITS)
+    def test_of_an_iteration(self, name, half):
+        few, many = (
+            list(zip(launches(name, n, half), launches("BN", n, half), strict=True))
+            for n in (3, 12)
+        )
+        limits = self.LIMITS[name, half]
+        for (one, plain), (other, of_bn), (a_layer, model) in zip(few, many, limits, strict=True):
+            few_more, more = one.total - plain.total, other.total - of_bn.total
+            each = (more - few_more) / 9
+            assert each <= a_layer, f"{each:.1f} a layer:\n{other}"
+            assert few_more - 3 * each <= model, f"{few_more - 3 * each:.1f} a model:\n{one}"
+
+
+def test_products_write_no_more_than_a_weight():
+    """The first thing that a forward does is to move all pasts to today's weights."""
+    with fake_cuda() as watch:
+        model = build(CBN, 4)
+        link(model)
+        iterate(watch, model)
+        largest = max(conv.weight.numel() for conv in model[::3])
+        for counted in iterate(watch, model, size=(1, 4, 4)):  # maps smaller than weights
+            within = {where: size for where, size in counted.largest.items() if size > largest}
+            assert within == {}
+
+
+class TestTheCount:
+    """The tool itself."""
+
+    def test_a_read_value_and_a_copy_are_waits(self):
+        with fake_cuda() as watch:
+            x = torch.empty(3, device="cuda")
+            for wait in (
+                lambda: x.sum().item(),
+                lambda: bool(x.any()),
+                lambda: x.tolist(),
+                lambda: x.cpu(),
+                lambda: torch.tensor([1.0], device="cuda"),
+                lambda: x.copy_(torch.zeros(3)),
+            ):
+                watch.take()
+                wait()
+                assert len(watch.take().waits) == 1
+            torch.zeros(3).tolist()
+            torch.zeros(3).pin_memory().to("cuda", non_blocking=True)
+            x.copy_(torch.zeros(3).pin_memory(), non_blocking=True)
+            assert watch.take().waits == []
+
+    def test_a_mix_of_devices_raises(self):
+        with fake_cuda(), pytest.raises(RuntimeError, match="two different devices"):
+            torch.empty(3, device="cuda") + torch.empty(3)
+
+    def test_launches(self):
+        with fake_cuda() as watch:
+            x, y = torch.empty(2, 4, 3, device="cuda")
+            watch.take()
+            x.view(2, 6)[0].t().detach(), torch.empty_like(x), torch.zeros(3) + 1
+            assert watch.take().total == 0
+            torch._foreach_add([x, y[:2], y[:1]], [y, x[:2], x[:1]])
+            assert watch.take().total == 1
+            torch._foreach_add([x, x], [y, y[0]])  # of other shapes: one by one
+            assert watch.take().total == 2
+            x.isfinite().all()  # ==, abs, !=, and
+            assert watch.take().total == 5
+
+    def test_backward_goes_through_the_graph(self):
+        """Each operation once, and one addition where two gradients meet."""
+        with fake_cuda() as watch:
+            model = build(nn.BatchNorm2d, 1)[:2]
+            y = model(torch.empty(2, 4, 5, 5, device="cuda"))
+            y = y.relu() + y
+            watch.take()
+            backward(y)
+            names = [name.removeprefix("cudnn_") for name, _ in watch.take().launches]
+        expected = "threshold_backward batch_norm_backward convolution_backward add"
+        assert sorted(names) == sorted(expected.split())
