@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+DIGITS_PAGE = ROOT / "studies/digits/configs/README.md"
+
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs torch 2.3")
 def test_pytorch_loop(capsys):
@@ -33,7 +35,9 @@ def test_the_tests_that_trust_names_are_there():
 
 def test_troubleshooting_quotes_what_the_code_says():
     sources = "".join(
-        path.read_text() for path in (ROOT / "cbn_mmdet").rglob("*.py") if path.is_file()
+        path.read_text()
+        for room in ("cbn_mmdet/norm", "cbn_mmdet/hooks", "tools")
+        for path in (ROOT / room).rglob("*.py")
     )
     said = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
@@ -47,7 +51,8 @@ def test_troubleshooting_quotes_what_the_code_says():
 
 
 def test_links_between_pages():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*/README.md")]
+    pages.append(DIGITS_PAGE)
     headings = {
         page: {
             re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
@@ -66,31 +71,31 @@ def test_links_between_pages():
 # another config, or fewer images, than the page has.
 RUN_BY = {
     r"make test( PYTEST_ARGS=.*)?": ".ci/run",
-    "make train": "test_training.py",  # its recipe's three commands
+    "make train": "test_tools/test_training.py",  # its recipe's three commands
     "make sweep": "test_configs.py",
-    "make variants": "test_training.py",  # likewise
-    "make coco-check CONFIG=.*": "test_preflight.py::test_coco",
-    r"python -m cbn_mmdet\.datasets\.digits .*": "test_datasets/test_digits.py",
-    r"python tools/train\.py .*": "test_training.py",
-    r"python tools/test\.py .*": "test_training.py::test_test",
-    r"python tools/report\.py .*": "test_training.py::test_report",
-    r"python tools/publish\.py .*": "test_publish.py",
-    r"python tools/tables\.py .*": "test_tables.py",
-    r"python tools/compensation\.py .*": "test_compensation.py",
-    r"python tools/evidence\.py classifier( .*)?": "test_evidence.py::test_classifier",
-    r"python tools/evidence\.py momentum( .*)?": "test_evidence.py::test_momentum",
-    r"python tools/evidence\.py detector( .*)?": "test_evidence.py::test_detector",
-    r"python tools/evidence\.py ablation( .*)?": "test_evidence.py::test_ablation",
-    r"python tools/evidence\.py continued( .*)?": "test_evidence.py::test_continued",
-    r"python tools/benchmark\.py layer .*": "test_benchmark.py::test_layer",
-    r"python tools/benchmark\.py host( .*)?": "test_benchmark.py::test_host",
-    r"python tools/benchmark\.py step .*": "test_benchmark.py::test_step",
-    r"python tools/benchmark\.py inference .*": "test_benchmark.py::test_inference",
-    r"python tools/benchmark\.py memory .*": "test_benchmark.py::test_memory",
-    r"python tools/benchmark\.py growth .*": "test_benchmark.py::test_growth",
-    r"python tools/benchmark\.py count .*": "test_benchmark.py::test_count",
+    "make variants": "test_tools/test_training.py",  # likewise
+    "make coco-check CONFIG=.*": "test_tools/test_preflight.py::test_coco",
+    r"python studies/digits/build\.py .*": "test_studies/test_digits.py",
+    r"python tools/train\.py .*": "test_tools/test_training.py",
+    r"python tools/preflight\.py .*": "test_tools/test_preflight.py",
+    r"python tools/test\.py .*": "test_tools/test_training.py::test_test",
+    r"python tools/report\.py .*": "test_tools/test_training.py::test_report",
+    r"python tools/publish\.py .*": "test_tools/test_publish.py",
+    r"python tools/tables\.py .*": "test_tools/test_tables.py",
+    r"python studies/compensation\.py .*": "test_studies/test_compensation.py",
+    **{
+        rf"python studies/{script}\.py {name}( .*)?": f"test_studies/test_{script}.py::test_{name}"
+        for script, names in (
+            ("evidence", "classifier momentum detector ablation continued"),
+            ("benchmark", "layer host step inference memory growth count"),
+            ("cost", "model collectives"),
+        )
+        for name in names.split()
+    },
+    r"make gpu( GPU_ARGS=.*)?|python studies/gpu\.py .*": "test_studies/test_gpu.py",
     r"tools/dist_train\.sh .*": "test_distributed.py",
     r"tools/dist_test\.sh .*": "test_distributed.py",
+    r"mim=.*|python \$mim/tools/train\.py .*|mim train mmdet .*": "test_wheel.py",
     # Setting up, which the Makefile's recipe does likewise.
     r"(python -m )?pip install .*|source .*": "Makefile",
     r'python -c "import .*': "Makefile",
@@ -99,7 +104,7 @@ RUN_BY = {
 
 def commands():
     """Each line of the pages' commands, without comment, and the name of its page."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "configs/digits/README.md"]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), DIGITS_PAGE]
     for page in pages:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -126,7 +131,9 @@ def test_commands_are_the_projects():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, command in commands():
         assert set(re.findall(r"^make ([\w-]+)", command)) <= targets, f"{page}: {command}"
-        for tool, rest in re.findall(r"python (?:\S*/)?(tools/\w+\.py)(.*)", command):
-            text = (ROOT / tool).read_text() + (ROOT / "cbn_mmdet/launch.py").read_text()
+        ours = r"python (?:\S*/)?((?:tools|studies)(?:/\w+)+\.py)(.*)"
+        for tool, rest in re.findall(ours, command):
+            read = [ROOT / tool, *(ROOT / "tools/common").glob("*.py")]
+            text = "".join(path.read_text() for path in read)
             for option in re.findall(r"(?<=\s)--[a-z0-9-]+", rest):
                 assert f'"{option}"' in text, f"{page}: {command}"
