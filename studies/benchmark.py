@@ -8,7 +8,8 @@ its 95 % interval, which is printed after it, is within --stable-to or the time 
 A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='own'), say.
 CBN(compensate=False) is the paper's naive CBN. A row of layer and count alone is 'BN + weight
 gradient', which forms one gradient of the weight more: the least that any derivative from all
-positions can cost. layer, host, growth and count need torch and rich alone, the others MMDetection.
+positions can cost. layer, host, growth and count need torch alone, the others MMDetection, or with
+--torchvision torchvision: its Faster R-CNN, with the norm everywhere.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ from benchmarks.layer import FLOOR, SHAPES, SMALL, Shape
 from benchmarks.timing import machine
 from common.errors import positive, run_tool
 from norms import norm
-from printing import print_table
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from printing import print_table, progress
 
 R50 = [
     osp.join(paths.CONFIGS, "faster_rcnn", f"faster-rcnn_r50_fpn_{each}_4xb4-1x_coco.py")
@@ -52,6 +51,7 @@ ROWS = {
     "inference": ["GN", "CBN"],
     "memory": ["GN", "SyncBN", "BRN", *CBNS, BFLOAT16, *SLIDING],
 }
+VISION = "step", "memory"  # what torchvision's detector can be asked for, too
 
 
 def parse_args() -> argparse.Namespace:
@@ -106,6 +106,9 @@ def parse_args() -> argparse.Namespace:
     ):
         subparser = commands.add_parser(command, help=text, parents=[common, *parents])
         add = subparser.add_argument
+        if command in VISION:
+            text = "torchvision's Faster R-CNN"
+            add("--torchvision", action="store_true", help=text)
         if placed not in parents:
             subparser.set_defaults(device="cpu", threads=1, dtype="float32")
         if command == "growth":
@@ -133,6 +136,10 @@ def complete(args: argparse.Namespace) -> str | None:
     if FLOOR in (asked or ()) and args.command not in ("layer", "count"):
         return f"--norms '{FLOOR}': this row is layer's and count's alone"
     plot = getattr(args, "plot", None)
+    if part_of(args) == "vision" and (args.config or args.digits or args.all_norms):
+        return (
+            "--torchvision: this detector has no config; take --config, --digits, --all-norms out"
+        )
     if plot and not (plot.endswith(".png") and osp.isdir(osp.dirname(plot) or ".")):
         return f"--plot {plot}: takes a .png file in a folder that exists"
     rows, args.notes = asked or ROWS.get(args.command, []), []
@@ -166,23 +173,24 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if "config" in args:
+    if part_of(args) == "detector":
         run_tool(lambda: report(args))
     else:
         report(args)
 
 
+def part_of(args: argparse.Namespace) -> str:
+    """The module that measures it."""
+    if getattr(args, "torchvision", False):
+        return "vision"
+    return "detector" if "config" in args else "layer"
+
+
 def report(args: argparse.Namespace) -> None:
     """Measure and print: tables are ``{title: rows}``, a row is ``{column: cell}``."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-        redirect_stdout(io.StringIO()),  # mmengine's and pycocotools' chatter
-    ):
-        bar.add_task(args.command, total=None)
-        # The detector's part needs MMDetection.
-        part = import_module(f"benchmarks.{'detector' if 'config' in args else 'layer'}")
+    # mmengine and pycocotools chatter.
+    with progress(args.command) as bar, redirect_stdout(io.StringIO()):
+        part = import_module(f"benchmarks.{part_of(args)}")  # which may need MMDetection
         tables = getattr(part, f"measure_{args.command}")(args, bar)
     about = {
         "machine": machine(args.device),

@@ -9,14 +9,16 @@ import math
 
 from torch import nn
 
-from cbn_mmdet import BRN, CBN
+from cbn_mmdet import BRN, CBN, MABN
 
 GROUPS = 32
+PAPERS = "CBN(window='sliding', window_size=4, backward='current', derivative_stride=1)"
 NORMS = {
     "BN": nn.BatchNorm2d,
     "GN": lambda channels, num_groups: nn.GroupNorm(math.gcd(num_groups, channels), channels),
     "SyncBN": nn.SyncBatchNorm,
     "BRN": BRN,
+    "MABN": MABN,
     "CBN": CBN,
 }
 

@@ -1,13 +1,18 @@
 # Licensed under the Apache License, Version 2.0.
-"""Where things are. Importing this puts ``tools/`` on Python's path, where ``common`` is."""
+"""Where things are. Importing this puts ``tools/`` on Python's path, where ``common`` is.
+
+And the clone, for where the package was not installed.
+"""
 
 import os.path as osp
 import sys
 
 STUDIES = osp.dirname(osp.abspath(__file__))
-CONFIGS = osp.join(osp.dirname(STUDIES), "configs")
+ROOT = osp.dirname(STUDIES)
+CONFIGS = osp.join(ROOT, "configs")
 DIGITS = osp.join(STUDIES, "digits", "configs")
-TOOLS = osp.join(osp.dirname(STUDIES), "tools")
+TOOLS = osp.join(ROOT, "tools")
 
-if TOOLS not in sys.path:
-    sys.path.append(TOOLS)
+FAKE_CUDA = osp.join(ROOT, "tests", "test_norm")  # the device that the tests count on, too
+
+sys.path += [each for each in (TOOLS, ROOT, FAKE_CUDA) if each not in sys.path]

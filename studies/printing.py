@@ -1,18 +1,50 @@
 # Licensed under the Apache License, Version 2.0.
-"""How results are shown."""
+"""How results, and how far a study is, are shown. Needs nothing but Python."""
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Bar:
+    """What a study tells of how far it is: of rich's ``Progress`` as much as is used, and mute."""
+
+    def update(self, task: int, **_: object) -> None:
+        """Says what is being done, or how much there is to do."""
+
+    def advance(self, task: int) -> None:
+        """Says that one more is done."""
+
+
+@contextmanager
+def progress(task: str) -> Iterator[Bar]:
+    """Shows a bar on a terminal, where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield Bar()
+        return
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        bar.add_task(task, total=None)
+        yield bar
 
 
 def print_table(title: str, rows: list[dict]) -> None:
     """Print a Markdown table, of rows ``{column: cell}``, under its title."""
-    table = Table(*rows[0], box=box.MARKDOWN)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    # Whole rows: in a log or a file a table must not be cut to the width of a terminal.
-    console = Console(width=1000, highlight=False, markup=False)
-    with console.capture() as captured:
-        console.print(table)
-    print(f"\n## {title}\n\n{captured.get().strip()}")
+    print(f"\n## {title}\n\n{markdown(rows)}")
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of rows ``{column: cell}``."""
+    cells = [[*rows[0]], *([str(cell) for cell in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in cells
+    ]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])

@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
-import multiprocessing
 import os.path as osp
-import random
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 from common.config import read_config
 from common.errors import UsageError
-from common.launchers import peak_memory
 from mmdet.registry import DATASETS, MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -26,12 +20,13 @@ from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from norms import has_cbn, norm_cfg, replace_norms
-from rich.progress import Progress
+from printing import Bar
 from torch import nn
 
-from cbn_mmdet import CBN, link, links, step
+from cbn_mmdet import link, step
 
-from .timing import FLOAT, MIB, Clock, Run, compare, interleave, warm_up
+from . import memory
+from .timing import Clock, Run, compare, interleave, warm_up
 
 
 def read_detector(args: argparse.Namespace) -> Config:
@@ -122,7 +117,7 @@ def inference_run(
 
 
 def time_detectors(
-    build: Callable, what: str, args: argparse.Namespace, bar: Progress
+    build: Callable, what: str, args: argparse.Namespace, bar: Bar
 ) -> tuple[dict, dict[str, Run]]:
     """Time a detector with each norm; returns the table, and what was run."""
     cfg, runs = read_detector(args), {}
@@ -135,12 +130,12 @@ def time_detectors(
     return {f"{what}, {Path(args.config).stem}, {data}": rows}, runs
 
 
-def measure_step(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_step(args: argparse.Namespace, bar: Bar) -> dict:
     """Time a training step with each norm."""
     return time_detectors(step_run, "Training step", args, bar)[0]
 
 
-def measure_inference(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_inference(args: argparse.Namespace, bar: Bar) -> dict:
     """Time evaluation with each norm, and compare its operations with BN's."""
     tables, runs = time_detectors(inference_run, "Evaluation", args, bar)
     operations = {name: operations_of(run, args.device) for name, run in runs.items()}
@@ -160,45 +155,14 @@ def operations_of(run: Run, device: str) -> list[list[str]]:
     return [called, [each.name for each in events if each.device_type.name == "CUDA"]]
 
 
-def measure_memory(args: argparse.Namespace, bar: Progress) -> dict:
-    """Measure each norm's peak memory, each time in a process of its own."""
-    measured, order = {name: [] for name in args.norms}, random.Random(0)
-    bar.update(0, total=args.repeats * len(measured))
-    for _ in range(args.repeats):
-        for name in order.sample(args.norms, len(args.norms)):
-            bar.update(0, description=name)
-            fresh = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=fresh) as process:
-                measured[name].append(process.submit(memory_of, name, args).result())
-            bar.advance(0)
-    peaks = {name: [each["peak"] for each in measured[name]] for name in measured}
-    rows = [
-        {
-            "norm": name,
-            "peak / BN's": compare(peaks[name], peaks["BN"], "MiB"),
-            "windows, MiB": measured[name][0]["windows"],
-            "of the weights": measured[name][0]["of the weights"],
-        }
-        for name in measured
-    ]
-    whose = "the GPU allocator's in a step" if args.device == "cuda" else "the process's"
-    _, data = batches(read_detector(args), args)
-    args.notes.insert(0, f"The peak is {whose}.")
-    return {f"Memory, {Path(args.config).stem}, {data}": rows}
+def measure_memory(args: argparse.Namespace, bar: Bar) -> dict:
+    """Measure peak memory with each norm."""
+    cfg = read_detector(args)
+    what = f"Memory, {Path(args.config).stem}, {batches(cfg, args)[1]}"
+    return {what: memory.measure(memory_run, args, bar)}
 
 
-def memory_of(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a step with full windows; their size, in MiB and in sizes of the weights."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with redirect_stdout(io.StringIO()):
-        cfg = read_detector(args)
-        run, model = step_run(cfg, name, batches(cfg, args)[0], args)
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run(0, Clock(args.device))
-    peak = peak_memory(args.device)
-    held = sum(module.window_bytes for module in model.modules() if isinstance(module, CBN))
-    convs = map(model.get_submodule, links(model).values())
-    weights = FLOAT * sum(conv.weight.numel() for conv in convs)
-    return {"peak": peak / MIB, "windows": held / MIB, "of the weights": held / max(weights, 1)}
+def memory_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
+    """A training step, in a process that has read nothing yet."""
+    cfg = read_detector(args)
+    return step_run(cfg, name, batches(cfg, args)[0], args)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a norm costs behind one convolution. Needs torch and rich alone."""
+"""What a norm costs behind one convolution. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from norms import build_norm, has_cbn, norm_cfg
-from rich.progress import Progress
+from printing import Bar
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -113,7 +113,7 @@ def layer_run(model: nn.Sequential, shape: Shape, args: argparse.Namespace) -> R
 
 
 def time_layers(
-    names: list[str], shape: Shape, args: argparse.Namespace, bar: Progress
+    names: list[str], shape: Shape, args: argparse.Namespace, bar: Bar
 ) -> tuple[dict[str, list[float]], dict[str, nn.Module]]:
     """Time norms on a shape; returns the seconds, and the models with their windows."""
     models = {name: build_layers(name, shape) for name in names}
@@ -121,7 +121,7 @@ def time_layers(
     return interleave(runs, args, bar, str(shape)), models
 
 
-def measure_layer(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_layer(args: argparse.Namespace, bar: Bar) -> dict:
     """Time each norm on each shape."""
     rows = {name: {"norm": name} for name in args.norms}
     bar.update(0, total=len(args.shapes))
@@ -134,7 +134,7 @@ def measure_layer(args: argparse.Namespace, bar: Progress) -> dict:
     return {"Convolution + norm, forward + backward, time / BN's": [*rows.values()]}
 
 
-def measure_host(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_host(args: argparse.Namespace, bar: Bar) -> dict:
     """Time what the CPU does for convolutions and each norm, on maps of hardly anything."""
     runs = {name: layer_run(build_layers(name, TINY, DEPTH), TINY, args) for name in args.norms}
     seconds = interleave(runs, args, bar, args.command, time.process_time, HOST_SECONDS)
@@ -146,7 +146,7 @@ def measure_host(args: argparse.Namespace, bar: Progress) -> dict:
     return {f"CPU time of convolution + norm, {DEPTH} of {TINY} in a row": rows}
 
 
-def measure_growth(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_growth(args: argparse.Namespace, bar: Bar) -> dict:
     """Time CBN for several sliding windows, and the default for several batches."""
     sliding = "CBN(window='sliding', window_size={}, backward='window')"
     windows = {k: sliding.format(k) for k in WINDOWS}
@@ -204,7 +204,7 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def measure_count(args: argparse.Namespace, bar: Progress) -> dict:
+def measure_count(args: argparse.Namespace, bar: Bar) -> dict:
     """Count a layer's operations and bytes: forward, backward and the end of the iteration."""
     tables = {}
     bar.update(0, total=len(args.shapes))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from statistics import geometric_mean, median, quantiles
 
 import torch
-from rich.progress import Progress
+from printing import Bar
 from torch import nn
 
 from cbn_mmdet import CBN
@@ -71,7 +71,7 @@ def warm_up(model: nn.Module, run: Run, device: str) -> Run:
 def interleave(
     runs: dict[str, Run],
     args: argparse.Namespace,
-    bar: Progress,
+    bar: Bar,
     label: str,
     tell: Callable[[], float] = time.perf_counter,
     sample: float = SAMPLE_SECONDS,

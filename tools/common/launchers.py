@@ -3,8 +3,6 @@
 
 import argparse
 import os
-import resource
-import sys
 
 import torch
 from mmengine.config import Config
@@ -65,14 +63,6 @@ def _check_processes(launcher: str) -> None:
             f"{processes} processes were started on a machine with {gpus} GPU(s) to be seen; "
             "start as many as there are GPUs"
         )
-
-
-def peak_memory(device: str) -> int:
-    """The most bytes that this process held; on a GPU, of the GPU's memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class CarefulRunner(Runner):
