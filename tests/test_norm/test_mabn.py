@@ -510,7 +510,7 @@ class TestErrors:
             (dict(eps="small"), "eps must be a number above 0, got 'small'"),
             (dict(momentum=2), "momentum must be None or from 0 to 1, got 2"),
             (dict(affine=1), "affine must be True or False, got 1"),
-            (dict(track_running_stats=False), "track_running_stats must be True, got False"),
+            (dict(track_running_stats=False), r"track_running_stats must be True \(type='BN'"),
             (dict(buffer_size=0), "buffer_size must be a whole number of at least 1, got 0"),
             (dict(buffer_size=2.0), "buffer_size must be a whole number of at least 1, got 2.0"),
             (dict(warmup=-1), "warmup must be a whole number of at least 0, got -1"),
