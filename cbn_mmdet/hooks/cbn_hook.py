@@ -8,6 +8,7 @@ from mmengine.dist import all_reduce_params, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
+from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -171,7 +172,7 @@ class CBNHook(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Ends the iteration and logs it."""
         model = unwrapped(runner.model)
-        updated = runner.optim_wrapper.should_update()
+        updated = _has_updated(runner.optim_wrapper)
         clamped, warning = end_iteration(model, _loss_scaler(runner), updated)
         if warning:
             # mmengine keeps what is no error of the other processes to itself.
@@ -260,6 +261,12 @@ class CBNHook(Hook):
             load_window_state(unwrapped(runner.model), windows)
         except ValueError as error:
             runner.logger.warning(f"CBNHook: the windows start empty, and fill anew: {error}")
+
+
+def _has_updated(wrapper: BaseOptimWrapper) -> bool:
+    """Whether the optimiser stepped in this iteration; of several, all; of others it is assumed."""
+    each = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return all(one.should_update() for one in each if hasattr(one, "should_update"))
 
 
 def _loss_scaler(runner) -> object:

@@ -174,10 +174,15 @@ class CBN(NormLayer):
     @property
     def window_in_force(self) -> int:
         """The largest window size in force: 1 in a burn-in; 64 where the window sets its own."""
-        own = self.window_size
-        if own == "auto":
-            own = ENDLESS if self.window == "step" else LARGEST
+        own = self.own_window_size
         return own if self.window_limit is None else min(self.window_limit, own)
+
+    @property
+    def own_window_size(self) -> int:
+        """The largest window size that the layer can have in force."""
+        if self.window_size != "auto":
+            return self.window_size
+        return ENDLESS if self.window == "step" else LARGEST
 
     @property
     def mean_window_size(self) -> float:
@@ -210,6 +215,10 @@ class CBN(NormLayer):
         sets_itself = self.window_size == "auto" and self.window == "moving"
         return kind(self.window_in_force, sets_itself, WINDOW_DTYPES[self.window_dtype])
 
+    def is_reset_by_torch(self) -> bool:
+        """Whether torch's ``update_bn`` gathers running statistics, as far as a layer can tell."""
+        return self._was_reset and self.momentum is None
+
     def is_spread(self) -> bool:
         """Whether other processes hold parts of the batch."""
         return self.sync and sync.is_distributed()
@@ -237,7 +246,7 @@ class CBN(NormLayer):
             ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
                 has one value per channel and the window is empty.
             RuntimeError: The layer trains with a window above 1 and was not linked, what feeds
-                it is no plain convolution, or a training step is traced or exported.
+                it cannot be followed, or a training step is traced or exported.
         """
         self._check_input_dim(input)
         if not self.training:
@@ -338,7 +347,7 @@ class CBN(NormLayer):
         running statistics, which resets them and sets ``momentum`` to None, and then runs forwards
         that no ``step`` follows.
         """
-        if self._was_reset and self.momentum is None:
+        if self.is_reset_by_torch():
             return True
         if "_is_replica" in self.__dict__:
             raise self.refusal(

@@ -29,7 +29,7 @@ from .layer import check_count, is_number, is_recomputation
 from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
-from .window import LARGEST, MovingWindow, Past, Surprise, Window, grow, growth, pasts
+from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts
 
 _MANY = 10  # forwards without a step
 
@@ -70,7 +70,7 @@ class Iteration:
         self.scale: float | Tensor = 1.0
         self._scaler: object = None
         self._calls: dict[CBN, int] = {}
-        self._gammas: dict[CBN, Tensor] = {}
+        self._gammas: dict[CBN, tuple[Tensor, int]] = {}
         self._marked: list[weakref.ref[Tensor]] = []
         self._made: list[weakref.ref[Record]] = []  # since the last step
         self._trains = False  # whether the model's forward runs, with a layer that trains
@@ -133,6 +133,7 @@ class Iteration:
         self._forwards += 1
         # Of a model that has trained only those that cannot be a closure's, which is repeated.
         is_gathering = not (self._has_stepped and torch.is_grad_enabled())
+        is_gathering &= not any(each.is_reset_by_torch() for each in layers)
         if self._forwards == _MANY and is_gathering:
             warnings.warn(
                 f"CBN: {_MANY} forwards in training mode, and cbn_mmdet.step(model) was not called "
@@ -205,7 +206,10 @@ class Iteration:
             window.known = None
         weight, bias = (None, None) if source is None else source[:2]
         past = window.past(weight, bias, statistics_dtype(y.dtype))
-        return Call(window, source, past, self._gammas.get(layer), repeats)
+        gamma, version = self._gammas.get(layer, (None, None))
+        if version != kernels.version_of(layer._parameters.get("weight")):
+            gamma = None
+        return Call(window, source, past, gamma, repeats)
 
     def _check_repetition(self, layer: CBN, calls: int) -> None:
         if calls > 1 and layer.window_size != 1:  # in a burn-in, too, before its time is lost
@@ -441,18 +445,23 @@ def _is_within_itself(model: nn.Module) -> bool:
     return calls != 1  # none is found in compiled code, which is not to tell
 
 
-def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, Tensor]:
-    """Copies of the layers' scales, of all together: an optimiser moves them before ``step``."""
+def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, tuple[Tensor, int]]:
+    """Copies of the layers' scales, of all together, and the versions that they are of.
+
+    An optimiser moves the scales before ``step``.
+    """
     alike = defaultdict(list)
     for layer in layers:
-        gamma = layer._parameters["weight"]
-        if type(gamma) is nn.Parameter and layer.training:  # else FSDP's, which comes and goes
+        gamma = layer._parameters.get("weight")
+        is_whole = type(gamma) is nn.Parameter and len(gamma) == layer.num_features
+        if is_whole and layer.training:  # else FSDP's, which comes and goes
             alike[gamma.device, gamma.dtype].append(layer)
     copies = {}
     for of in alike.values():
         gammas = [layer._parameters["weight"] for layer in of]
         parts = torch.split_with_sizes(torch.cat(gammas).detach(), [len(each) for each in gammas])
-        copies.update(zip(of, parts, strict=True))
+        versions = [kernels.version_of(each) for each in gammas]
+        copies.update(zip(of, zip(parts, versions, strict=True), strict=True))
     return copies
 
 
@@ -603,7 +612,7 @@ def set_window(model: nn.Module, size: int | None) -> None:
     if size is not None:
         check_count("CBN", "size", size, "the window size to put in force, or None")
         largest = max(
-            (LARGEST if layer.window_size == "auto" else layer.window_size for layer in layers),
+            (layer.own_window_size for layer in layers),
             default=size,
         )
         if size > largest:

@@ -15,6 +15,7 @@ input. Both are asked in each forward, as what a module does may change.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .layer import NormLayer
+from .layer import NormLayer, is_recomputation
 from .moments import Source
 
 _MARK = "_cbn_mark"  # the attribute of a tensor
@@ -167,7 +168,8 @@ def source_of(
     fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
     if module is not None and not any(each.requires_grad for each in module.parameters()):
         return Source(None, None), ""  # it never changes
-    if graph is None or _is_checkpointed():
+    # What a checkpoint repeats ran without gradients, and did not know the source either.
+    if graph is None or is_recomputation() or _is_checkpointed():
         return None, (
             f"{fed}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, and "
             "this forward runs without gradients, as that of activation checkpointing does (turn "
@@ -178,19 +180,27 @@ def source_of(
     weight = graph._saved_weight if is_convolution else module._parameters.get("weight")
     if weight is None or not weight.requires_grad:
         return None, f"{fed}, which has no weight of its own that trains"
+    channels, groups = y.shape[1], graph._saved_groups if is_convolution else None
     bias = None if module is None else module._parameters.get("bias")
-    source = Source.by_autograd(weight, bias, graph._saved_groups if is_convolution else None)
-    if len(source.weight) != y.shape[1] or not (is_known or _has_rows_of_channels(source, y)):
-        return None, f"{fed}, whose weight has not one row for each of its {y.shape[1]} channels"
-    return source, ""
+    if bias is not None and bias.shape != (channels,):
+        bias = None  # taken as a constant
+    rows = 0 if weight.dim() == 0 else len(weight)
+    if groups is not None:
+        rows = groups * weight.shape[1]
+    if rows == channels:
+        source = Source.by_autograd(weight, bias, groups)
+        if is_known or _has_rows_of_channels(source, y):
+            return source, ""
+    return None, f"{fed}, whose weight has not one row for each of its {channels} channels"
 
 
 def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
     """Whether each channel is a function of its own row alone: that of ``Linear`` is no channel."""
     with torch.no_grad():
         channels = y.shape[1]
-        number = torch.arange(1, channels + 1, device=y.device).view(-1, 1, 1) / channels
-        least = channels / max(y.numel(), 1)  # so that sums stay in the range of half precision
+        number = torch.arange(1, channels + 1, device=y.device).view(-1, 1, 1) / channels + 1
+        # So that sums stay in the range of half precision, and numbers out of its subnormal one.
+        least = max(channels / max(y.numel(), 1), 2.0**-12)
         one, each = (
             source.rows(
                 # A bias may be there and not be used.
@@ -202,7 +212,7 @@ def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
             )
         )
         expected = one * number.flatten(1).double()
-        return bool((each - expected).norm() <= 1e-2 * each.norm())
+        return not bool((each - expected).norm() > 1e-2 * each.norm())  # NaN tells nothing
 
 
 def _convolution(graph: torch.autograd.graph.Node) -> Source:
@@ -231,5 +241,11 @@ def _parameter(graph: torch.autograd.graph.Node | None) -> Tensor | None:
 
 def _is_checkpointed() -> bool:
     """Whether a checkpoint that is not reentrant holds back what autograd saves."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        hooks = top(True)
+        return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    frame = sys._getframe()  # before torch 2.8 nothing else tells
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None

@@ -193,7 +193,8 @@ def batch_derivative(
     mean, weight = moments.own_mean, source.weight
     if y.numel() == 0:
         of_var = mean.new_zeros(weight.flatten(1).shape)
-        return Derivative(mean.new_zeros(source.groups, of_var.shape[1]), of_var, mean, mean)
+        groups = len(of_var) if source.input is None else source.groups
+        return Derivative(mean.new_zeros(groups, of_var.shape[1]), of_var, mean, mean)
     if source.input is None:
         of_mean, of_var, var = *_by_autograd(source, y, moments), None
     else:

@@ -1,6 +1,7 @@
 """What people met who trained with batch norms: each case with the value that is right."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -9,6 +10,8 @@ from test_hooks.test_cbn_hook import evaluation, log_of, runner
 from test_norm.test_any_layer import CASES, Seen, images, model_of, move
 from test_norm.test_linking import held
 from torch import fx, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import (
     CBN,
@@ -19,6 +22,7 @@ from cbn_mmdet import (
     set_window,
     step,
     to_batchnorm,
+    window_state,
 )
 from cbn_mmdet.norm.reference import Reference
 
@@ -337,3 +341,76 @@ class TestForwardsWithoutAStep:
             warnings.simplefilter("error")
             for _ in range(25):
                 model(images(torch.float32))
+
+
+class TestFoundInReview:
+    def test_a_batch_with_nan_is_dropped_behind_any_layer(self):
+        """Of a module that autograd has to tell of, too."""
+        model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), CBN(4, window_size=4))
+        link(model)
+        for number in range(5):
+            x = torch.randn(1, 3, 8, 8)
+            if number in (1, 2):
+                x[0, 0, 0, 0] = math.nan
+            model(x).sum().backward()
+            if number in (1, 2):
+                with pytest.warns(UserWarning, match="NaN or infinite"):
+                    step(model)
+            else:
+                step(model)
+        assert window_state(model)["1"][0]["seen"] == 3
+
+    def test_where_possible_repeats_what_a_checkpoint_ran(self):
+        """The first forward has no graph to ask, so the repetition must not ask one either."""
+
+        class Doubled(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x) * 2.0
+
+        class Checkpointed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                norm = CBN(4, compensate="where_possible", window_size=4)
+                self.body = nn.Sequential(Doubled(3, 4, 3), norm)
+
+            def forward(self, x):
+                return checkpoint(self.body, x, use_reentrant=True)
+
+        model, outputs = Checkpointed(), []
+        link(model)
+        model.body[1].register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+        with pytest.warns(UserWarning, match="is not compensated") as warned:
+            for _ in range(4):
+                outputs.clear()
+                model(torch.randn(1, 3, 8, 8, requires_grad=True)).square().sum().backward()
+                step(model)
+                assert torch.equal(*outputs)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter += 0.05
+        assert len(warned) == 1
+
+    def test_a_scale_that_a_hook_sets_is_the_gradients(self):
+        def triple(norm, args):
+            nn.init.constant_(norm.weight, 3.0)
+
+        gradients = []
+        for is_hooked in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+            link(model)
+            if is_hooked:
+                model[1].register_forward_pre_hook(triple)
+            else:
+                nn.init.constant_(model[1].weight, 3.0)
+            x = torch.randn(2, 3, 5, 5, requires_grad=True)
+            model(x).pow(3).sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients) and gradients[0].any()
+
+    def test_torchs_update_bn_is_not_warned_of(self, recwarn):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+        link(model)
+        update_bn([torch.randn(2, 3, 5, 5) for _ in range(12)], model)
+        assert model[1].num_batches_tracked == 12
+        assert not [each for each in recwarn if "forwards in training mode" in str(each.message)]

@@ -214,7 +214,7 @@ def test_settings_reach_the_detector(monkeypatch, digits):
         (["--norms", "CBN(size=4)"], "cannot build CBN(size=4): CBN.__init__() got an unexpected"),
         (
             ["--norms", "XN"],
-            "takes BN, GN, SyncBN, BRN, CBN, or CBN(derivative_stride=2), say",
+            "takes BN, GN, SyncBN, BRN, MABN, CBN, or CBN(derivative_stride=2), say",
         ),
         (["--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
         (["--seeds", "0"], "--seeds: takes a whole number of at least 1, got 0"),
