@@ -174,7 +174,7 @@ class CBN(NormLayer):
     @property
     def window_in_force(self) -> int:
         """The largest window size in force: 1 in a burn-in; 64 where the window sets its own."""
-        own = self.own_window_size
+        own = self.own_window_size if self.window_size == "auto" else self.window_size
         return own if self.window_limit is None else min(self.window_limit, own)
 
     @property

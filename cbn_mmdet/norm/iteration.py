@@ -132,9 +132,10 @@ class Iteration:
         self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
         # Of a model that has trained only those that cannot be a closure's, which is repeated.
-        is_gathering = not (self._has_stepped and torch.is_grad_enabled())
-        is_gathering &= not any(each.is_reset_by_torch() for each in layers)
-        if self._forwards == _MANY and is_gathering:
+        is_gathering = self._forwards == _MANY and not (
+            self._has_stepped and torch.is_grad_enabled()
+        )
+        if is_gathering and not any(each.is_reset_by_torch() for each in layers):
             warnings.warn(
                 f"CBN: {_MANY} forwards in training mode, and cbn_mmdet.step(model) was not called "
                 "after any: running statistics and windows stay as they are. Call it after each, "
