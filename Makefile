@@ -125,7 +125,7 @@ test: lint $(OUTSIDE)
 	  --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
 
 sweep: $(READY)
-	$(RUN) -m pytest -n $(MAX_JOBS) -m sweep tests/test_configs.py $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(MAX_JOBS) -m sweep tests/test_configs.py tests/test_zoo.py $(PYTEST_ARGS)
 
 gpu: $(READY)
 	$(RUN) studies/gpu.py $(GPU_ARGS)

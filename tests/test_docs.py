@@ -93,6 +93,7 @@ RUN_BY = {
         for name in names.split()
     },
     r"make gpu( GPU_ARGS=.*)?|python studies/gpu\.py .*": "test_studies/test_gpu.py",
+    r"python tests/zoo\.py": "test_zoo.py",
     r"tools/dist_train\.sh .*": "test_distributed.py",
     r"tools/dist_test\.sh .*": "test_distributed.py",
     r"mim=.*|python \$mim/tools/train\.py .*|mim train mmdet .*": "test_wheel.py",
