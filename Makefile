@@ -74,9 +74,9 @@ $(READY): requirements.txt pyproject.toml .venv/bin/python
 	@$(FAIL); $(RUN) -c "$$CAN_COMPILE"; [ $$? -ne 3 ] || \
 	  fail "torch sees a GPU, but there is no CUDA toolkit (nvcc) to compile mmcv with;" \
 	    "install one, or hide the GPU: export CUDA_VISIBLE_DEVICES="
-	@# Without debug information, which takes half of the compiler's time.
+	@# Python's own flags, but for debug information, which takes half of the compiler's time.
 	@echo "Next, mmcv's operators compile, unless pip has them cached: some minutes."
-	CFLAGS="$$CFLAGS -g0" $(PIP) --no-build-isolation -r requirements.txt -e '.[dev]'
+	CFLAGS="$${CFLAGS:--O3 -DNDEBUG -fwrapv -g0}" $(PIP) --no-build-isolation -r requirements.txt -e '.[dev]'
 	@# Both OpenCV distributions fill the same package, and only this one runs without libGL.
 	$(PIP) --no-deps --force-reinstall -c requirements.txt opencv-python-headless
 	@$(FAIL); \
