@@ -32,6 +32,11 @@ def give_ssd_its_loss(model):
     model.bbox_head.loss_cls = None
 
 
+WITHOUT_MMPRETRAIN = (
+    "needs mmpretrain, which is not installed (beside it reid, of four crops, and timm_example "
+    "train, 53 layers each, and convnext has layer norms alone)"
+)
+
 # By folder a config, and what it needs: images of another size or count, options of the norm, a
 # part of the model alone, a mend of what is built. Of those that cannot be tried here, what the
 # failure says and the reason in words.
@@ -63,7 +68,7 @@ ZOO = {
     "conditional_detr": dict(config="conditional-detr_r50_8xb2-50e_coco"),
     "convnext": dict(
         config="mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco",
-        fails=("mmpretrain|PYTHONPATH", "needs mmpretrain, which is not installed"),
+        fails=("mmpretrain|PYTHONPATH", WITHOUT_MMPRETRAIN),
     ),
     "cornernet": dict(config="cornernet_hourglass104_8xb6-210e-mstest_coco", size=256),
     "crowddet": dict(config="crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman"),
@@ -166,12 +171,12 @@ ZOO = {
     "queryinst": dict(
         config="queryinst_r50_fpn_1x_coco",
         no_prediction="inconsistent with step sign",
-        note="untrained it predicts boxes outside the image, whose masks MMDetection cannot paste",
+        note="untrained, its prediction fails in pasting masks, with BN as well",
     ),
     "regnet": dict(config="faster-rcnn_regnetx-400MF_fpn_ms-3x_coco"),
     "reid": dict(
         config="reid_r50_8xb32-6e_mot17train80_test-mot17val20",
-        fails=("mmpretrain|PYTHONPATH", "needs mmpretrain, which is not installed"),
+        fails=("mmpretrain|PYTHONPATH", WITHOUT_MMPRETRAIN),
     ),
     "reppoints": dict(config="reppoints-moment_r50_fpn-gn_head-gn_1x_coco"),
     "res2net": dict(config="faster-rcnn_res2net-101_fpn_2x_coco"),
@@ -214,7 +219,7 @@ ZOO = {
     "swin": dict(config="mask-rcnn_swin-t-p4-w7_fpn_1x_coco"),
     "timm_example": dict(
         config="retinanet_timm-tv-resnet50_fpn_1x_coco",
-        fails=("mmpretrain|PYTHONPATH", "needs mmpretrain, which is not installed"),
+        fails=("mmpretrain|PYTHONPATH", WITHOUT_MMPRETRAIN),
     ),
     "tood": dict(
         config="tood_r50_fpn_1x_coco",
@@ -282,7 +287,7 @@ def with_norm(node, norm=NORM):
     if isinstance(node.get("init_cfg"), dict) and "checkpoint" in node["init_cfg"]:
         node["init_cfg"] = None
     if "pretrained" in node:
-        node["pretrained"] = None
+        node["pretrained"] = False if isinstance(node["pretrained"], bool) else None
     return node
 
 
@@ -555,6 +560,7 @@ def trial(folder, kind):
         except RuntimeError as error:
             if entry.get("no_prediction", str(error) + " ") not in str(error):
                 raise
+            result["fails"] = "prediction"
     return result
 
 
@@ -577,26 +583,34 @@ def run(folder, norm="CBN"):
     return dict(reason=why) if re.search(fails, found["reason"]) else found
 
 
+def row(folder, found):
+    """The line of the table of a config that trains."""
+    ways = [str(found.get(way, 0) or "") for way in ("closed", "autograd", "naive")]
+    ran = sum(found.get(way, 0) for way in WAYS)
+    notes = [f"{found['converted']} by `from_batchnorm`"] if found["converted"] else []
+    notes += [f"{found['fixed']} of weights that do not train"] if "fixed" in found else []
+    notes += [f"of {found['layers']} layers"] if ran < found["layers"] else []
+    notes += [ZOO[folder]["note"]] if "note" in ZOO[folder] else []
+    cells = folder, f"`{ZOO[folder]['config']}`", str(ran), *ways, ", ".join(notes)
+    return f"| {' | '.join(cells)} |"
+
+
 def table(results):
     """What came out, in Markdown: who trains, and who does not and why."""
     trained = {folder: found for folder, found in results.items() if not found["reason"]}
     lines = ["| folder | config | CBN layers | closed form | autograd | not compensated | |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for folder, found in trained.items():
-        ways = [str(found.get(way, 0) or "") for way in ("closed", "autograd", "naive")]
-        ran = sum(found.get(way, 0) for way in WAYS)
-        notes = [f"{found['converted']} by `from_batchnorm`"] if found["converted"] else []
-        if ran < found["layers"]:
-            notes.append(f"of {found['layers']} layers")
-        notes += [ZOO[folder]["note"]] if "note" in ZOO[folder] else []
-        cells = folder, f"`{ZOO[folder]['config']}`", str(ran), *ways, ", ".join(notes)
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [row(folder, found) for folder, found in trained.items()]
     lines += ["", "| not tried | why |", "|---|---|"]
     for why in dict.fromkeys(found["reason"] for found in results.values() if found["reason"]):
         folders = [folder for folder, found in results.items() if found["reason"] == why]
         lines.append(f"| {', '.join(folders)} | {why} |")
     total = sum(found.get(way, 0) for found in trained.values() for way in WAYS)
-    lines += ["", f"{len(trained)} of {len(results)} folders, {total} layers."]
+    predict = sum("fails" not in found for found in trained.values())
+    lines += [
+        "",
+        f"{len(trained)} of {len(results)} folders train, {predict} predict; {total} layers.",
+    ]
     return "\n".join(lines)
 
 
