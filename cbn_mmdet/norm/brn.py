@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import NormLayer, check_count, check_values, is_momentum, is_number, is_recomputation
+from .layer import NormLayer, check_count, check_tracking, check_values, is_number, is_recomputation
 from .moments import batch_moments
 
 
@@ -77,14 +77,10 @@ class BRN(NormLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("BRN", "num_features", num_features, "the number of channels")
-        tracked = "True (type='BN' does without running statistics)"
+        own = num_features, eps, momentum, affine, track_running_stats
+        check_tracking("BRN", *own)
         check_values(
             "BRN",
-            ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
-            ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
-            ("affine", affine, isinstance(affine, bool), "True or False"),
-            ("track_running_stats", track_running_stats, track_running_stats is True, tracked),
             ("r_max", r_max, is_number(r_max) and r_max >= 1, "a finite number of at least 1"),
             ("d_max", d_max, is_number(d_max) and d_max >= 0, "a finite number of at least 0"),
         )
@@ -92,9 +88,7 @@ class BRN(NormLayer):
         for name, end, limit in (("r_end", r_end, "r_max"), ("d_end", d_end, "d_max")):
             meaning = f"the step that reaches {limit}, not before the end of warmup"
             check_count("BRN", name, end, meaning, warmup)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
+        super().__init__(*own, device=device, dtype=dtype)
         self.r_max = r_max
         self.d_max = d_max
         self.warmup = warmup

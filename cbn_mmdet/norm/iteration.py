@@ -154,15 +154,15 @@ class Iteration:
                 if window.seen == 0:
                     continue
                 conv = None if window.conv is None else window.conv()
-                weight = bias = None
+                weight, bias, is_plain = None, None, linking.is_plain(conv)
                 if window.h is not None:
                     # A hook may set weight.data first, which nothing would tell of.
-                    if not linking.is_plain(conv) or conv._forward_pre_hooks:
+                    if not is_plain or conv._forward_pre_hooks:
                         continue  # left to its own layer
                     weight = conv._parameters["weight"]
                     if not window.fits(weight):
                         continue
-                if layer.compensate and linking.is_plain(conv):
+                if layer.compensate and is_plain:
                     bias = conv.bias
                 if weight is None:
                     key = window.device, torch.float32

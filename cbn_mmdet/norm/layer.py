@@ -101,6 +101,21 @@ def check_values(kind: str, *rows: tuple[str, object, bool, str]) -> None:
             raise ValueError(f"{kind}: {name} must be {right}, got {value!r}.")
 
 
+def check_tracking(
+    kind: str, num_features: object, eps: object, momentum: object, affine: object, tracks: object
+) -> None:
+    """Refuses arguments of a norm that needs running statistics in training."""
+    check_count(kind, "num_features", num_features, "the number of channels")
+    tracked = "True (type='BN' does without running statistics)"
+    check_values(
+        kind,
+        ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
+        ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
+        ("affine", affine, isinstance(affine, bool), "True or False"),
+        ("track_running_stats", tracks, tracks is True, tracked),
+    )
+
+
 def is_momentum(value: object) -> bool:
     """Whether ``value`` can be a weight of running statistics, or None for their plain average."""
     return value is None or (is_number(value) and 0 <= value <= 1)

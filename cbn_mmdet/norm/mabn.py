@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .layer import NormLayer, check_count, check_values, is_momentum, is_number, is_recomputation
+from .layer import NormLayer, check_count, check_tracking, check_values, is_number, is_recomputation
 from .moments import batch_moments
 
 
@@ -79,21 +79,17 @@ class MABN(NormLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("MABN", "num_features", num_features, "the number of channels")
+        own = num_features, eps, momentum, affine, track_running_stats
+        check_tracking("MABN", *own)
         check_count("MABN", "buffer_size", buffer_size, "the batches in a window")
         check_count("MABN", "warmup", warmup, "the steps with the batch's own statistics", 0)
         check_count("MABN", "r_warmup", r_warmup, "the steps without r, warmup's included", warmup)
-        tracked = "True (type='BN' does without running statistics)"
         check_values(
             "MABN",
-            ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
-            ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
-            ("affine", affine, isinstance(affine, bool), "True or False"),
-            ("track_running_stats", track_running_stats, track_running_stats is True, tracked),
             ("r_max", r_max, is_number(r_max) and r_max >= 1, "a finite number of at least 1"),
         )
         factory = dict(device=device, dtype=dtype)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        super().__init__(*own, **factory)
         self.buffer_size, self.warmup = buffer_size, warmup
         self.r_warmup, self.r_max = r_warmup, r_max
         for name in ("second_moments", "gradient_moments"):
