@@ -381,7 +381,7 @@ class Iteration:
             return keep, clamped
         of_each = zip(records, keep, vectors.split(surprise.values.float()), strict=True)
         for place, (record, is_kept, values) in enumerate(of_each):
-            window, (product, now, last) = record.window, told[3 * place : 3 * place + 3]
+            window, (now, product, _, last) = record.window, told[4 * place : 4 * place + 4]
             # Of a batch that is spread all processes learn, that their shares stay equal.
             if (is_kept or record.is_spread) and now * last > 0:
                 window.learn(product / math.sqrt(now * last))

@@ -242,19 +242,22 @@ def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tens
     """``sum_p w_cp m_gp`` and ``sum_p w_cp h_cp``.
 
     By elements, which on the CPU is a fourth of a batched product's time. On a GPU that may use
-    TF32 for products of matrices, these would round each weight by as much as it moves in an
-    iteration, and the difference between two products would be lost: there, the reduction of
-    batch norm's backward pass does it in one launch, without a copy of the weight's size.
+    TF32 for products of matrices (but not of a matrix and a vector), these would round each weight
+    by as much as it moves in an iteration, and the difference between two products would be lost:
+    there, the reduction of batch norm's backward pass does it in one launch, without a copy of the
+    weight's size.
     """
     (groups, patch), channels = m.shape, h.shape[0]
     m, w = m.to(dtype), w.reshape(channels, patch).to(dtype)
-    if is_gpu(h):
-        by_channel = m[:, None].expand(groups, channels // groups, patch).reshape(channels, patch)
-        return _products_of_rows(w, by_channel), _products_of_rows(w, h.to(dtype))
     if groups == 1:
         of_mean = torch.mv(w, m[0])
+    elif is_gpu(h):
+        by_channel = m[:, None].expand(groups, channels // groups, patch).reshape(channels, patch)
+        of_mean = _products_of_rows(w, by_channel)
     else:
         of_mean = (w.view(groups, -1, patch) * m[:, None]).sum(2).view(channels)
+    if is_gpu(h):
+        return of_mean, _products_of_rows(w, h.to(dtype))
     of_var = [(part * w[rows]).sum(1) for rows, part in in_dtype(h, dtype)]
     return of_mean, of_var[0] if len(of_var) == 1 else torch.cat(of_var)
 

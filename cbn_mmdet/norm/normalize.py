@@ -276,8 +276,10 @@ def new_averages(vectors: Vectors) -> Tensor:
         now = now / vectors.spread([record.moments.count for record in records])
     now = now / _scale(records[0], now)
     past = vectors.cat([record.past and record.window.sums for record in records], now)
-    shares = [0.0 if record.sums is None else record.share for record in records]
-    return past.lerp(now, vectors.spread(shares))
+    share = vectors.share
+    if None in sums:
+        share = vectors.spread([0.0 if each.sums is None else each.share for each in records])
+    return past.lerp(now, share)
 
 
 def _scale(record: Record, like: Tensor) -> float | Tensor:

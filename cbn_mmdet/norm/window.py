@@ -489,8 +489,8 @@ class Surprise(NamedTuple):
 
     Attributes:
         values: ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``.
-        agreement: Of each window's ``z_t`` with its last one, ``(L, 3)``: ``z_t z_{t-1}``,
-            ``z_t^2`` and ``z_{t-1}^2``, summed over channels.
+        agreement: Of each window's ``z_t`` with its last one, ``(L, 4)``: ``z_t^2``, ``z_t
+            z_{t-1}`` twice and ``z_{t-1}^2``, summed over channels.
     """
 
     values: Tensor
@@ -501,9 +501,9 @@ class Surprise(NamedTuple):
         """The surprises of an iteration."""
         now = vectors.distance * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
         last = [each.past and each.window.surprise for each in vectors.records]
-        last = vectors.cat(last, 0.0)
-        each = torch.stack((now * last, now * now, last * last), 1)
-        return cls(now, kernels.segment_sums(each, vectors.sizes))
+        both = torch.stack((now, vectors.cat(last, 0.0)), 1)
+        products = both[:, :, None] * both[:, None]
+        return cls(now, kernels.segment_sums(products.view(-1, 4), vectors.sizes))
 
 
 class Growth(NamedTuple):
@@ -524,13 +524,14 @@ def growth(vectors: Vectors) -> Growth:
     # m . w and h . w of the batch, M . w and H . w of the past.
     ofs, nothing = [record.derivative for record in records], torch.zeros_like(union)
     batch_at = vectors.cat_pairs([of and (of.mean_at, of.half_var_at) for of in ofs], nothing)
-    batch_at[1] *= 2
+    batch_at[1].mul_(2)
     past_at = vectors.cat_pairs([each.past and each.past.at for each in records], batch_at)
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
     values = union - past_at.lerp(batch_at, share)
-    values[1] -= vectors.distance * (batch_at[0] - past_at[0]) * (2 * share * (1 - share))
+    moved = vectors.distance * (batch_at[0] - past_at[0])
+    values[1].add_(moved * (share * (share - 1)), alpha=2)
     return Growth(values, union[0])
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import cbn_mmdet
-from cbn_mmdet.norm import linking
+from cbn_mmdet.norm import iteration, linking
 
 PACKAGE = str(Path(cbn_mmdet.__file__).parent)
 
@@ -146,6 +146,11 @@ def line():
     return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
+def type_of(value):
+    """Of a parameter that of a real one."""
+    return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else type(value)
+
+
 def clear_caches():
     """Drops matrices that are kept for the next iteration: they have values, or have none."""
     for name, module in list(sys.modules.items()):
@@ -172,6 +177,7 @@ def fake_cuda(answer=0.0):
         replace(FakeTensor, "tolist", lambda tensor: watch.tolist(tensor))
         # A parameter is of another type than nn.Parameter here.
         replace(linking, "is_plain", lambda conv: isinstance(conv, torch.nn.Conv2d))
+        stack.enter_context(mock.patch.object(iteration, "type", type_of, create=True))
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         replace(torch.cuda, "is_bf16_supported", lambda: True)
         stack.enter_context(FakeTensorMode())
