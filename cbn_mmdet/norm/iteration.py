@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import kernels, linking
 from .cbn import CBN
 from .layer import check_count, is_number, is_recomputation
-from .moments import Source, statistics_dtype
+from .moments import Source, full_precision, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
 from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts
@@ -169,8 +169,10 @@ class Iteration:
                 else:
                     key = weight.device, statistics_dtype(weight.dtype)
                 alike[key].append((window, weight, bias))
-        for (_, dtype), together in alike.items():
-            for each, past in zip(together, pasts(together, dtype), strict=True):
+        for (device, dtype), together in alike.items():
+            with full_precision(device.type):
+                found = pasts(together, dtype)
+            for each, past in zip(together, found, strict=True):
                 each[0].know(past, *each[1:])
 
     def _clear(self) -> None:

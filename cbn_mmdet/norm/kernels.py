@@ -29,6 +29,7 @@ _SMALL_MAP = 1024
 
 # Up to this many weights, layers alike are faster together, copies included.
 _SMALL_WEIGHT = 1 << 14
+_TINY = 1e-20  # a scale that rounding takes for zero
 _BLOCK = 1 << 17  # numbers that a cache holds
 
 
@@ -57,7 +58,7 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
             return _moments_in_two_reductions(y)
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     # Without float32 running statistics the kernel would return its results in half precision.
-    unused = y.new_ones(2, y.shape[1], dtype=dtype)
+    unused = y.new_empty(2, y.shape[1], dtype=dtype)
     return torch.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
 
 
@@ -102,6 +103,37 @@ def standardize(
     """
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, cudnn)
+
+
+def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """``scale grad + offset + slope y`` of each channel, in the dtype of ``y``.
+
+    In float32: rounding terms that nearly cancel would leave a residue. On a GPU it is one pass, of
+    SyncBN's backward, ``scale (grad - (a + b y) / count)``, :func:`not_zero` of which is taken.
+
+    Args:
+        grad: Incoming gradient, like ``y``, ``(N, C, H, W)``.
+        y: Input of the layer.
+        scale: ``(C, 1, 1)``.
+        rows: The offset and the slope, ``(2, C, 1)``.
+    """
+    if y.is_cuda and y.numel() > 0:
+        scale, like = scale.view(-1), (rows.dtype, y.device)
+        a, b = (rows[:, :, 0] / scale).unbind()
+        none, one = (constant(len(scale), value, *like) for value in (0.0, 1.0))
+        count = constant(1, -1, torch.int32, y.device)  # by which it divides both
+        last = torch.channels_last
+        is_last = y.is_contiguous(memory_format=last)
+        grad = grad.contiguous(memory_format=last if is_last else torch.contiguous_format)
+        return torch.batch_norm_backward_elemt(grad, y, none, one, scale, a, b, count)
+    offset, slope = (row.view(-1, 1, 1) for row in rows)
+    total = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
+    return total if total.dtype == y.dtype else total.to(y.dtype)
+
+
+def not_zero(scale: Tensor) -> Tensor:
+    """The same for :func:`affine_sum`, which on a GPU divides by it."""
+    return torch.where(scale.abs() < _TINY, _TINY, scale) if scale.is_cuda else scale
 
 
 # A convolution's patches.

@@ -41,7 +41,6 @@ batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,7 +159,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         [None] * len(records) if each is None else vectors.split_columns(each)
         for each in (torch.stack(on_means), torch.stack(on_vars), constant)
     ]
-    scale = scale if is_spread else scale.view(-1, 1, 1)
+    scale = kernels.not_zero(scale if is_spread else scale.view(-1, 1, 1))
     parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
     return [Coefficients(*each) for each in zip(*parts, strict=True)]
 
@@ -196,10 +195,7 @@ def _backward(ctx, grad):
         rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
         grad_y = grad_weight = grad_bias = None
         if needs_y:
-            offset, slope, scale = (each.view(-1, 1, 1) for each in (*rows[:2], of.scale))
-            # In float32: rounding terms that nearly cancel would leave a residue.
-            grad_y = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
-            grad_y = grad_y if grad_y.dtype == y.dtype else grad_y.to(y.dtype)
+            grad_y = kernels.affine_sum(grad, y, of.scale.view(-1, 1, 1), rows[:2])
         if needs_bias:
             grad_bias = (rows[2] if len(rows) == 4 else rows[2] + rows[4]).view(-1)
         if needs_weight:
@@ -220,8 +216,8 @@ def _backward(ctx, grad):
     )
 
 
-def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Sequence[Tensor]:
-    """The rows that :class:`Coefficients` describes, each ``(C, 1)``, from sums of ``(C,)``."""
+def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
+    """The rows that :class:`Coefficients` describes, ``(K, C, 1)``, from sums of ``(C,)``."""
     first = record.original or record
     if record.backward == "full":
         first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
@@ -233,12 +229,10 @@ def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> 
         rows = torch.addcmul(of.constant, of.on_mean, on_mean)
         # Once for a forward, whose gradient may come in several backward passes.
         first.is_constant_used = True
-    return rows.addcmul_(of.on_var, on_var).unbind()
+    return rows.addcmul_(of.on_var, on_var)
 
 
-def _rows_of_all(
-    record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor
-) -> Sequence[Tensor]:
+def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
     """The same where the batch is spread: what y is to receive comes from all processes."""
     own_mean, own_var = of.scale * on_mean, of.scale * on_var
     # -U - 2 S (mu - mu_bar) and -2 S of all, back to x_hat's centre and scale. Each has its own
@@ -248,7 +242,7 @@ def _rows_of_all(
     sums = joint_sum(torch.addcmul(own_mean, slope, distance) * share, slope * share)
     all_mean, slope = (each / share for each in sums)
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
-    rows = list(_rows(record, of, all_mean, slope / of.r))
+    rows = _rows(record, of, all_mean, slope / of.r)
     own_mean, own_var = own_mean.unsqueeze(1), own_var.unsqueeze(1)
     rows[2] = own_mean * of.on_mean[2] + own_var * of.on_var[2]
     rows[3] = own_var * of.on_var[3]

@@ -53,6 +53,14 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture
+def products_in_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def build(norm, dtype=torch.float64, bias=True, **layer):
     torch.manual_seed(0)
     layer = dict(layer, momentum=0.3)
@@ -180,6 +188,41 @@ class TestTheWaysOfAGPU:
                 for run in (train_as_on_a_gpu, train)
             )
             assert_close(of_gpu[0], in_parts, 1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_affine_sum(dtype, channels_last, device):
+    """Of channels with a scale of zero, too."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    grad, y = (each.to(dtype) for each in torch.randn(2, 3, 5, 4, 7, dtype=torch.float64))
+    scale = torch.tensor([0.0, 1e-25, -1e-3, 1.0, 30.0], dtype=exact)
+    rows = torch.randn(2, 5, 1, dtype=exact)
+    offset, slope, factor = (each.view(-1, 1, 1).double() for each in (*rows, scale))
+    expected = factor * grad.double() + offset + slope * y.double()
+    found = kernels.affine_sum(
+        grad.to(device),
+        y.to(device, memory_format=layout),
+        kernels.not_zero(scale.to(device)).view(-1, 1, 1),
+        rows.to(device),
+    )
+    assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
+    digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_products_with_weights_keep_all_digits(groups, device, products_in_tf32):
+    torch.manual_seed(0)
+    m, h, w = torch.randn(groups, 900), torch.randn(64, 900), torch.randn(64, 900 // 9, 3, 3)
+    found = kernels.weight_products(*([each.to(device)] for each in (m, h, w)), torch.float32)
+    rows, by_channel = w.flatten(1).double(), m.double().repeat_interleave(64 // groups, 0)
+    for one, other in zip(found[0], (by_channel, h.double()), strict=True):
+        torch.testing.assert_close(one.cpu().double(), (rows * other).sum(1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -57,6 +57,20 @@ def moved(conv, distance):
 
 
 @KINDS
+def test_the_past_is_in_full_precision_under_autocast(kind):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 3)
+    model = model_of(conv, kind)
+    window = iterate(model, *(torch.randn(2, 3, 9, 9) for _ in range(3)))
+    moved(conv, 0.1)
+    expected = past_of(window, conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 9, 9))
+    found = model[1]._windows[0].known[0]
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-6, atol=1e-6)
+
+
+@KINDS
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_compensation_against_recomputation(groups, bias, kind):
