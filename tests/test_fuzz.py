@@ -81,7 +81,7 @@ CBN_OPTIONS = {
     "window": lambda value: value in ("moving", "sliding"),
     "window_size": lambda value: is_whole(value, 1) or value == "auto",
     "compensate": is_switch,
-    "backward": lambda value: value in ("full", "own", "window", "current"),
+    "backward": lambda value: value in ("mixed", "full", "own", "window", "current"),
     "derivative_stride": lambda value: value is None or is_whole(value, 1),
     "sync": is_switch,
     "window_dtype": lambda value: value in ("float32", "bfloat16"),
@@ -192,7 +192,7 @@ class TestOptions:
         window=st.sampled_from(["moving", "sliding"]),
         window_size=st.integers(1, 9),
         compensate=st.booleans(),
-        backward=st.sampled_from(["full", "own", "window", "current"]),
+        backward=st.sampled_from(["mixed", "full", "own", "window", "current"]),
         momentum=st.one_of(st.none(), st.floats(0, 1)),
     )
     def test_legal_options_of_norm_cfg_arrive(self, **options):

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import sync
 from .layer import NormLayer, check_choice, check_count, check_values, is_momentum, is_number
 from .moments import Moments, batch_derivative, batch_moments, full_precision
-from .normalize import normalize
+from .normalize import AVERAGES, normalize
 from .record import Record
 from .window import ENDLESS, LARGEST, WINDOW_DTYPES, MovingWindow, Past, SlidingWindow, Window
 
@@ -28,7 +28,8 @@ _WINDOWS = {
     "step": "the forwards of one step of the optimiser",
 }
 _BACKWARDS = {
-    "full": "what the past's images want of common statistics is averaged",
+    "mixed": "what the past's images want of common statistics is averaged, the batch's with it",
+    "full": "what the past's images want is averaged",
     "own": "it is the batch's own",
     "window": "it is left out",
     "current": "the paper's, in which the past is a constant",
@@ -80,8 +81,8 @@ class CBN(NormLayer):
             two images need, it flows to the convolution's weight and bias through the past as well,
             and running statistics are the window's. They differ in what goes on to the layer's
             input: ``'window'`` leaves in it what many images want alike of the common statistics,
-            ``'full'`` takes that off by averages over iterations, ``'own'`` by the batch's own, as
-            batch normalisation does.
+            ``'full'`` takes that off by averages over past iterations, ``'mixed'`` by averages in
+            which the batch is as well, ``'own'`` by the batch's own, as batch normalisation does.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
             of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions. None
             for the largest of 1, 2 and 4 that leaves 256 positions of the batch or more.
@@ -118,7 +119,7 @@ class CBN(NormLayer):
         window: str = "moving",
         window_size: int | str = "auto",
         compensate: bool | str = True,
-        backward: str = "full",
+        backward: str = "mixed",
         derivative_stride: int | None = None,
         sync: bool = False,
         window_dtype: str = "float32",
@@ -323,7 +324,7 @@ class CBN(NormLayer):
         dtype, weight, bias = record.mean.dtype, None, None
         if call.source is not None:  # else the past is a constant
             record.backward, record.scale = self.backward, self._iteration.scale
-            if self.backward == "full" and record.past is not None:
+            if self.backward in AVERAGES and record.past is not None:
                 record.averages = record.window.sums
             # Of a convolution that ran without gradients the weight gets none this way either.
             if record.past is not None and self.backward != "current" and y.requires_grad:

@@ -10,13 +10,19 @@ eps)^-1/2`` and ``x_hat = (y - mu_bar) r``,
 The current batch, of ``M`` positions per channel, is the share ``s`` of the union. With ``g``, the
 gradient of the loss in ``z`` times ``gamma``, what reaches ``y`` is
 
-    current, window    dL/dy = r [g - s (E[g] + x_hat E[g x_hat])]
-    full               dL/dy = r [g - s (E[g] + x_hat E[g x_hat]) - (1 - s) (E_b + x_hat E_g)]
-    own                dL/dy = r [g -   (E[g] + x_hat E[g x_hat])]
+    dL/dy = r [g - s (E[g] + x_hat E[g x_hat]) - (1 - s) (e_b + x_hat e_g)]
+
+    current, window    e_b = e_g = 0
+    full               e_b, e_g = E_b, E_g
+    own                e_b, e_g = E[g], E[g x_hat]
+    mixed              s (E[g], E[g x_hat]) + (1 - s) (E_b, E_g)
 
 The first is the derivative with the past as a constant. The common part of the gradient that batch
 normalisation takes off is then left in but for the share ``s``: ``full`` takes the rest off as the
-averages ``E_b`` and ``E_g`` of both sums over past iterations, ``own`` as the batch's own.
+averages ``E_b`` and ``E_g`` of both sums over past iterations, ``own`` as the batch's own. The
+averages are right in the mean, and leave in what one batch pulls beside it, which goes on to
+earlier layers, whose doing no window sees at once; to take off the batch's own leaves little to
+learn from where maps have few positions. ``mixed`` takes the averages that the batch has entered.
 
 The past's statistics ``mu_p`` and ``V`` depend on today's weight and bias as well. The paper
 (``current``) takes them as constants. Otherwise, with ``U = dL/d mu_bar = -r M E[g]``, ``S = dL/d
@@ -27,8 +33,8 @@ sigma2 = -1/2 r^2 M E[g x_hat]`` and ``d = mu - mu_p``,
 which the window passes on to the weight; the bias moves ``mu_p`` as it is. Without this share the
 weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image per
 batch training fails. Weight and bias are to have this gradient whatever goes on to the input, so
-they are given back what ``full`` and ``own`` take off ``dL/dy``: with ``(e_b, e_g)`` for ``(E_b,
-E_g)`` or ``(E[g], E[g x_hat])``, and ``E[x_hat phi] = r (h / 2 + (mu - mu_bar) m)``,
+they are given back what these take off ``dL/dy``: with ``E[x_hat phi] = r (h / 2 + (mu - mu_bar)
+m)``,
 
     dL/dw += (1 - s) r M (e_b m + e_g E[x_hat phi])
     dL/db += (1 - s) r M (e_b + e_g r (mu - mu_bar))
@@ -36,7 +42,7 @@ E_g)`` or ``(E[g], E[g x_hat])``, and ``E[x_hat phi] = r (h / 2 + (mu - mu_bar) 
 If the current batch is spread over processes, which may differ in their estimate of the past, each
 position receives the sum of what reaches it from all of them: with the mean ``mu`` of the current
 batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S
-(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``; in ``own`` without ``s``.
+(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``, with the part of ``own`` added to ``s``.
 """
 
 from __future__ import annotations
@@ -52,6 +58,10 @@ from . import kernels
 from .moments import full_precision
 from .record import Record, Vectors
 from .sync import joint_sum
+
+
+AVERAGES = ("full", "mixed")  # the gradients that keep them
+GIVES_BACK = ("full", "mixed", "own")
 
 
 def normalize(
@@ -119,7 +129,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     count = own_count
     if is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-    off = each * ((-1 if backward == "own" else -share) / count)
+    off = each * -(_taken_off(backward, share) / count)
     rest = each * (share - 1)  # of dL/d mu_bar, to the past
     on_var = rest * r  # twice that of dL/d sigma2
     masks = [record.past and record.past.mask for record in records]
@@ -129,24 +139,24 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     slope = off * r
     on_means = [off, nothing, rest, nothing]
     on_vars = [(slope * mean).neg_(), slope, on_var * vectors.distance * -share, of_var]
-    own_distance = mean  # of what is given back
-    if backward in ("full", "own"):
+    if backward in GIVES_BACK:
         own_mean = vectors.batch[0]
         if is_spread:
             own_mean = torch.cat([record.moments.own_mean for record in records])
         own_distance = own_mean - mean
-    constant = None
-    if backward == "own":
-        part = own_count / count
-        back = on_var * -part
-        on_means += [rest * -part, nothing]
-        on_vars += [back * own_distance, back / 2]
-    if backward == "full":
         on_means += [nothing, nothing]
         on_vars += [nothing, nothing]
+    of_batch, constant = _of_batch(backward, share), None
+    if backward in ("own", "mixed"):
+        part = own_count / count * -of_batch
+        back = on_var * part
+        on_means[4] = rest * part
+        on_vars[4:] = back * own_distance, back / 2
+    if backward in AVERAGES:
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
-            e_b, e_g = vectors.cat(averages, 0.0) * (r * (1 - share) * _scale(records[0], r))
+            rest = r * (1 - share) * ((1 - of_batch) * _scale(records[0], r))
+            e_b, e_g = vectors.cat(averages, 0.0) * rest
             e_g = e_g * r
             back = e_g * own_count
             constant = torch.stack(
@@ -219,7 +229,7 @@ def _backward(ctx, grad):
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
     """The rows that :class:`Coefficients` describes, ``(K, C, 1)``, from sums of ``(C,)``."""
     first = record.original or record
-    if record.backward == "full":
+    if record.backward in AVERAGES:
         first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
         first.add_sums(on_mean, on_var)
     on_mean, on_var = on_mean.unsqueeze(1), on_var.unsqueeze(1)
@@ -238,7 +248,7 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     # -U - 2 S (mu - mu_bar) and -2 S of all, back to x_hat's centre and scale. Each has its own
     # share of the batch, which the rows have once more.
     distance, slope = record.moments.mean - record.mean, own_var * of.r
-    share = 1.0 if record.backward == "own" else record.share
+    share = _taken_off(record.backward, record.share)
     sums = joint_sum(torch.addcmul(own_mean, slope, distance) * share, slope * share)
     all_mean, slope = (each / share for each in sums)
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
@@ -247,6 +257,18 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     rows[2] = own_mean * of.on_mean[2] + own_var * of.on_var[2]
     rows[3] = own_var * of.on_var[3]
     return rows
+
+
+def _of_batch(backward: str, share: float | Tensor) -> float | Tensor:
+    """The part of the batch's own sums in ``(e_b, e_g)``."""
+    return {"own": 1.0, "mixed": share}.get(backward, 0.0)
+
+
+def _taken_off(backward: str, share: float | Tensor) -> float | Tensor:
+    """The part of them in all that is taken off what goes on to ``y``."""
+    if backward == "mixed":
+        return share * (2 - share)
+    return 1.0 if backward == "own" else share
 
 
 @torch.no_grad()

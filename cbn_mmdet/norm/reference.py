@@ -59,7 +59,7 @@ class Reference:
         window_size: ``k``, or ``'auto'``.
         eps: Added to the variance.
         compensate: Whether past statistics are moved to today's weights.
-        backward: ``'current'``, ``'window'``, ``'full'`` or ``'own'``.
+        backward: ``'current'``, ``'window'``, ``'full'``, ``'own'`` or ``'mixed'``.
         stride: Every n-th row and column tells the derivative of the variance; None for the
             layer's own choice.
         momentum: Of the running statistics; None for their plain average.
@@ -79,7 +79,7 @@ class Reference:
         window_size: int | str = "auto",
         eps: float = 1e-5,
         compensate: bool = True,
-        backward: str = "full",
+        backward: str = "mixed",
         stride: int | None = 1,
         momentum: float | None = 0.1,
         dtype: torch.dtype | None = None,
@@ -319,9 +319,13 @@ class _Projected(torch.autograd.Function):
         s = reference.share()
         own = g.mean((0, 2, 3)), (g * x_hat).mean((0, 2, 3))
         off = own
-        if reference.backward == "full":
+        if reference.backward in ("full", "mixed"):
+            part = s if reference.backward == "mixed" else 0.0
             averages = reference.averages or (torch.zeros_like(r),) * 2
-            off = [s * now + (1 - s) * past for now, past in zip(own, averages, strict=True)]
+            off = [
+                s * now + (1 - s) * (part * now + (1 - part) * past)
+                for now, past in zip(own, averages, strict=True)
+            ]
             reference.sums = own
         grad_y = _maps(r) * (g - _maps(off[0]) - x_hat * _maps(off[1]))
         return grad_y, None, None, None, None

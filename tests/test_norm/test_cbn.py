@@ -161,7 +161,7 @@ class TestIsBatchNorm:
             for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
                 assert torch.equal(ours, theirs)
 
-    @pytest.mark.parametrize("backward", ["current", "window", "full", "own"])
+    @pytest.mark.parametrize("backward", ["current", "window", "full", "own", "mixed"])
     @KINDS
     def test_first_iteration_of_an_open_window(self, kind, backward):
         """Nothing in the window yet: BN's output, gradients and running statistics."""
@@ -248,7 +248,7 @@ class TestWindow:
             )
         )
         compensate = draw(st.booleans())
-        backward = draw(st.sampled_from(["full", "own", "window", "current"]))
+        backward = draw(st.sampled_from(["mixed", "full", "own", "window", "current"]))
         groups = draw(st.sampled_from([1, 2]))
         conv = nn.Conv2d(
             2, 4, draw(st.integers(1, 3)), draw(st.integers(1, 2)), 1, groups=groups,
@@ -381,7 +381,7 @@ class TestWindow:
 
     @KINDS
     @pytest.mark.parametrize("compensate", [True, False])
-    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
     def test_running_statistics(self, backward, compensate, kind):
         """The window's, but of the paper's gradient, and first, the batch's with BN's variance."""
         model = linked(kind, 3, backward=backward, compensate=compensate, momentum=0.3)
@@ -430,7 +430,7 @@ class TestWindow:
         assert torch.equal(bare.eval()(x), bn(bare[0](x)))
 
     @KINDS
-    @pytest.mark.parametrize("backward", ["full", "own", "window"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window"])
     @pytest.mark.parametrize("frozen", ["input", "weight", "all but the bias"])
     def test_gradients_of_what_is_frozen_are_not_formed(self, frozen, backward, kind):
         torch.manual_seed(0)
@@ -599,7 +599,7 @@ class TestWindow:
     @KINDS
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("size", [1, 4])
-    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
     def test_checkpointing_records_once(self, backward, size, reentrant, kind):
         torch.manual_seed(0)
         plain = linked(kind, backward=backward)
@@ -624,7 +624,7 @@ class TestWindow:
                     model[0].weight *= 1.01
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(a, b)
-        assert size == 1 or ("sums" in state_of(other)) == (backward == "full")
+        assert size == 1 or ("sums" in state_of(other)) == (backward in ("full", "mixed"))
 
     @KINDS
     def test_an_evaluation_before_the_repetition(self, kind):
@@ -720,7 +720,7 @@ class TestStepWindow:
             assert model[1].window_bytes == 0
         torch.testing.assert_close(model[1].running_var, bn.running_var)
 
-    @pytest.mark.parametrize("backward", ["full", "own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
     def test_compensation_has_nothing_to_do(self, backward):
         """The weights stand still within a step; its gradient may flow through the past."""
         models = self.build(), self.build(CBN, window="step", backward=backward)
@@ -802,7 +802,7 @@ class TestHalfPrecision:
         assert half[0].weight.grad.isfinite().all()
         assert state_of(half)["h"].dtype == torch.float32
 
-    @pytest.mark.parametrize("backward", ["full", "own", "window"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window"])
     @pytest.mark.parametrize("mean", [0, 100])
     def test_gradient_has_no_residue(self, mean, backward):
         """dL/dy sums to 0 over a channel; rounding its terms would leave a common part."""

@@ -32,7 +32,8 @@ SIZES = [(2, 40, 36), (3, 9, 9), (1, 40, 36), (2, 9, 9)]
 LARGE = [(2, 96, 90), (3, 9, 9)]
 SLIDING = dict(window="sliding", window_size=8)
 LAYERS = {
-    "full": dict(),
+    "mixed": dict(),
+    "full": dict(backward="full"),
     "own": dict(backward="own", window_size=8),
     "window": dict(backward="window"),
     "current": dict(backward="current"),
@@ -172,7 +173,7 @@ class TestTheWaysOfAGPU:
     @pytest.mark.parametrize(
         "half", [torch.bfloat16, pytest.param(torch.float16, marks=needs_float16)]
     )
-    @pytest.mark.parametrize("name", ["full", "own", "current", "sliding, bfloat16"])
+    @pytest.mark.parametrize("name", ["mixed", "full", "own", "current", "sliding, bfloat16"])
     def test_autocast(self, name, half):
         expected = train(build(CBN, bias=False, **LAYERS[name]), "cpu")
         model = build(CBN, torch.float32, bias=False, **LAYERS[name])
@@ -236,7 +237,7 @@ def test_brn(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize(
-    "name", ["full", "own", "current", "naive", "bfloat16", "sliding", "sliding, bfloat16"]
+    "name", ["mixed", "full", "own", "current", "naive", "bfloat16", "sliding", "sliding, bfloat16"]
 )
 def test_autocast(name, channels_last, device):
     """To the rounding of bfloat16, and of float16 on a GPU. (A bias has no gradient but that.)"""
@@ -253,7 +254,7 @@ def test_autocast(name, channels_last, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["full", "own", "sliding"])
+@pytest.mark.parametrize("name", ["mixed", "full", "own", "sliding"])
 def test_a_loss_scaler(name, device):
     """Averages of gradients are kept without the scale, wherever the scaler lives."""
     if not hasattr(torch.amp, "GradScaler"):

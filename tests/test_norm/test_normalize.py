@@ -16,7 +16,7 @@ WINDOWS = pytest.mark.parametrize(
 needs_scaler = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="this torch has no scaler for CPUs"
 )
-BACKWARDS = ["current", "window", "full", "own"]
+BACKWARDS = ["current", "window", "full", "own", "mixed"]
 
 
 def build(backward, kind="moving", size=4, affine=True, compensate=True, **kwargs):
@@ -70,7 +70,7 @@ class TestGradcheck:
             parameters = dict(zip(names, tensors[len(inputs) :], strict=True))
             return functional_call(model, parameters, tensors[: len(inputs)] or (x,))
 
-        x, is_full = batch(), model[1].backward == "full"
+        x, is_full = batch(), model[1].backward in ("full", "mixed")
         # What it takes off by averages it gives back, in the first backward pass of a graph alone:
         # up to rounding, which is not zero for a gradient of zero, and not in every pass.
         tolerant = dict(nondet_tol=1e-9, check_undefined_grad=False) if is_full else {}
@@ -81,7 +81,7 @@ class TestGradcheck:
         model = filled("window", kind, size, affine=affine, **conv)
         assert self.check(model, batch().requires_grad_())
 
-    @pytest.mark.parametrize("backward", ["full", "own"])
+    @pytest.mark.parametrize("backward", ["mixed", "full", "own"])
     def test_of_the_parameters(self, backward, conv, affine, kind, size):
         """They have it whatever goes on to the input."""
         assert self.check(filled(backward, kind, size, affine=affine, **conv))

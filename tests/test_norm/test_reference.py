@@ -131,7 +131,7 @@ def gradients(reference, x, target):
     return torch.autograd.grad((output * target).sum(), [x, *reference.conv.parameters()])
 
 
-@pytest.mark.parametrize("backward", ["current", "window", "full", "own"])
+@pytest.mark.parametrize("backward", ["current", "window", "full", "own", "mixed"])
 def test_without_a_past_every_gradient_is_batch_normalisations(backward):
     conv, x = conv_of(), batch()
     target = torch.randn(2, 4, 6, 5, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_what_goes_on_to_the_input():
     batches = [torch.randn(2, 4, 6, 5, dtype=torch.float64) + i for i in range(3)]
     g = target * torch.linspace(-1, 2, 4).double()[:, None, None]
     averages = torch.randn(2, 4, dtype=torch.float64)
-    for backward in ("current", "window", "full", "own"):
+    for backward in ("current", "window", "full", "own", "mixed"):
         reference = Reference(conv, "moving", 3, backward=backward)
         for x in batches[:2]:
             reference.step(x)
@@ -162,7 +162,9 @@ def test_what_goes_on_to_the_input():
         r = (var + reference.eps).rsqrt()[:, None, None]
         x_hat = (x - mean[:, None, None]) * r
         own = torch.stack((g.mean((0, 2, 3)), (g * x_hat).mean((0, 2, 3))))
-        off = {"own": own, "full": own / 3 + averages * 2 / 3}.get(backward, own / 3)
+        mixed = own * 5 / 9 + averages * 4 / 9
+        off = {"own": own, "full": own / 3 + averages * 2 / 3, "mixed": mixed}
+        off = off.get(backward, own / 3)
         b, c = off[:, :, None, None]
         torch.testing.assert_close(gradients(reference, x, target)[0], r * (g - b - x_hat * c))
 

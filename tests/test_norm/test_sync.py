@@ -23,7 +23,7 @@ WINDOWS = {
 LAYERS = {
     f"{name}, {backward}": dict(window, backward=backward)
     for name, window in WINDOWS.items()
-    for backward in ("full", "own", "window", "current")
+    for backward in ("mixed", "full", "own", "window", "current")
 }
 LAYERS |= {f"{name}, naive": dict(window, compensate=False) for name, window in WINDOWS.items()}
 LAYERS["window 1"] = dict(window="moving", window_size=1)
@@ -198,7 +198,7 @@ class Union:
         sum(losses).backward(retain_graph=True)
         gradients = [parameter.grad.clone() for parameter in self.model.parameters()]
         x_gradients = [x.grad.clone() for x in inputs]
-        if self.norm.compensate and self.norm.backward in ("full", "own"):
+        if self.norm.compensate and self.norm.backward in ("mixed", "full", "own"):
             off = self.taken_off(union, of, losses)
             x_gradients = [
                 torch.autograd.grad(y, x, grad, retain_graph=True)[0]
@@ -235,8 +235,9 @@ class Union:
             at_centre = pull + 2 * (each.mean - now) * slope
             own = [-at_centre / (r * count), -2 * slope / (r * r * count)]
             own = [value.detach() for value in own]
-            if rank.backward == "full":
+            if rank.backward in ("full", "mixed"):
                 rank.sums, s = tuple(own), rank.share()
+                s = s if rank.backward == "full" else 1 - (1 - s) ** 2
                 own = [
                     s * value + (1 - s) * past
                     for value, past in zip(own, rank.averages or (0, 0), strict=True)
