@@ -59,7 +59,6 @@ from .moments import full_precision
 from .record import Record, Vectors
 from .sync import joint_sum
 
-
 AVERAGES = ("full", "mixed")  # the gradients that keep them
 GIVES_BACK = ("full", "mixed", "own")
 

@@ -1352,7 +1352,7 @@ class TestErrors:
             (dict(window=8), "window must be 'moving' .* or 'sliding' .* or 'step' .*got 8"),
             (
                 dict(backward="paper"),
-                "backward must be 'full' .* or 'own' .* or 'window' .* or 'current' .*'paper'",
+                "backward must be 'mixed' .* or 'full' .* or 'own' .* or 'current' .*'paper'",
             ),
             (dict(window_dtype="float16"), "window_dtype must be 'float32' or 'bfloat16', got"),
             (
@@ -1373,8 +1373,8 @@ class TestErrors:
 
     def test_the_defaults(self):
         norm = SyncCBN(4)
-        assert (norm.window, norm.window_size, norm.backward) == ("moving", "auto", "full")
-        assert "window='moving', window_size='auto', compensate=True, backward='full'" in str(norm)
+        assert (norm.window, norm.window_size, norm.backward) == ("moving", "auto", "mixed")
+        assert "window='moving', window_size='auto', compensate=True, backward='mixed'" in str(norm)
 
     @pytest.mark.parametrize("loss_scale", [0, -1.0, float("inf"), True, "1024"])
     def test_a_loss_scale_that_is_none(self, loss_scale):
