@@ -749,7 +749,7 @@ def predicted_bytes(conv, norm):
     if norm.compensate:
         kept += weights + patches
     iterations = norm.window_size - 1 if norm.window == "sliding" else 1
-    averages = 2 * channels if norm.compensate and norm.backward == "full" else 0
+    averages = 2 * channels if norm.compensate and norm.backward in ("full", "mixed") else 0
     return 4 * (iterations * kept + channels + averages)
 
 

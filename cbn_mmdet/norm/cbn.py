@@ -70,8 +70,8 @@ class CBN(NormLayer):
         window_size: The paper's ``k``: a sliding window averages so many iterations, the current
             one included, and in a moving one the current one's share is ``1 / k``. 1 is batch
             normalisation. ``'auto'``, for a moving window: the share sets itself, between 1 and
-            1/64, so that what the past says of the next batch is as likely too high as too low. For
-            the forwards of a step: all of them.
+            1/8, at which it begins, so that what the past says of the next batch is as likely too
+            high as too low. For the forwards of a step: all of them.
         compensate: Whether to move past statistics to the current weights. False is the paper's
             *naive CBN*, which needs no convolution; its gradient takes the past as a constant.
             ``'where_possible'`` is naive where what the layer is handed is no function of a weight
@@ -174,7 +174,7 @@ class CBN(NormLayer):
 
     @property
     def window_in_force(self) -> int:
-        """The largest window size in force: 1 in a burn-in; 64 where the window sets its own."""
+        """The largest window size in force: 1 in a burn-in; 8 where the window sets its own."""
         own = self.own_window_size if self.window_size == "auto" else self.window_size
         return own if self.window_limit is None else min(self.window_limit, own)
 

@@ -614,11 +614,8 @@ def set_window(model: nn.Module, size: int | None) -> None:
         _warn_without_layers(model, "set_window")
     if size is not None:
         check_count("CBN", "size", size, "the window size to put in force, or None")
-        largest = max(
-            (layer.own_window_size for layer in layers),
-            default=size,
-        )
-        if size > largest:
+        largest = max((layer.own_window_size for layer in layers), default=size)
+        if size > largest and not any(layer.window_size == "auto" for layer in layers):
             raise ValueError(
                 f"set_window: size {size} is above the largest window_size of the model's CBN "
                 f"layers, {largest}. Pass at most that, or build the layers with a larger "
@@ -640,7 +637,7 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     Args:
         model: A linked model. (For a part of one, the iteration of the whole ends.)
         loss_scale: What the loss is multiplied by before its backward pass, where
-            ``backward='full'`` keeps averages of gradients: a number that stays the same, or a
+            ``backward='mixed'`` and ``'full'`` average gradients: a number that stays the same, or a
             ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
             needs it before ``step`` tells it: it takes the number that was told last, and asks the
             scaler.)

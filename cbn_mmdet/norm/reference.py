@@ -97,7 +97,7 @@ class Reference:
     def forget(self) -> None:
         """Empties the window."""
         self.past: list[Entry] = []
-        self.seen, self.log_share = 0, 0.0
+        self.seen, self.log_share = 0, -math.log(LARGEST)
         self.surprise = self.averages = None
         self.sums: tuple[Tensor, Tensor] | None = None
 

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from . import kernels
 from .record import Record, Vectors, pairs
 
-# A window that sets its own size: the largest, and how much a surprise changes it. With the former
-# at the momentum of running statistics for batches of one, and the latter some hundred iterations.
-LARGEST = 64
+# A window that sets its own size: the largest, at which it begins, and how much a surprise changes
+# it, over some fifty iterations. Wider ones follow a deep network too late.
+LARGEST = 8
 RATE = 0.02
 
 ENDLESS = 1 << 30  # a window of all that there is
@@ -293,7 +293,7 @@ class MovingWindow(Window):
         super().clear()
         self.values: Tensor | None = None
         self.recorded: Tensor | None = None
-        self.log_share = 0.0
+        self.log_share = -math.log(LARGEST)
 
     @property
     def share(self) -> float:

@@ -24,7 +24,7 @@ from cbn_mmdet import CBN, CBNHook, CmBN, DiagnoseHook, links, window_state
 from cbn_mmdet.norm.reference import Reference
 
 LENGTH = 4  # iterations of an epoch
-OWN = "MovingWindow of its own size up to 64"
+OWN = "MovingWindow of its own size up to 8"
 _runs = itertools.count()
 
 
@@ -395,7 +395,7 @@ class TestResumesWithoutMatchingWindows:
         hook = dict(type="CBNHook", burn_in=14, by_epoch=False)
         run, seen = runner(tmp_path, hook, CBN(4), resume=True, load_from=str(trained(CBN(4))))
         run.train()
-        assert seen == [(1, 0), (1, 0), (64, 0), (64, 1)]
+        assert seen == [(1, 0), (1, 0), (8, 0), (8, 1)]
         assert "'body.1' has a MovingWindow of its own size up to 1 in force" in log_of(tmp_path)
 
     def test_of_another_backward(self, trained, tmp_path):

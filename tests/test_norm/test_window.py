@@ -303,22 +303,21 @@ def test_a_window_moves(kind):
 class TestShare:
     """Of a moving window that sets its own."""
 
-    def test_starts_at_one_and_keeps_within_its_bounds(self):
+    def test_starts_at_its_largest_and_keeps_within_its_bounds(self):
         window = MovingWindow(LARGEST, True, torch.float32)
         window.seen = 1000
-        assert window.share == 1
-        window.learn(-1)
-        assert window.share == pytest.approx(math.exp(-0.02))
-        for _ in range(300):
-            window.learn(-1)
-        assert window.share == pytest.approx(1 / 64)
+        assert window.share == pytest.approx(1 / LARGEST)
+        window.learn(1)
+        assert window.share == pytest.approx(math.exp(0.02) / LARGEST)
         for _ in range(300):
             window.learn(1)
         assert window.share == 1
+        for _ in range(300):
+            window.learn(-1)
+        assert window.share == pytest.approx(1 / LARGEST)
 
     def test_the_past_fills_as_a_plain_mean(self):
         window = MovingWindow(LARGEST, True, torch.float32)
-        window.log_share = -math.log(8)
         for window.seen, share in ((0, 1), (1, 1 / 2), (6, 1 / 7), (9, 1 / 8)):
             assert window.share == pytest.approx(share)
 
@@ -329,7 +328,7 @@ class TestShare:
 
     def test_what_is_no_number_teaches_nothing(self):
         window = MovingWindow(LARGEST, True, torch.float32)
-        window.learn(-1)
+        window.learn(1)
         before = window.log_share
         window.learn(math.nan)
         assert window.log_share == before
