@@ -637,8 +637,8 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     Args:
         model: A linked model. (For a part of one, the iteration of the whole ends.)
         loss_scale: What the loss is multiplied by before its backward pass, where
-            ``backward='mixed'`` and ``'full'`` average gradients: a number that stays the same, or a
-            ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
+            ``backward='mixed'`` and ``'full'`` average gradients: a number that stays the same, or
+            a ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
             needs it before ``step`` tells it: it takes the number that was told last, and asks the
             scaler.)
         updated: Whether the optimiser has stepped after this iteration's backward pass. Where
