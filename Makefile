@@ -117,7 +117,7 @@ coco-check: $(READY)
 OUTSIDE := .venv/.outside
 $(OUTSIDE): $(READY)
 	@rm -f $@
-	$(PIP) --no-build-isolation -c requirements.txt -e '.[outside]'
+	$(PIP) --no-build-isolation -c requirements.txt -e '.[outside,photos]'
 	@touch $@
 
 test: lint $(OUTSIDE)

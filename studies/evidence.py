@@ -2,16 +2,21 @@
 """Compare norms at small batches: what CBN gains, and which of its settings matter.
 
 classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
-to 32 images, and momentum trains it with other momenta of CBN's running statistics. detector trains
-the Faster R-CNN of digits/configs at 1, 2 and 4 images per step, and ablation does with other
-windows and burn-ins. continued goes on with a ResNet-18 that batch normalisation has trained, at
-one image per step: its mean loss, and the worst accuracy on the way. Each adds its results to
-FOLDER/NAME.json, prints them as a table and plots them (but for continued) to FOLDER/NAME.png. What
-the file has is not run again, so an interrupted command goes on where it stopped, and one with more
---seeds adds to what is there.
+to 32 images, centred does so with MABN's convolutions for all norms, and momentum with other
+momenta of CBN's running statistics. detector trains the Faster R-CNN of digits/configs at 1, 2 and
+4 images per step, and ablation does with other windows and burn-ins. photos and
+cells train the Faster R-CNN of configs/photos, with a pretrained backbone, on varied and on uniform
+photographs, with the norm in FPN and box head; photos-all and cells-all train the backbone's, too.
+continued goes on with a ResNet-18 that batch normalisation has trained, at one image per step: its
+mean loss, and the worst accuracy on the way. Each adds its results to FOLDER/NAME.json, prints them
+as a table and plots them (but for centred and continued) to FOLDER/NAME.png. What the file has is
+not run again, so an interrupted command goes on where it stopped, and one with more --seeds adds to
+what is there.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
+All see the same images, and rates follow the images of an optimiser's step. CmBN's has 8, so that
+it takes an eighth or a quarter of the steps of the others at 1 or 2 images in a forward.
 """
 
 from __future__ import annotations
@@ -36,13 +41,15 @@ from tqdm import tqdm
 from trainings.classifier import CLASSIFIER, train_classifier
 from trainings.continued import CONTINUED, train_continued
 from trainings.detector import ABLATION, DETECTOR, train_detector
+from trainings.photos import CELLS, PHOTOS
 from trainings.results import plot_ablation, plot_batches, report
 from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, sliding
 
 # The results that docs/evidence.md shows, and their runs, which an interrupted command resumes.
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
-ALL = ["BN", "BRN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
-WIDE = "CBN(window_size=8)"
+ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
+PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
+FULL, OWN = (f"CBN(window_size=8, backward='{backward}')" for backward in ("full", "own"))
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
 STUDIES = {
@@ -59,8 +66,16 @@ STUDIES = {
         plot_batches,
         {f"{SLIDING[:-1]}, momentum={each})": f"CBN, sliding, momentum={each}" for each in MOMENTA},
     ),
+    "centred": Study(
+        ["BN", "MABN", "CmBN", SLIDING, SMALL_GN],
+        [1],
+        {1: 5},
+        dict(CLASSIFIER, centred=True),
+        train_classifier,
+        "accuracy",
+    ),
     "continued": Study(
-        ["BN", SLIDING, "CBN", WIDE, "CBN(window_size=8, backward='own')"],
+        ["BN", SLIDING, "CBN", FULL, OWN],
         [1],
         {1: 3},
         CONTINUED,
@@ -72,10 +87,23 @@ STUDIES = {
         [1, 2, 4],
         {1: 3, 2: 2, 4: 1},
         DETECTOR,
-        partial(train_detector, precise=("BN", SLIDING, "CBN")),
+        partial(train_detector, precise=("BN", "MABN", "CmBN", SLIDING, "CBN")),
         "ap",
         plot_batches,
     ),
+    **{
+        name + end: Study(
+            ["none", *PHOTO_NORMS] if norm_in == "head" else PHOTO_NORMS,
+            [1, 2],
+            {1: 3},
+            dict(settings, norm_in=norm_in),
+            train_detector,
+            "ap",
+            plot_batches,
+        )
+        for name, settings in (("photos", PHOTOS), ("cells", CELLS))
+        for end, norm_in in (("", "head"), ("-all", "all"))
+    },
     "ablation": Study(
         [],
         [1, 2],
@@ -100,14 +128,15 @@ def parse_args() -> argparse.Namespace:
     add("--folder", default=KEPT, help=text)
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
-    text = "seeds of each (5 for classifier, else 3; 2 and 1 for detector at 2 and 4 images)"
+    text = "seeds of each (classifier, centred: 5; detector at 2 images: 2, at 4: 1; else 3)"
     add("--seeds", type=positive, metavar="N", help=text)
-    text = "epochs before windows open, of classifier and momentum eighths of the run (1)"
+    text = "epochs before windows open, of the classifier's studies eighths of the run (1)"
     add("--burn-in", type=int, metavar="N", help=text)
     text = "share of the images that are seen, to see a study run; needs a --folder of its own"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
     add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
-    add("--data", default="data", metavar="DIR", help="where digits are built (data)")
+    text = "where digits are built, and photographs are (data)"
+    add("--data", default="data", metavar="DIR", help=text)
     return parser.parse_args()
 
 
@@ -166,7 +195,7 @@ def plan(args: argparse.Namespace, study: Study) -> list[Job]:
     if not variants:  # the ablation's own, of which the sliding ones cross at a window of 8
         variants = [(sliding(k), default) for k in WINDOWS]
         variants += [(SLIDING, other) for other in BURN_INS if other != default]
-        variants += [(name, each) for name in ("CBN", WIDE) for each in (0, 1)]
+        variants += [("CBN", each) for each in (0, 1)]
     if args.burn_in is not None:
         variants = [(name, args.burn_in) for name in dict.fromkeys(name for name, _ in variants)]
     jobs = []

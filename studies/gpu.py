@@ -149,7 +149,8 @@ def settings(coco: Path, toy: bool) -> list[str]:
 
 def about(args: argparse.Namespace) -> dict[str, str]:
     """The machine and the versions: a part is kept for as long as these are the same."""
-    found = {each.name: each.version for each in distributions()}
+    # The first of those that are installed twice is the one that is imported.
+    found = {each.name: each.version for each in reversed(list(distributions()))}
     ours = [each for each in sorted(found) if each.lower().removeprefix("onedl-") in PACKAGES]
     query = "--query-gpu=name,driver_version,memory.total"
     # Not in this process, which would hold the GPU: some give themselves to one process only.

@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import operator
+from functools import reduce
 
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, MABN
+from cbn_mmdet import BRN, CBN, MABN, CmBN
 
 GROUPS = 32
 PAPERS = "CBN(window='sliding', window_size=4, backward='current', derivative_stride=1)"
@@ -19,7 +21,9 @@ NORMS = {
     "SyncBN": nn.SyncBatchNorm,
     "BRN": BRN,
     "MABN": MABN,
+    "CmBN": CmBN,
     "CBN": CBN,
+    "none": lambda channels: nn.Identity(),
 }
 
 
@@ -67,11 +71,25 @@ def norm(text: str) -> str:
 
 
 def replace_norms(model: dict, cfg: dict) -> int:
-    """Puts ``cfg`` in the place of each ``norm_cfg`` that trains; returns how many there were."""
-    from common.config import norm_settings  # not all who import this module have MMDetection
+    """Puts ``cfg`` in the place of each ``norm_cfg`` that trains; returns how many there were.
 
-    trained = [each for _, each in norm_settings(model) if each.get("requires_grad", True)]
-    for settings in trained:
+    MABN takes no mean off, and gets convolutions that do so. What a norm adds to variances stays.
+    """
+    from common.config import norm_settings  # not all who import this module have MMDetection
+    from common.errors import UsageError
+
+    found = norm_settings(model)
+    trained = [(path, each) for path, each in found if each.get("requires_grad", True)]
+    for path, settings in trained:
+        part = reduce(operator.getitem, path[:-1], model)
+        if cfg["type"] == "none":
+            if path[0] == "backbone":
+                raise UsageError("--norms none: the backbone's norm trains here; leave none out")
+            part["norm_cfg"] = None
+            continue
+        eps = {key: settings[key] for key in ("eps",) if key in settings}
         settings.clear()
-        settings.update(cfg, requires_grad=True)
+        settings.update({**eps, **cfg}, requires_grad=True)
+        if cfg["type"] == "MABN":
+            part["conv_cfg"] = dict(type="CenConv2d")
     return len(trained)

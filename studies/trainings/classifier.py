@@ -10,9 +10,20 @@ from norms import build_norm, has_cbn, norm_cfg
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cbn_mmdet import link, precise_statistics, set_window, step
+from cbn_mmdet import CenConv2d, link, precise_statistics, set_window, step
 
-from .shared import POPULATION, SHARED, Job, accuracy, descend, one_cycle, shuffled, with_defaults
+from .shared import (
+    POPULATION,
+    SHARED,
+    Job,
+    accumulated,
+    accuracy,
+    burn_in,
+    descend,
+    one_cycle,
+    shuffled,
+    with_defaults,
+)
 
 CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
 
@@ -43,11 +54,12 @@ def classifier_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return tuple(data)
 
 
-def classifier(settings: dict) -> nn.Sequential:
+def classifier(settings: dict, centred: bool = False) -> nn.Sequential:
     """Six 3x3 convolutions, five of them with maps of 2x2, a norm after each."""
     layers, channels = [], 1
+    convolution = CenConv2d if centred or settings["type"] == "MABN" else nn.Conv2d
     for width, stride in ((32, 2), (64, 2), (64, 1), (128, 1), (128, 1), (128, 1)):
-        conv = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        conv = convolution(channels, width, 3, stride, padding=1, bias=False)
         layers += [conv, build_norm(settings, width), nn.ReLU()]
         channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
@@ -57,22 +69,26 @@ def train_classifier(job: Job, options: dict) -> dict:
     """Train once; returns the accuracy in percent, with both kinds of statistics."""
     images, labels, test_images, test_labels = classifier_data(job.seed, options["train_glyphs"])
     torch.manual_seed(job.seed)
-    steps = round(options["images_seen"] * options["shorten"]) // job.batch
-    model = classifier(with_defaults(norm_cfg(job.norm), job.batch, steps))
-    rate = options["lr_at_32"] * job.batch / 32
+    parts = accumulated(job)
+    steps = round(options["images_seen"] * options["shorten"]) // (job.batch * parts)
+    settings = with_defaults(norm_cfg(job.norm), job.batch, steps)
+    model = classifier(settings, options.get("centred", False))
+    rate = options["lr_at_32"] * job.batch * parts / 32
     optimizer, schedule = one_cycle(model, rate, steps, weight_decay=1e-4)
     windows = has_cbn(model)
     if windows:
         link(model)
-    eighths = 1 if job.burn_in is None else job.burn_in
-    burn_in = round(options["burn_in_images"] * eighths * options["shorten"]) // job.batch
-    for number, chosen in enumerate(shuffled(len(images), job.batch, steps)):
-        if windows and number in (0, burn_in):
-            set_window(model, 1 if number < burn_in else None)
-        descend(model, optimizer, images[chosen], labels[chosen])
+    held_images = options["burn_in_images"] * burn_in(job, 1)  # it counts eighths
+    opens = round(held_images * options["shorten"]) // job.batch
+    for number, chosen in enumerate(shuffled(len(images), job.batch, steps * parts)):
+        if windows and number in (0, opens):
+            set_window(model, 1 if number < opens else None)
+        is_last = (number + 1) % parts == 0
+        descend(model, optimizer, images[chosen], labels[chosen], parts, is_last)
         if windows:
-            step(model)
-        schedule.step()
+            step(model, updated=is_last)
+        if is_last:
+            schedule.step()
     result = dict(accuracy=accuracy(model.eval(), test_images, test_labels))
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model):
         precise_statistics(model.train(), images[:POPULATION].split(job.batch))

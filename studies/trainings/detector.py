@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""The Faster R-CNN of the digits' configs, by ``tools/train.py`` and ``tools/test.py``."""
+"""The Faster R-CNN of a study's configs, by ``tools/train.py`` and ``tools/test.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from digits.build import build_digits
 from mmengine.config import Config
 from norms import norm_cfg, replace_norms
 
-from .shared import POPULATION, SHARED, Job, with_defaults
+from .photos import photos_config
+from .shared import POPULATION, SHARED, Job, accumulated, burn_in, with_defaults
 
 DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
 DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
@@ -54,27 +55,38 @@ def last_ap(work_dir: str) -> float:
     return read_run(work_dir).evaluations[-1]["coco/bbox_mAP"]
 
 
-def detector_config(job: Job, options: dict) -> Config:
-    """The digits detector with the norm of the job."""
-    epochs = options["epochs"]
+def digits_config(options: dict) -> tuple[Config, int]:
+    """The digits detector with its data, and the number of training images."""
     count, held_out = (
         round(options[split] * options["shorten"]) for split in ("train_images", "val_images")
     )
     folder = osp.join(options["data"], f"digits_{count}_{held_out}")
     root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
     cfg = Config.fromfile(DIGITS)
-    settings = with_defaults(norm_cfg(job.norm), job.batch, epochs * count // job.batch)
-    replace_norms(cfg.model, settings)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = f"{root}annotations/instances_val.json"
+    return cfg, count
+
+
+def detector_config(job: Job, options: dict) -> Config:
+    """The study's detector with the norm of the job."""
+    cfg, count = (photos_config if "photos" in options else digits_config)(options)
+    epochs = options["epochs"]
+    settings = with_defaults(norm_cfg(job.norm), job.batch, epochs * count // job.batch)
+    replace_norms(cfg.model, settings)
     cfg.train_dataloader.update(batch_size=job.batch)
     cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
-    cfg.param_scheduler[1].update(end=epochs, milestones=[epochs - 1])
-    cfg.optim_wrapper.optimizer.lr = options["lr_at_2"]  # auto_scale_lr does the rest
-    burn_in = options["burn_in"] if job.burn_in is None else job.burn_in
-    cfg.custom_hooks = [dict(type="CBNHook", burn_in=burn_in)] if "CBN" in job.norm else []
+    cfg.param_scheduler[1].update(end=epochs, milestones=[options.get("decay", epochs - 1)])
+    parts = accumulated(job)
+    # auto_scale_lr follows the images of a forward.
+    cfg.optim_wrapper.optimizer.lr = options["lr_at_2"] * parts
+    if parts > 1:
+        cfg.optim_wrapper.accumulative_counts = parts
+        cfg.param_scheduler[0].end *= parts  # which counts forwards: as many steps as the others
+    hook = dict(type="CBNHook", burn_in=burn_in(job, options["burn_in"]))
+    cfg.custom_hooks = [hook] if settings["type"] in ("CBN", "CmBN") else []
     cfg.default_hooks.checkpoint.update(max_keep_ckpts=1)
     cfg.randomness = dict(seed=job.seed)
     return cfg

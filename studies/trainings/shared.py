@@ -14,7 +14,8 @@ CURRENT = "CBN(window='sliding', window_size=8, backward='current')"
 SLIDING = "CBN(window='sliding', window_size=8, backward='window')"
 # Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
 SMALL_GN = "GN(num_groups=8)"
-LABELS = {NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"}
+LABELS = {"none": "none", "MABN": "MABN", "CmBN": "CmBN"}  # after BN and BRN
+LABELS.update({NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"})
 LABELS.update({SMALL_GN: "GN", "GN": "GN(num_groups=32)"})
 
 # What all norms share. Learning rates follow the batch linearly; running statistics average over
@@ -23,6 +24,7 @@ MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
 POPULATION = 300  # images of which the statistics for evaluation are estimated anew
 AVERAGES = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM)
 SHARED = dict(AVERAGES, population=POPULATION)
+GROUP = 8  # images of a step of the optimiser where CmBN accumulates gradients
 
 
 class Job(NamedTuple):
@@ -54,10 +56,22 @@ def sliding(size: int) -> str:
     return SLIDING.replace("window_size=8", f"window_size={size}")
 
 
+def accumulated(job: Job) -> int:
+    """The forwards in a step of the optimiser: 1, and with CmBN those of 8 images."""
+    return max(1, GROUP // job.batch) if "CmBN" in job.norm else 1
+
+
+def burn_in(job: Job, usual: int) -> int:
+    """The job's, or the study's own; CmBN needs none, as weights are the same in all its window."""
+    if "CmBN" in job.norm:
+        return 0
+    return usual if job.burn_in is None else job.burn_in
+
+
 def with_defaults(settings: dict, batch: int, steps: int) -> dict:
     """What a norm needs to know of the training and was not told."""
     defaults = {}
-    if settings["type"] != "GN":
+    if settings["type"] not in ("GN", "none"):
         defaults.update(momentum=min(LARGEST_MOMENTUM, round(MOMENTUM * batch, 4)))
     if settings["type"] == "BRN":  # the paper's shares of its run
         defaults.update(warmup=steps // 18, r_end=4 * steps // 9, d_end=5 * steps // 18)
@@ -82,12 +96,13 @@ def shuffled(count: int, batch: int, steps: int) -> Iterator[Tensor]:
         yield order[start : start + batch]
 
 
-def descend(model: nn.Module, optimizer, images: Tensor, labels: Tensor) -> float:
-    """One step of the training; returns the loss."""
+def descend(model, optimizer, images: Tensor, labels: Tensor, parts=1, is_last=True) -> float:
+    """One forward and backward of ``parts`` of a step, which the last ends; returns the loss."""
     loss = nn.functional.cross_entropy(model(images), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    (loss / parts).backward()
+    if is_last:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.item()
 
 

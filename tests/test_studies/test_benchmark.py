@@ -221,7 +221,7 @@ def test_markdown(tool):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["layer", "--norms", "FOO"], "takes BN, GN, SyncBN, BRN, MABN, CBN, or"),
+        (["layer", "--norms", "FOO"], "takes BN, GN, SyncBN, BRN, MABN, CmBN, CBN, none, or"),
         (["layer", "--norms", "CBN(window_size=0)"], "window_size must be"),
         (["layer", "--norms", "CBN(stride=2)"], "cannot build CBN(stride=2): CBN.__init__() got"),
         (["layer", "--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),

@@ -6,7 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from common.errors import UsageError
+from torch import nn
+
+from cbn_mmdet import CenConv2d
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +32,7 @@ def evidence():
 def test_classifier(tool, tmp_path):
     """Ends with all figures, adds to them, and does not run again what it has."""
     args = ["classifier", *SHORT, "--folder", tmp_path, "--batches", 8, 32]
-    norms = ["--norms", "BN", "CBN", "BRN"]
+    norms = ["--norms", "BN", "CBN", "BRN", "CmBN", "MABN"]
     tool("evidence.py", *args, "--seeds", 1, *norms)
     first = rows(tmp_path, "classifier")
     assert {(row["norm"], row["batch"], row["seed"]) for row in first} == {
@@ -48,7 +52,7 @@ def test_classifier(tool, tmp_path):
     assert all("precise" in row for row in second if row["norm"] == "CBN")
     table = re.findall(r"^\| ([\w, ]+?) +\| (\d+\..*?) +\| (\d.*?) +\|$", done.stdout, re.MULTILINE)
     assert [label for label, *_ in table] == [
-        *(f"{norm}{kind}" for norm in ("BN", "BRN", "CBN") for kind in KINDS),
+        *(f"{norm}{kind}" for norm in ("BN", "BRN", "MABN", "CmBN", "CBN") for kind in KINDS),
         "GN",
     ]
     assert all(re.fullmatch(r"[\d.]+ ± [\d.]+ \(2\)", cell) for _, *each in table for cell in each)
@@ -75,10 +79,16 @@ def test_burn_in(tool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "burn_in, changes",
-    [(None, {0: 1, 2: None}), (0, {0: None}), (4, {0: 1, 9: None}), (8, {0: 1})],
+    "norm, burn_in, changes",
+    [
+        ("CBN", None, {0: 1, 2: None}),
+        ("CBN", 0, {0: None}),
+        ("CBN", 4, {0: 1, 9: None}),
+        ("CBN", 8, {0: 1}),
+        ("CmBN", None, {0: None}),
+    ],
 )
-def test_when_the_classifiers_windows_open(burn_in, changes, evidence, monkeypatch):
+def test_when_the_classifiers_windows_open(norm, burn_in, changes, evidence, monkeypatch):
     """By the steps before; in eighths of a run of 18."""
     from trainings import classifier
 
@@ -90,10 +100,66 @@ def test_when_the_classifiers_windows_open(burn_in, changes, evidence, monkeypat
         set_window(model, size)
 
     monkeypatch.setattr(classifier, "set_window", set_and_note)
-    monkeypatch.setattr(classifier, "step", lambda model: steps.append(step(model)))
-    job = evidence.Job("CBN", 32, 0, burn_in)
+    monkeypatch.setattr(classifier, "step", lambda *args, **kw: steps.append(step(*args, **kw)))
+    job = evidence.Job(norm, 32, 0, burn_in)
     evidence.train_classifier(job, dict(evidence.CLASSIFIER, shorten=0.1))
     assert sizes == changes and len(steps) == 18
+
+
+@pytest.mark.parametrize("batch, parts", [(1, 8), (2, 4), (16, 1)])
+def test_a_step_of_cmbn_has_eight_images(batch, parts, evidence, monkeypatch):
+    """The optimiser takes an eighth of the steps of one image, at eight times its rate."""
+    from trainings import classifier
+
+    asked, ends = [], []
+    one_cycle, step = classifier.one_cycle, classifier.step
+
+    def ask(model, rate, steps, **kwargs):
+        asked.append((rate, steps))
+        return one_cycle(model, rate, steps, **kwargs)
+
+    def note(model, updated):
+        ends.append(updated)
+        return step(model, updated=updated)
+
+    monkeypatch.setattr(classifier, "one_cycle", ask)
+    monkeypatch.setattr(classifier, "step", note)
+    options = dict(evidence.CLASSIFIER, shorten=0.02)  # 115 images
+    evidence.train_classifier(evidence.Job("CmBN", batch, 0), options)
+    images = batch * parts
+    assert asked == [(pytest.approx(0.03 * images / 32), 115 // images)]
+    assert ends == ([False] * (parts - 1) + [True]) * (115 // images)
+
+
+def test_parts_of_a_step_are_the_whole():
+    from trainings.shared import descend
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 4), torch.arange(6) % 3
+    parts, whole = nn.Linear(4, 3), nn.Linear(4, 3)
+    whole.load_state_dict(parts.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), 0.5, 0.9) for model in (parts, whole)]
+    for _ in range(2):
+        losses = [
+            descend(parts, optimizers[0], images[i : i + 2], labels[i : i + 2], 3, i == 4)
+            for i in (0, 2, 4)
+        ]
+        loss = descend(whole, optimizers[1], images, labels)
+        assert sum(losses) / 3 == pytest.approx(loss)
+        torch.testing.assert_close(parts.weight, whole.weight)
+
+
+def test_which_convolutions_are_centred(evidence):
+    from norms import norm_cfg
+    from trainings.classifier import classifier
+
+    def centred(model):
+        found = {isinstance(each, CenConv2d) for each in model if isinstance(each, nn.Conv2d)}
+        (answer,) = found
+        return answer
+
+    assert centred(classifier(norm_cfg("MABN"))) and not centred(classifier(norm_cfg("CBN")))
+    assert centred(classifier(norm_cfg("CBN"), evidence.STUDIES["centred"].settings["centred"]))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +271,29 @@ def test_settings_reach_the_detector(monkeypatch, digits):
     options = dict(detector.DETECTOR, shorten=1.0, data="data")
     cfg = detector.detector_config(Job("BRN", 1, 0), options)
     assert cfg.model.neck.norm_cfg.momentum == 0.02 and cfg.model.neck.norm_cfg.warmup == 222
-    assert cfg.custom_hooks == []
+    assert cfg.custom_hooks == [] and "accumulative_counts" not in cfg.optim_wrapper
+    assert "conv_cfg" not in cfg.model.neck
+    cfg = detector.detector_config(Job("MABN", 2, 0), options)
+    for part in (cfg.model.backbone, cfg.model.neck, cfg.model.roi_head.bbox_head):
+        assert part.norm_cfg == dict(type="MABN", momentum=0.04, requires_grad=True)
+        assert part.conv_cfg == dict(type="CenConv2d")
+    assert cfg.optim_wrapper.optimizer.lr == 0.02 and cfg.param_scheduler[0].end == 100
+
+
+@pytest.mark.parametrize("batch, parts", [(1, 8), (2, 4), (8, 1)])
+def test_cmbn_accumulates_in_the_detector(batch, parts, monkeypatch, digits):
+    """Eight images in a step of the optimiser, and a rate that grows over as many steps."""
+    from trainings import detector
+    from trainings.shared import Job
+
+    monkeypatch.setattr(detector, "build_digits", lambda folder, **sizes: digits)
+    options = dict(detector.DETECTOR, shorten=1.0, data="data")
+    cfg = detector.detector_config(Job("CmBN", batch, 0), options)
+    assert cfg.optim_wrapper.get("accumulative_counts", 1) == parts
+    scaled = cfg.optim_wrapper.optimizer.lr * batch / cfg.auto_scale_lr.base_batch_size
+    assert scaled == pytest.approx(0.02 * 8 / 2)
+    assert cfg.param_scheduler[0].end == 100 * parts
+    assert cfg.custom_hooks == [dict(type="CBNHook", burn_in=0)]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +302,7 @@ def test_settings_reach_the_detector(monkeypatch, digits):
         (["--norms", "CBN(size=4)"], "cannot build CBN(size=4): CBN.__init__() got an unexpected"),
         (
             ["--norms", "XN"],
-            "takes BN, GN, SyncBN, BRN, MABN, CBN, or CBN(derivative_stride=2), say",
+            "takes BN, GN, SyncBN, BRN, MABN, CmBN, CBN, none, or CBN(derivative_stride=2), say",
         ),
         (["--norms", "CBN(8)"], "cannot build CBN(8): its arguments need their names"),
         (["--seeds", "0"], "--seeds: takes a whole number of at least 1, got 0"),

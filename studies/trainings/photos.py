@@ -1,0 +1,68 @@
+# Licensed under the Apache License, Version 2.0.
+"""The detectors of ``configs/photos``, and their photographs, which are cloned, not kept here."""
+
+from __future__ import annotations
+
+import json
+import os.path as osp
+from typing import NamedTuple
+
+import paths
+from common.errors import UsageError
+from mmengine.config import Config
+from voc import convert
+
+from .shared import AVERAGES
+
+
+class Source(NamedTuple):
+    """What is in a clone."""
+
+    url: str
+    annotations: str
+    images: str
+    lists: tuple[str, ...] = ()  # of training and validation; else a quarter is drawn
+
+
+SOURCES = {
+    "raccoon": Source("https://github.com/datitran/raccoon_dataset", "annotations", "images"),
+    "bccd": Source(
+        "https://github.com/Shenggan/BCCD_Dataset",
+        "BCCD/Annotations",
+        "BCCD/JPEGImages",
+        ("BCCD/ImageSets/Main/trainval.txt", "BCCD/ImageSets/Main/test.txt"),
+    ),
+}
+SHARED = dict(AVERAGES, norm_in="head", burn_in=1, lr_at_2=0.01)
+PHOTOS = dict(SHARED, photos="raccoon", epochs=8, decay=6)
+CELLS = dict(SHARED, photos="bccd", epochs=4, decay=3)
+
+
+def photos_config(options: dict) -> tuple[Config, int]:
+    """The config, for the photographs in ``data``, and the number of those that are trained on."""
+    name, data = options["photos"], osp.abspath(options["data"])
+    out = convert_clone(name, data)
+    norm_in = "" if options["norm_in"] == "head" else f"-{options['norm_in']}"
+    file = f"faster-rcnn_efficientnet-lite0_fpn_cbn{norm_in}_1xb1_{name}.py"
+    cfg = Config.fromfile(osp.join(paths.CONFIGS, "photos", file))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = f"{data}/"
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = osp.join(out, "instances_val.json")
+    with open(osp.join(out, "instances_train.json")) as file:
+        count = round(len(json.load(file)["images"]) * options["shorten"])
+    cfg.train_dataloader.dataset.indices = count
+    return cfg, count
+
+
+def convert_clone(name: str, data: str) -> str:
+    """Write the COCO files of a clone beside it; returns their folder."""
+    source, clone = SOURCES[name], osp.join(data, name)
+    if not osp.isdir(clone):
+        raise UsageError(f"--data: there is no {clone}: git clone {source.url} {clone}")
+    annotations, images, *lists = (
+        osp.join(clone, part) for part in (source.annotations, source.images, *source.lists)
+    )
+    out = f"{clone}_coco"
+    convert(annotations, images, out, lists or None)
+    return out
