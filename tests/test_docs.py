@@ -92,6 +92,10 @@ RUN_BY = {
         )
         for name in names.split()
     },
+    # Of photographs that the test draws, in folders like a clone's.
+    r"git clone .* data/\w+|python studies/evidence\.py (photos|cells)(-all)?": (
+        "test_studies/test_photos.py"
+    ),
     r"make gpu( GPU_ARGS=.*)?|python studies/gpu\.py .*": "test_studies/test_gpu.py",
     r"python tests/zoo\.py": "test_zoo.py",
     r"tools/dist_train\.sh .*": "test_distributed.py",

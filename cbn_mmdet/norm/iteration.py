@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import kernels, linking
 from .cbn import CBN
 from .layer import check_count, is_number, is_recomputation
-from .moments import Source, full_precision, statistics_dtype
+from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
 from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts
@@ -169,10 +169,8 @@ class Iteration:
                 else:
                     key = weight.device, statistics_dtype(weight.dtype)
                 alike[key].append((window, weight, bias))
-        for (device, dtype), together in alike.items():
-            with full_precision(device.type):
-                found = pasts(together, dtype)
-            for each, past in zip(together, found, strict=True):
+        for (_, dtype), together in alike.items():
+            for each, past in zip(together, pasts(together, dtype), strict=True):
                 each[0].know(past, *each[1:])
 
     def _clear(self) -> None:
@@ -602,12 +600,12 @@ def set_window(model: nn.Module, size: int | None) -> None:
 
     Args:
         model: A model with CBN layers.
-        size: From 1, which is batch normalisation, to the layers' ``window_size``, where a layer
-            whose own is smaller keeps to that; with ``window_size='auto'`` up to the largest that
-            it can set itself. None for each layer's own.
+        size: From 1, which is batch normalisation, to the layers' ``window_size``. A layer whose
+            own is smaller, 8 at most with ``'auto'``, keeps to that. None for each layer's own.
 
     Raises:
-        ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``.
+        ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``,
+            none of which is ``'auto'``.
     """
     layers = cbn_layers(model).values()
     if not layers:

@@ -132,7 +132,10 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
 
 
 def not_zero(scale: Tensor) -> Tensor:
-    """The same for :func:`affine_sum`, which on a GPU divides by it."""
+    """The same for :func:`affine_sum`, which on a GPU divides by it.
+
+    There, where a scale is 0, 1e-20 of the incoming gradient goes on.
+    """
     return torch.where(scale.abs() < _TINY, _TINY, scale) if scale.is_cuda else scale
 
 

@@ -42,7 +42,8 @@ m)``,
 If the current batch is spread over processes, which may differ in their estimate of the past, each
 position receives the sum of what reaches it from all of them: with the mean ``mu`` of the current
 batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S
-(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``, with the part of ``own`` added to ``s``.
+(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``, with the part of ``own`` added to ``s``
+(and given back in full where all processes have the same share).
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .moments import full_precision
 from .record import Record, Vectors, pairs
 
 # A window that sets its own size: the largest, at which it begins, and how much a surprise changes
@@ -426,11 +427,12 @@ def pasts(
         dtype: To compute in.
     """
     moving = [each for each in together if isinstance(each[0], MovingWindow)]
-    found = iter(_moving_pasts(moving, dtype) if moving else ())
-    return [
-        next(found) if isinstance(window, MovingWindow) else window.past_at(weight, bias, dtype)
-        for window, weight, bias in together
-    ]
+    with full_precision(together[0][0].device.type):
+        found = iter(_moving_pasts(moving, dtype) if moving else ())
+        return [
+            next(found) if isinstance(window, MovingWindow) else window.past_at(weight, bias, dtype)
+            for window, weight, bias in together
+        ]
 
 
 def _moving_pasts(

@@ -88,7 +88,7 @@ def test_resume_with_other_settings_is_told(trained, tool, tmp_path):
     )
     assert re.search(
         r"CBNHook: the windows start empty, and fill anew: .* CBN layer 'neck\.\S+' has a "
-        "MovingWindow of 4 in force, the state a MovingWindow of its own size up to 64",
+        "MovingWindow of 4 in force, the state a MovingWindow of its own size up to 8",
         done.stdout,
     )
 
