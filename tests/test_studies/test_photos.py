@@ -191,6 +191,7 @@ def test_mistakes(tmp_path, tool):
         convert(tmp_path)
 
 
+@pytest.mark.slow
 def test_command(tmp_path, tool):
     build(tmp_path, 4)
     annotate(tmp_path, "r2", [("raccoon", 9, 9, 9, 9)])
