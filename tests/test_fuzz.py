@@ -27,6 +27,7 @@ from cbn_mmdet import (
     set_window,
     step,
 )
+from cbn_mmdet.norm.window import LARGEST
 
 same_every_time = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -156,9 +157,9 @@ class TestOptions:
     @given(size=junk)
     def test_any_limit_of_a_window_that_sets_its_own(self, size):
         model = nn.Sequential(CBN(4))
-        is_legal = size is None or (is_whole(size, 1) and size <= 64)
+        is_legal = size is None or is_whole(size, 1)
         accepts_or_names(lambda: set_window(model, size), "size", is_legal)
-        assert model[0].window_in_force == (size or 64 if is_legal else 64)
+        assert model[0].window_in_force == (min(size or LARGEST, LARGEST) if is_legal else LARGEST)
 
     @same_every_time
     @given(scale=junk)

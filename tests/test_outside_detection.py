@@ -37,7 +37,7 @@ NORMS = {
     "mabn": (MABN, {}, None),
     "naive-cbn": (CBN, dict(PAPER, compensate=False), 25),
     "cbn-paper": (CBN, dict(PAPER, compensate=True), 25),
-    "cbn": (CBN, dict(window="moving", window_size="auto", backward="full"), 1),
+    "cbn": (CBN, dict(window="moving", window_size="auto", backward="mixed"), 1),
 }
 LEAVES = [f"resnet18_{norm}" for norm in NORMS]
 LEAVES += [f"resnet50_{norm}" for norm in ("bn", "gn", "cbn-paper", "cbn")]

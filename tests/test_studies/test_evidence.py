@@ -243,7 +243,7 @@ def test_ablation(evidence, tool, tmp_path):
 def test_ablation_with_another_burn_in(evidence):
     args = Namespace(study="ablation", norms=None, batches=[1], seeds=1, burn_in=2)
     jobs = evidence.plan(args, evidence.STUDIES["ablation"])
-    norms = [*map(evidence.sliding, evidence.WINDOWS), "CBN", "CBN(window_size=8)"]
+    norms = [*map(evidence.sliding, evidence.WINDOWS), "CBN"]
     assert jobs == [evidence.Job(norm, 1, 0, 2) for norm in norms]
     args.norms = ["GN", "CBN"]
     jobs = evidence.plan(args, evidence.STUDIES["ablation"])
