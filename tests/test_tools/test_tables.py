@@ -238,7 +238,7 @@ def test_one_row_per_config_and_settings(finished, tool, tmp_path):
     table = read_tables(tool("tables.py", *sorted(tmp_path.iterdir())).stdout)["Measured"]
     first = json.loads(lines[-1])["coco/bbox_mAP"]
     row = table[f"{MASK}_small (mine_seed1, mine_seed2)"]
-    assert row["box AP"] == f"**{mean([first, 0.9]):.3f}** ({first:.3f}, 0.900)"
+    assert row["box AP"] == f"**{mean([100 * first, 90]) / 100:.3f}** ({first:.3f}, 0.900)"
     assert row["trained for"] == "2 epochs"
     row = table[f"{MASK}_small (other)"]
     assert row["box AP"] == "–"
