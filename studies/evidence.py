@@ -4,9 +4,9 @@
 classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
 to 32 images, centred does so with MABN's convolutions for all norms, and momentum with other
 momenta of CBN's running statistics. detector trains the Faster R-CNN of digits/configs at 1, 2 and
-4 images per step, and ablation does with other windows and burn-ins. photos and
-cells train the Faster R-CNN of configs/photos, with a pretrained backbone, on varied and on uniform
-photographs, with the norm in FPN and box head; photos-all and cells-all train the backbone's, too.
+4 images per step, and ablation does with other windows and burn-ins. photos and cells train the
+Faster R-CNN of configs/photos, with a pretrained backbone, on varied and on uniform photographs,
+with the norm in FPN and box head; photos-all and cells-all train the backbone's, too.
 continued goes on with a ResNet-18 that batch normalisation has trained, at one image per step: its
 mean loss, and the worst accuracy on the way. Each adds its results to FOLDER/NAME.json, prints them
 as a table and plots them (but for centred and continued) to FOLDER/NAME.png. What the file has is

@@ -61,7 +61,7 @@ from .record import Record, Vectors
 from .sync import joint_sum
 
 AVERAGES = ("full", "mixed")  # the gradients that keep them
-GIVES_BACK = ("full", "mixed", "own")
+GIVES_BACK = (*AVERAGES, "own")
 
 
 def normalize(
