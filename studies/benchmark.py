@@ -6,10 +6,11 @@ the machine does meets them all. The ratio is the median over the rounds; they g
 its 95 % interval, which is printed after it, is within --stable-to or the time is up.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='own'), say.
-CBN(compensate=False) is the paper's naive CBN. A row of layer and count alone is 'BN + weight
-gradient', which forms one gradient of the weight more: the least that any derivative from all
-positions can cost. layer, host, growth and count need torch alone, the others MMDetection, or with
---torchvision torchvision: its Faster R-CNN, with the norm everywhere.
+CBN(compensate=False) is the paper's naive CBN. Two rows are of layer and count alone: 'BN + weight
+gradient' forms one gradient of the weight more, the least that any derivative from all positions
+can cost, and 'CBN, by autograd' is CBN behind what is no plain convolution. layer, host, growth and
+count need torch alone, the others MMDetection, or with --torchvision torchvision: its Faster R-CNN,
+with the norm everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from importlib import import_module
 
 import paths
 import torch
-from benchmarks.layer import FLOOR, SHAPES, SMALL, Shape
+from benchmarks.layer import AUTOGRAD, FLOOR, SHAPES, SMALL, Shape
 from benchmarks.timing import machine
 from common.errors import positive, run_tool
 from norms import norm
@@ -44,7 +45,7 @@ SLIDING = [  # the paper's, and one of which past iterations have a gradient, to
     "CBN(window='sliding', window_size=8, backward='window')",
 ]
 ROWS = {
-    "layer": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING, FLOOR],
+    "layer": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING, AUTOGRAD, FLOOR],
     "host": ["GN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
     "count": ["GN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
     "step": ["GN", "SyncBN", "BRN", *CBNS, *STRIDES, BFLOAT16, *SLIDING],
@@ -133,8 +134,9 @@ def complete(args: argparse.Namespace) -> str | None:
         return f"--dtype {args.dtype} is measured on a GPU only: add --device cuda"
     if not gpu and "SyncBN" in (asked or ()):
         return "--norms SyncBN: it runs on a GPU only: add --device cuda"
-    if FLOOR in (asked or ()) and args.command not in ("layer", "count"):
-        return f"--norms '{FLOOR}': this row is layer's and count's alone"
+    odd = {FLOOR, AUTOGRAD} & set(asked or ())
+    if odd and args.command not in ("layer", "count"):
+        return f"--norms '{min(odd)}': this row is layer's and count's alone"
     plot = getattr(args, "plot", None)
     if part_of(args) == "vision" and (args.config or args.digits or args.all_norms):
         return (
@@ -165,7 +167,7 @@ def shape(text: str) -> Shape:
 
 def row(text: str) -> str:
     """Read the name of a norm, or of the row that is none."""
-    return text if text == FLOOR else norm(text)
+    return text if text in (FLOOR, AUTOGRAD) else norm(text)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ a CBN layer estimates: with today's weight of that convolution alone, which is w
 compensation aims at, and with today's weights of the whole network (the same images, normalised
 with the windows of that time), which is what it stands for. Beside them are the compensated
 statistics of each iteration and the naive ones, those of the time. It trains anew, in a work dir
-of its own (work_dirs/CONFIG_NAME_compensation), and writes compensation.json and compensation.png
-there.
+of its own (work_dirs/CONFIG_NAME_compensation), and writes compensation.json, compensation.png and,
+of all layers the sizes that windows had on the way, window_sizes.png there.
 
 The error of a variance is the sum over channels of |estimate - truth| over the sum of the truth;
 the error of a mean is that of |estimate - truth| over the sum of the true standard deviations.
@@ -31,6 +31,9 @@ from common.coco import check_data, explained_damage
 from common.config import load_config
 from common.errors import UsageError, positive, run_tool
 from common.launchers import CarefulRunner, add_launch_arguments
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -46,6 +49,7 @@ from cbn_mmdet.norm.moments import Derivative, Source, batch_derivative, batch_m
 
 NAIVE = "naive"
 PROBES = 12
+SIZES = 100  # moments at which window sizes are read
 PAST = 7  # iterations to look back where windows set their own size
 
 Products = tuple[Tensor, Tensor]
@@ -140,6 +144,7 @@ class Observer(Hook):
         # What two looks keep must not overlap.
         self.every = max(args.every or runner.max_iters // PROBES, self.past + 1)
         self.rows: list[dict] = []
+        self.sizes: list[dict] = []  # of all windows, by layer, at an iteration
         # One for each of the batches, None where the convolution did not run or got no region.
         self.kept: dict[str, list[Kept | None]] = defaultdict(list)
         self.network = args.network
@@ -160,6 +165,10 @@ class Observer(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Looks back, or keeps what a later look will need."""
+        if runner.iter % max(1, runner.max_iters // SIZES) == 0:
+            layers = cbn_layers(runner.model)
+            sizes = {name: round(layer.mean_window_size, 3) for name, layer in layers.items()}
+            self.sizes.append(dict(iteration=runner.iter, sizes=sizes))
         phase = runner.iter % self.every
         if phase == 0 and self.batches:
             self._stop_keeping()
@@ -290,11 +299,12 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def report(observer: Observer, work_dir: str) -> None:
-    """Print a table, and write all figures and a plot."""
-    rows, layers = observer.rows, observer.names
+    """Print a table, and write all figures and two plots."""
+    rows, layers, sizes = observer.rows, observer.names, observer.sizes
     figures, picture = (osp.join(work_dir, f"compensation.{each}") for each in ("json", "png"))
     with open(figures, "w") as file:
-        json.dump(dict(rows=rows, layers=layers, every=observer.every), file, indent=1)
+        found = dict(rows=rows, layers=layers, every=observer.every, window_sizes=sizes)
+        json.dump(found, file, indent=1)
     variants = list(dict.fromkeys(row["estimate"] for row in rows))
     seen, looks = (len({row[key] for row in rows}) for key in ("layer", "iteration"))
     for truth, of in (("layer", "the layer's weight"), ("network", "all weights")):
@@ -314,7 +324,9 @@ def report(observer: Observer, work_dir: str) -> None:
             title = f"Relative errors, mean over {seen} layers and {looks} looks"
             print_table(f"{title}, with {of} of today", table)
     plot(rows, variants, observer.past, picture)
-    print(f"figures: {figures}\nplot: {picture}")
+    of_sizes = osp.join(work_dir, "window_sizes.png")
+    plot_sizes(sizes, of_sizes)
+    print(f"figures: {figures}\nplots: {picture}, {of_sizes}")
 
 
 def average(rows: list[dict], key: str, **where: object) -> float:
@@ -348,6 +360,26 @@ def plot(rows: list[dict], variants: list[str], past: int, path: str) -> None:
     rates.set(ylabel="learning rate (dotted)", ylim=(0, None))
     for each in (*columns, over_time):
         each.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def plot_sizes(sizes: list[dict], path: str) -> None:
+    """Plot the window size of each layer over the training, and the mean over layers."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    times = [each["iteration"] for each in sizes]
+    names = list(sizes[0]["sizes"])
+    colors = colormaps["viridis"]
+    for number, name in enumerate(names):
+        color = colors(number / max(len(names) - 1, 1))
+        axes.plot(times, [each["sizes"][name] for each in sizes], color=color, lw=0.6, alpha=0.7)
+    means = [mean(each["sizes"].values()) for each in sizes]
+    axes.plot(times, means, color="black", lw=2, label="mean over layers")
+    scale = ScalarMappable(Normalize(1, len(names)), colors)
+    figure.colorbar(scale, ax=axes, label="layer, in the order of the network")
+    axes.set(xlabel="iteration", ylabel="window size", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
 

@@ -154,7 +154,7 @@ class CBN(NormLayer):
             ),
             ("compensate", compensate, is_compensate, f"{switch} or 'where_possible'"),
             ("sync", sync, isinstance(sync, bool), switch),
-            ("eps", eps, is_number(eps) and eps >= 0, "a number of at least 0"),
+            ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
             ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
         )
         super().__init__(

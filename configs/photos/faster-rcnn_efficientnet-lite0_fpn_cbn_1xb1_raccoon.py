@@ -99,7 +99,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 8
+max_epochs = 12
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
@@ -111,11 +111,11 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=100),
-    dict(type="MultiStepLR", begin=0, end=max_epochs, by_epoch=True, milestones=[6], gamma=0.1),
+    dict(type="MultiStepLR", begin=0, end=max_epochs, by_epoch=True, milestones=[9], gamma=0.1),
 ]
 # The learning rate above is for 2 images per step in total; other totals scale it linearly.
 auto_scale_lr = dict(enable=True, base_batch_size=2)
-custom_hooks = [dict(type="CBNHook", burn_in=1)]
+custom_hooks = [dict(type="CBNHook")]
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1),
     # Draws every tenth image of a validation below WORK_DIR/TIMESTAMP/vis_data/vis_image.

@@ -18,7 +18,7 @@ from cbn_mmdet import link, step
 
 from .timing import FLOAT, MIB, Clock, Run, average, compare, interleave, warm_up
 
-FLOOR = "BN + weight gradient"
+FLOOR, AUTOGRAD = "BN + weight gradient", "CBN, by autograd"
 WINDOWS = [1, 2, 4, 8, 16, 32]
 IMAGES = [1, 2, 4, 8]
 COUNTED = 8  # layers side by side, which share what the norm does for all layers at once
@@ -69,14 +69,26 @@ class WeightGradientBN(nn.BatchNorm2d):
         return super().forward(y)
 
 
+class UnknownConv2d(nn.Conv2d):
+    """A convolution that only autograd can tell: a deformable one's cost without its samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves ``x``, ``(N, C, H, W)``."""
+        y = super().forward(x)
+        return y.view(y.shape)
+
+
 def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
     """Build a convolution and its norm, linked; several such layers in a row."""
     torch.manual_seed(0)
     layers, padding = [], shape.kernel // 2
+    kind = UnknownConv2d if text == AUTOGRAD else nn.Conv2d
     for _ in range(depth):
-        conv = nn.Conv2d(shape.c_in, shape.c_out, shape.kernel, padding=padding, bias=False)
+        conv = kind(shape.c_in, shape.c_out, shape.kernel, padding=padding, bias=False)
         if text == FLOOR:
             layers += [conv, WeightGradientBN(conv)]
+        elif text == AUTOGRAD:
+            layers += [conv, build_norm(norm_cfg("CBN"), shape.c_out)]
         else:
             layers += [conv, build_norm(norm_cfg(text), shape.c_out)]
     model = nn.Sequential(*layers)

@@ -30,9 +30,19 @@ def measure(tool, small_config, folder, rate, *args, base=DIGITS):
         "auto_scale_lr.enable=False",
     )
     assert not (folder / "run").exists()  # where a training of the config would be
-    rows = json.loads((folder / "run_compensation/compensation.json").read_text())["rows"]
-    assert (folder / "run_compensation/compensation.png").stat().st_size > 10_000
-    return done.stdout, rows
+    found = json.loads((folder / "run_compensation/compensation.json").read_text())
+    for plot in ("compensation", "window_sizes"):
+        assert (folder / f"run_compensation/{plot}.png").stat().st_size > 10_000
+    sizes = found["window_sizes"]
+    assert [each["iteration"] for each in sizes] == list(range(20))
+    assert all(len(each["sizes"]) == 32 for each in sizes)
+    burn_in, opened = (
+        [size for each in part for size in each["sizes"].values()]
+        for part in (sizes[:2], sizes[3:])
+    )
+    assert set(burn_in) == {1.0}
+    assert 1 <= min(opened) and 4 < max(opened) <= 8
+    return done.stdout, found["rows"]
 
 
 def test_weights_that_rest_leave_no_error(tool, small_config, tmp_path):
