@@ -1,17 +1,18 @@
 # Licensed under the Apache License, Version 2.0.
 """Compare norms at small batches: what CBN gains, and which of its settings matter.
 
-classifier trains a plain CNN on handwritten digits of varied tone and contrast with batches of 1
-to 32 images, centred does so with MABN's convolutions for all norms, and momentum with other
-momenta of CBN's running statistics. detector trains the Faster R-CNN of digits/configs at 1, 2 and
-4 images per step, and ablation does with other windows and burn-ins. photos and cells train the
-Faster R-CNN of configs/photos, with a pretrained backbone, on varied and on uniform photographs,
-with the norm in FPN and box head; photos-all and cells-all train the backbone's, too.
-continued goes on with a ResNet-18 that batch normalisation has trained, at one image per step: its
-mean loss, and the worst accuracy on the way. Each adds its results to FOLDER/NAME.json, prints them
-as a table and plots them (but for centred and continued) to FOLDER/NAME.png. What the file has is
-not run again, so an interrupted command goes on where it stopped, and one with more --seeds adds to
-what is there.
+photos and cells train the Faster R-CNN of configs/photos, with a pretrained backbone, on varied and
+on uniform photographs, with the norm in FPN and box head; photos-all and cells-all train the
+backbone's, too. detector trains the Faster R-CNN of digits/configs at 1, 2 and 4 images per step,
+and ablation does with other windows and burn-ins. classifier trains a plain CNN on handwritten
+digits of varied tone and contrast with batches of 1 to 32 images; even does so on digits that are
+alike in both, centred with MABN's convolutions for all norms, and momentum with other momenta of
+CBN's running statistics. continued goes on with a ResNet-18 that batch normalisation has trained,
+at one image per step: its mean loss, and the worst accuracy on the way.
+
+Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred
+and continued) to FOLDER/NAME.png. What the file has is not run again, so an interrupted command
+goes on where it stopped, and one with more --seeds adds to what is there.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
@@ -65,6 +66,9 @@ STUDIES = {
         "accuracy",
         plot_batches,
         {f"{SLIDING[:-1]}, momentum={each})": f"CBN, sliding, momentum={each}" for each in MOMENTA},
+    ),
+    "even": Study(
+        ALL, [1, 2], {1: 5}, dict(CLASSIFIER, even=True), train_classifier, "accuracy", plot_batches
     ),
     "centred": Study(
         ["BN", "MABN", "CmBN", SLIDING, SMALL_GN],
@@ -128,7 +132,7 @@ def parse_args() -> argparse.Namespace:
     add("--folder", default=KEPT, help=text)
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
-    text = "seeds of each (classifier, centred: 5; detector at 2 images: 2, at 4: 1; else 3)"
+    text = "seeds of each (classifier, even, centred: 5; detector at 2 images: 2, at 4: 1; else 3)"
     add("--seeds", type=positive, metavar="N", help=text)
     text = "epochs before windows open, of the classifier's studies eighths of the run (1)"
     add("--burn-in", type=int, metavar="N", help=text)

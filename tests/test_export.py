@@ -160,15 +160,11 @@ class TestTorchScript:
         model = trained().train()
         with pytest.raises(RuntimeError, match=r"'stem.1' \(CBN\): .*model.eval\(\)"):
             torch.jit.trace(model, images())
-        with pytest.raises(RuntimeError, match=r"BRN layer of 3 channels: .*model.eval\(\)"):
-            torch.jit.trace(BRN(3), images())
 
     def test_refuses_to_script(self):
         model = trained()
         with pytest.raises(RuntimeError, match=r"'stem.1' \(CBN\): .*to_batchnorm\(model\)"):
             torch.jit.script(model.stem)
-        with pytest.raises(RuntimeError, match=r"BRN layer of 3 .*to_batchnorm\(model\)"):
-            torch.jit.script(BRN(3))
 
     def test_script_of_what_to_batchnorm_left(self):
         model = to_batchnorm(trained()).stem

@@ -209,12 +209,14 @@ def _backward(ctx, grad):
         if needs_bias:
             grad_bias = (rows[2] if len(rows) == 4 else rows[2] + rows[4]).view(-1)
         if needs_weight:
-            grad_weight = record.past.gradient(rows[2], rows[3])
+            # No view: autograd adds the convolution's own gradient to it in place.
+            grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
+            by_row = grad_weight.view(record.mean.shape[0], -1)
+            record.past.gradient(rows[2], rows[3], by_row)
             if len(rows) == 6:
                 m, h = record.derivative[:2]
-                grad_weight.addcmul_(h, rows[5])
-                kernels.add_outer_(grad_weight, rows[4], m)
-            grad_weight = grad_weight.view(ctx.conv_shape)
+                by_row.addcmul_(h, rows[5])
+                kernels.add_outer_(by_row, rows[4], m)
     return (
         grad_y,
         grad_gamma if needs_gamma else None,

@@ -75,21 +75,20 @@ class MovingPast(NamedTuple):
         """What the gradient in ``V`` is to be multiplied by, ``(C,)``."""
         return self.positive
 
-    def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
-        """The gradient in the weight, ``(C, P)``.
+    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
+        """The gradient in the weight.
 
         Args:
             of_mean: That in ``mu_p``, ``(C, 1)``.
             of_var: That in ``V``, times the mask, ``(C, 1)``.
+            out: Where to write it, ``(C, P)``.
         """
-        if self.h.dtype == of_var.dtype:
-            grad = self.h * of_var
+        if self.h.dtype == out.dtype:
+            torch.mul(self.h, of_var, out=out)
         else:
-            grad = torch.empty_like(self.h, dtype=of_var.dtype)
-            for rows, part in kernels.in_dtype(self.h, of_var.dtype):
-                torch.mul(part, of_var[rows], out=grad[rows])
-        kernels.add_outer_(grad, of_mean, self.m.to(grad.dtype))
-        return grad
+            for rows, part in kernels.in_dtype(self.h, out.dtype):
+                torch.mul(part, of_var[rows], out=out[rows])
+        kernels.add_outer_(out, of_mean, self.m.to(out.dtype))
 
 
 class SlidingPast(NamedTuple):
@@ -121,16 +120,16 @@ class SlidingPast(NamedTuple):
         """Each iteration has its own, which :meth:`gradient` sees to."""
         return None
 
-    def gradient(self, of_mean: Tensor, of_var: Tensor) -> Tensor:
-        """The gradient in the weight, ``(C, P)``, from those in ``mu_p`` and ``V``, ``(C, 1)``."""
-        (groups, count, patch), dtype = self.m.shape, of_mean.dtype
+    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
+        """Writes the gradient in the weight to ``out``, ``(C, P)``, as a moving window does."""
+        (groups, count, patch), dtype = self.m.shape, out.dtype
         of_var = of_var / count
         of_each = torch.addcmul(of_mean / count, of_var, self.offset, value=2)  # C, T
-        grad = torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype)).view(-1, 1, patch)
+        by_group = out.view(groups, -1, patch)
+        torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype), out=by_group)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
-            grad[rows].baddbmm_(of_var[rows, None], part)
-        return grad.view(-1, patch)
+            out[rows, None].baddbmm_(of_var[rows, None], part)
 
 
 Past = MovingPast | SlidingPast

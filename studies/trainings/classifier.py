@@ -28,16 +28,18 @@ from .shared import (
 CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
 
 
-def render(glyphs: np.ndarray, rng: np.random.Generator) -> Tensor:
+def render(glyphs: np.ndarray, rng: np.random.Generator, is_even: bool = False) -> Tensor:
     """Digits in faint or strong ink on grounds of any tone, ``(N, 1, 8, 8)``.
 
     So that images differ in mean and variance, as photographs do: then the statistics of few of
-    them are a bad estimate of the population's.
+    them are a bad estimate of the population's. Even ones differ in what they show alone.
     """
     count = len(glyphs)
     contrast = np.exp(rng.uniform(np.log(0.3), np.log(1.5), count))
     tone = rng.normal(0, 1, count)
     slope = rng.normal(0, 0.3, (count, 2, 1, 1))
+    if is_even:
+        contrast, tone, slope = np.ones(count), np.zeros(count), np.zeros_like(slope)
     place = np.linspace(-1, 1, 8)
     light = slope[:, 0] * place[:, None] + slope[:, 1] * place
     grain = rng.normal(0, 0.05, glyphs.shape) * contrast[:, None, None]
@@ -45,12 +47,13 @@ def render(glyphs: np.ndarray, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(images[:, None]).float()
 
 
-def classifier_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def classifier_data(seed: int, count: int, is_even: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels for training, one of each of ``count`` glyphs, and for testing."""
     digits = load_digits()
     split, rng, data = split_glyphs(), np.random.default_rng(seed), []
     for indices in (rng.permutation(split["train"])[:count], np.tile(split["val"], 5)):
-        data += [render(digits.images[indices] / 16, rng), torch.from_numpy(digits.target[indices])]
+        images = render(digits.images[indices] / 16, rng, is_even)
+        data += [images, torch.from_numpy(digits.target[indices])]
     return tuple(data)
 
 
@@ -67,7 +70,9 @@ def classifier(settings: dict, centred: bool = False) -> nn.Sequential:
 
 def train_classifier(job: Job, options: dict) -> dict:
     """Train once; returns the accuracy in percent, with both kinds of statistics."""
-    images, labels, test_images, test_labels = classifier_data(job.seed, options["train_glyphs"])
+    images, labels, test_images, test_labels = classifier_data(
+        job.seed, options["train_glyphs"], options.get("even", False)
+    )
     torch.manual_seed(job.seed)
     parts = accumulated(job)
     steps = round(options["images_seen"] * options["shorten"]) // (job.batch * parts)

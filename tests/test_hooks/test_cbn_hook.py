@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from layers import assert_all_equal, assert_same, assert_same_window, held
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, MODELS
@@ -234,10 +235,7 @@ def assert_equal(one, other):
     assert all(torch.equal(weights[name], more_weights[name]) for name in weights)
     for name, calls in windows.items():
         for a, b in zip(calls, more_windows[name], strict=True):
-            assert a.keys() == b.keys()
-            for key, value in a.items():
-                is_tensor = isinstance(value, torch.Tensor)
-                assert torch.equal(value, b[key]) if is_tensor else value == b[key], key
+            assert_same_window(a, b, name)
 
 
 def train_in_parts(folder, norm, hook, loop=None, **kwargs):
@@ -310,12 +308,26 @@ def test_what_a_checkpoint_holds(tmp_path, save_window):
         assert tensors and all(each.device.type == "cpu" for each in tensors)
 
 
-def test_a_training_that_starts_from_a_checkpoint_has_no_past(tmp_path):
-    hook = dict(type="CBNHook", burn_in=0)
-    runner(tmp_path, hook, epochs=1)[0].train()
-    run, seen = runner(tmp_path, hook, epochs=1, load_from=str(tmp_path / "epoch_1.pth"))
+@pytest.mark.parametrize(
+    "before, after", [("CBN", "CBN"), ("BN", "CBN"), ("CBN", "BN"), ("CBN", "naive")]
+)
+def test_a_training_that_starts_from_a_checkpoint_has_no_past(before, after, tmp_path):
+    """Of whichever norm, strictly: and nobody is told of windows that start empty."""
+    norms = dict(BN=nn.BatchNorm2d(4), CBN=CBN(4, window_size=3), naive=CBN(4, compensate=False))
+    hook, first = dict(type="CBNHook", burn_in=0), tmp_path / "first"
+    run, _ = runner(first, hook, norm=norms[before], epochs=1)
     run.train()
-    assert seen[0][1] == 0 and "start empty" not in log_of(tmp_path)
+    load_from = str(first / "epoch_1.pth")
+    second = tmp_path / "second"
+    run, seen = runner(second, hook, norm=copy.deepcopy(norms[after]), load_from=load_from)
+    run.load_or_resume()
+    saved = torch.load(load_from, weights_only=False)["state_dict"]
+    assert saved.keys() == run.model.state_dict().keys()
+    assert_all_equal(run.model.state_dict().values(), saved.values())
+    run.model.load_state_dict(saved, strict=True)
+    run.train()
+    assert seen[0][1] == 0 and (run.epoch, run.iter) == (4, 4 * LENGTH)
+    assert "start empty" not in log_of(second)
 
 
 @pytest.fixture(scope="module")
@@ -609,6 +621,57 @@ def test_evaluation_leaves_the_window_alone(tmp_path):
     run.register_hook(Evaluate())
     run.train()
     assert [held for _, held in seen] == list(range(2 * LENGTH))
+
+
+class KeepOutputs(BaseMetric):
+    """Keeps what each evaluation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def process(self, data_batch, data_samples):
+        self.seen.append(torch.stack(list(data_samples)))
+
+    def compute_metrics(self, results):
+        return {}
+
+
+def run_and_evaluate(folder, *hooks):
+    """Two epochs with an evaluation after each: the model, and the outputs of the last."""
+    torch.manual_seed(0)
+    data = dict(dataset=Noise(), batch_size=1, collate_fn=dict(type="pseudo_collate"))
+    keep = KeepOutputs()
+    run, _ = runner(
+        folder,
+        dict(type="CBNHook", burn_in=0),
+        epochs=2,
+        val_dataloader=dict(**data, sampler=dict(type="DefaultSampler", shuffle=False)),
+        val_cfg=dict(),
+        val_evaluator=Evaluator([keep]),
+    )
+    for hook in hooks:
+        run.register_hook(hook)
+    run.train()
+    return run.model, torch.cat(keep.seen[-LENGTH:])
+
+
+@pytest.mark.parametrize("update_buffers", [True, False])
+@pytest.mark.filterwarnings("ignore:The prefix is not set")
+def test_ema_hook(tmp_path, update_buffers):
+    """It evaluates as BN with the averaged weights, and the training does not notice."""
+    plain, _ = run_and_evaluate(tmp_path / "plain")
+    hook = EMAHook(momentum=0.3, update_buffers=update_buffers)
+    model, outputs = run_and_evaluate(tmp_path / "ema", hook)
+    assert_same(model, plain)
+    assert held(model) == {"body.1": [2 * LENGTH]}
+    saved = torch.load(tmp_path / "ema" / "epoch_2.pth", weights_only=False)["state_dict"]
+    assert not torch.equal(saved["body.0.weight"], model.body[0].weight)
+    norm = nn.BatchNorm2d(4)
+    twin = Net(norm).eval()
+    twin.load_state_dict(saved, strict=True)
+    images = torch.stack([Noise()[index]["inputs"] for index in range(LENGTH)])
+    torch.testing.assert_close(outputs, twin(images))
 
 
 def test_a_run_without_cbn_may_be_shorter_than_the_burn_in(tmp_path):

@@ -91,6 +91,13 @@ def test_intervals_that_change(tmp_path):
     assert [n for n, it in enumerate(found, 1) if it] == evaluated == [2, 3, 4]
 
 
+def test_evaluations_that_begin_late(tmp_path):
+    loop = dict(by_epoch=True, max_epochs=4, val_interval=1, val_begin=3)
+    train(tmp_path, PreciseStatsHook(), loop=loop)
+    found = [precise(tmp_path / f"epoch_{n}.pth") for n in (1, 2, 3, 4)]
+    assert found == [False, False, True, True]
+
+
 def test_training_goes_on_as_without_it(tmp_path):
     """Weights, and all generators of random numbers."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import KINDS, assert_same, held, train_once
 from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
@@ -20,7 +22,6 @@ from mmcv.ops import (
 from mmcv.ops.modulated_deform_conv import modulated_deform_conv2d
 from mmdet.models.backbones.trident_resnet import TridentConv
 from mmengine.logging import MessageHub
-from test_norm.test_linking import assert_same, held, train_once
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +31,6 @@ import cbn_mmdet.norm.cbn
 from cbn_mmdet import CBN, diagnose, link, links, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm.reference import Reference
 
-KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 
 
@@ -682,6 +682,22 @@ class TestFound:
         with pytest.raises(RuntimeError, match="second time"):
             y.sum().backward()
 
+    def test_a_batch_with_nan_is_dropped_behind_any_layer(self):
+        """Of a module that autograd has to tell of, too."""
+        model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), CBN(4, window_size=4))
+        link(model)
+        for number in range(5):
+            x = torch.randn(1, 3, 8, 8)
+            if number in (1, 2):
+                x[0, 0, 0, 0] = math.nan
+            model(x).sum().backward()
+            if number in (1, 2):
+                with pytest.warns(UserWarning, match="NaN or infinite"):
+                    step(model)
+            else:
+                step(model)
+        assert held(model) == {"1": [3]}
+
 
 class TestRefused:
     """By name, in the first forward, burn-in or not."""
@@ -743,14 +759,6 @@ class TestRefused:
             Mixed(4, 6, 3), r"'0' \(Mixed\), whose weight has not one row for each of its 6"
         )
 
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_a_plain_convolution_may_be_checkpointed(self, reentrant):
-        model = model_of(nn.Conv2d(4, 6, 3), torch.float32)
-        y = checkpoint(model, images(torch.float32).requires_grad_(), use_reentrant=reentrant)
-        y.sum().backward()
-        step(model)
-        assert held(model) == {"1": [1]}
-
 
 class TestWherePossible:
     def build(self, compensate):
@@ -809,6 +817,36 @@ class TestWherePossible:
             warnings.simplefilter("error")
             train_once(model, images())
         assert held(model) == {"norm": [1], "other": [1]}
+
+    def test_where_possible_repeats_what_a_checkpoint_ran(self):
+        """The first forward has no graph to ask, so the repetition must not ask one either."""
+
+        class Doubled(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x) * 2.0
+
+        class Checkpointed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                norm = CBN(4, compensate="where_possible", window_size=4)
+                self.body = nn.Sequential(Doubled(3, 4, 3), norm)
+
+            def forward(self, x):
+                return checkpoint(self.body, x, use_reentrant=True)
+
+        model, outputs = Checkpointed(), []
+        link(model)
+        model.body[1].register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+        with pytest.warns(UserWarning, match="is not compensated") as warned:
+            for _ in range(4):
+                outputs.clear()
+                model(torch.randn(1, 3, 8, 8, requires_grad=True)).square().sum().backward()
+                step(model)
+                assert torch.equal(*outputs)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter += 0.05
+        assert len(warned) == 1
 
 
 def move_alike(model, twin):

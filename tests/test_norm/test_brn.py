@@ -1,8 +1,6 @@
 """Batch Renormalization: the paper's formulas, its schedule, and what nn.Module does."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from conftest import needs_float16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import BRN
 
@@ -194,33 +191,8 @@ class TestSchedule:
         if "warmup" in closed:  # and no longer
             assert not torch.equal(norm(x), bn(x))
 
-    def test_a_resumed_run_goes_on(self):
-        torch.manual_seed(0)
-        kwargs = dict(warmup=2, r_end=8, d_end=6)
-        whole, first = BRN(4, **kwargs), BRN(4, **kwargs)
-        batches = [torch.randn(2, 4, 5, 6) * (i + 1) + i for i in range(10)]
-        for x in batches[:5]:
-            first(x)
-        resumed = BRN(4, **kwargs)
-        resumed.load_state_dict(first.state_dict())
-        for i, x in enumerate(batches):
-            expected = whole(x)
-            if i >= 5:
-                assert torch.equal(resumed(x), expected)
-
 
 class TestIsBatchNorm:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_evaluation_bit_for_bit(self, dtype):
-        norm, bn = trained().eval().to(dtype), nn.BatchNorm2d(4).eval().to(dtype)
-        bn.load_state_dict(norm.state_dict(), strict=True)
-        x = torch.randn(2, 4, 5, 6).to(dtype)
-        before = copy.deepcopy(norm.state_dict())
-        assert torch.equal(norm(x), bn(x))
-        assert norm(x[:0]).shape == (0, 4, 5, 6)
-        for name, tensor in norm.state_dict().items():
-            assert torch.equal(tensor, before[name])
-
     def test_state_dict_both_ways(self):
         norm, bn = trained(), nn.BatchNorm2d(4)
         assert list(norm.state_dict()) == list(bn.state_dict())
@@ -238,62 +210,11 @@ class TestIsBatchNorm:
         for name, tensor in norm.state_dict().items():
             assert torch.equal(tensor, before[name])
 
-    def test_an_empty_batch_changes_nothing(self):
-        norm = trained()
-        before = copy.deepcopy(norm.state_dict())
-        x = torch.randn(0, 4, 5, 6, requires_grad=True)
-        y = norm(x)
-        assert y.shape == x.shape
-        y.sum().backward()
-        # Distributed training waits for a gradient of every parameter.
-        assert all(torch.equal(p.grad, torch.zeros(4)) for p in norm.parameters())
-        for name, tensor in norm.state_dict().items():
-            assert torch.equal(tensor, before[name])
-
-    @pytest.mark.parametrize("requires_grad", [True, False])
-    def test_built_from_a_config(self, requires_grad):
-        from mmcv.cnn import build_norm_layer
-
-        cfg = dict(type="BRN", requires_grad=requires_grad, momentum=0.01, warmup=9, r_max=2)
-        name, norm = build_norm_layer(cfg, 4, postfix=1)
-        assert name == "bn1" and type(norm) is BRN
-        assert (norm.momentum, norm.warmup, norm.r_max, norm.d_max) == (0.01, 9, 2, 5)
-        assert all(p.requires_grad is requires_grad for p in norm.parameters())
-
-    def test_frozen_parameters(self):
-        norm = trained().requires_grad_(False)
-        x = torch.randn(2, 4, 5, 6, requires_grad=True)
-        norm(x).square().sum().backward()
-        assert x.grad.any() and norm.weight.grad is None
-
 
 class TestCheckpointing:
     """A repeated forward would be corrected by other running statistics than the first one."""
 
     REFUSAL = r"^BRN layer of \d+ channels: activation checkpointing repeats .*\(with_cp=False\)"
-
-    @pytest.mark.parametrize("reentrant", [True, False])
-    @pytest.mark.parametrize("kwargs", [OPEN, {}], ids=["open", "warmup"])
-    def test_is_refused(self, reentrant, kwargs):
-        """In the warm-up as well, before its time is lost; the first forward counts once."""
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), BRN(4, **kwargs), nn.ReLU())
-        plain = copy.deepcopy(model)
-        x = torch.randn(2, 3, 8, 8, requires_grad=True)
-        loss = checkpoint(model, x, use_reentrant=reentrant).sum()
-        with pytest.raises(RuntimeError, match=self.REFUSAL):
-            loss.backward()
-        plain(x)
-        assert all(map(torch.equal, model.buffers(), plain.buffers()))
-
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_of_evaluation_is_none(self, reentrant):
-        """The norms of a detector's frozen backbone are repeated as they were."""
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), trained().eval())
-        x = torch.randn(2, 3, 8, 8, requires_grad=True)
-        (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
-        assert torch.equal(x.grad, expected)
 
     @pytest.mark.parametrize("norm_eval", [True, False])
     def test_a_detectors_backbone(self, norm_eval):
@@ -311,40 +232,8 @@ class TestCheckpointing:
             with pytest.raises(RuntimeError, match=self.REFUSAL):
                 y.sum().backward()
 
-    def test_an_empty_batch(self):
-        """Which corrects nothing."""
-        norm = trained()
-        before = copy.deepcopy(norm.state_dict())
-        x = torch.randn(0, 4, 5, 6, requires_grad=True)
-        checkpoint(norm, x, use_reentrant=False).sum().backward()
-        assert x.grad.shape == x.shape
-        for name, tensor in norm.state_dict().items():
-            assert torch.equal(tensor, before[name])
-
 
 class TestHalfPrecision:
-    def test_bfloat16_autocast(self):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), BRN(4, **OPEN))
-        half = copy.deepcopy(model)
-        for i in range(4):
-            x = torch.randn(2, 3, 12, 12) + i
-            y = model(x)
-            with torch.autocast("cpu", torch.bfloat16):
-                y_half = half(x)
-            assert y_half.dtype == torch.bfloat16
-            torch.testing.assert_close(y_half.float(), y, rtol=0.05, atol=0.08)
-            for norm in (model, half):
-                norm.zero_grad()
-            target = torch.randn_like(y)
-            (y * target).sum().backward()
-            (y_half * target).sum().backward()
-            for ours, theirs in zip(half.parameters(), model.parameters(), strict=True):
-                torch.testing.assert_close(
-                    ours.grad, theirs.grad, rtol=0.1, atol=0.03 * theirs.grad.abs().max().item()
-                )
-        assert half[1].running_var.dtype == torch.float32
-
     @pytest.mark.parametrize(
         "dtype", [pytest.param(torch.float16, marks=needs_float16), torch.bfloat16]
     )
@@ -370,56 +259,12 @@ class TestHalfPrecision:
         norm(x.requires_grad_()).sum().backward()
         assert norm.weight.grad.isfinite().tolist() == [True, False, True, True]
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_channels_last_stays(self, training):
-        norm = trained().train(training)
-        twin = copy.deepcopy(norm)
-        x = torch.randn(2, 4, 5, 6)
-        y = norm(x.to(memory_format=torch.channels_last))
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(y, twin(x))
-
-
-class TestCopies:
-    def copies(self, norm):
-        yield copy.deepcopy(norm)
-        yield pickle.loads(pickle.dumps(norm))
-        buffer = io.BytesIO()
-        torch.save(norm, buffer)
-        buffer.seek(0)
-        yield torch.load(buffer, weights_only=False)
-
-    def test_a_copy_goes_on_alike(self):
-        norm = trained(warmup=2, r_end=9, d_end=9)
-        copies = list(self.copies(norm))
-        x = torch.randn(2, 4, 5, 6)
-        expected = norm(x)
-        for other in copies:
-            assert torch.equal(other(x), expected)
-            assert str(other) == str(norm)
-
-    def test_a_forward_leaves_nothing_but_buffers(self):
-        assert vars(trained(steps=40)).keys() == vars(nn.BatchNorm2d(4)).keys() | {
-            "r_max", "d_max", "warmup", "r_end", "d_end"
-        }  # fmt: skip
-
 
 class TestErrors:
     @pytest.mark.parametrize(
         "kwargs, message",
         [
-            (dict(num_features=0), "num_features must be a whole number of at least 1, got 0"),
-            (dict(eps=0), "eps must be a number above 0, got 0"),
-            (dict(eps="small"), "eps must be a number above 0, got 'small'"),
-            (dict(momentum=2), "momentum must be None or from 0 to 1, got 2"),
-            (dict(track_running_stats=False), "track_running_stats must be True.*type='BN'"),
-            (dict(r_max=0.5), "r_max must be a finite number of at least 1, got 0.5"),
-            (dict(r_max=float("inf")), "r_max must be a finite number"),
-            (dict(r_max=True), "r_max must be a finite number"),
             (dict(d_max=-1), "d_max must be a finite number of at least 0, got -1"),
-            (dict(d_max="5"), "d_max must be a finite number of at least 0, got '5'"),
-            (dict(warmup=-1), "warmup must be a whole number of at least 0, got -1"),
-            (dict(warmup=1e3), "warmup must be a whole number of at least 0, got 1000.0"),
             (
                 dict(warmup=50000),
                 "r_end must be a whole number of at least 50000, got 40000: .*end of warmup",
@@ -430,15 +275,3 @@ class TestErrors:
     def test_arguments(self, kwargs, message):
         with pytest.raises(ValueError, match=f"^BRN: {message}"):
             BRN(**{"num_features": 4, **kwargs})
-
-    @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 5), (2, 4, 5, 5, 5)])
-    def test_dimensions(self, shape, training):
-        with pytest.raises(ValueError, match=r"4 channels: .*\(N, C, H, W\), got \d dimensions"):
-            BRN(4).train(training)(torch.randn(shape))
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_channels(self, training):
-        model = nn.Sequential(nn.Conv2d(3, 5, 1), BRN(4)).train(training)
-        with pytest.raises(ValueError, match="^BRN layer of 4 channels: has num_.*=4.* 5 channels"):
-            model(torch.randn(2, 3, 4, 4))

@@ -37,7 +37,10 @@ def mixed():
         nn.Conv2d(3, 6, 3),
         CBN(6, eps=1e-3, momentum=0.3),
         nn.ReLU(),
-        nn.Sequential(nn.Conv2d(6, 6, 3, groups=2), SyncCBN(6, affine=False)),
+        nn.Sequential(
+            nn.Conv2d(6, 6, 3, groups=2),
+            SyncCBN(6, affine=False, window="sliding", window_size=3),
+        ),
         nn.Conv2d(6, 4, 1),
         BRN(4, warmup=0, r_end=2, d_end=2),
     )

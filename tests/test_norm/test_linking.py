@@ -1,4 +1,4 @@
-"""Which convolution feeds which CBN: plain models, stock mmdet detectors, and what is refused."""
+"""Which convolution feeds which CBN, in plain models and stock mmdet detectors, and iterations."""
 
 import copy
 import gc
@@ -10,25 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import assert_same, descend, held, train_once
+from mmdet.models import FCOSHead, RetinaHead, RetinaSepBNHead
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from torch import nn
 from zoo import loss_of, stock_model, total
 
 import cbn_mmdet.norm
-from cbn_mmdet import CBN, link, links, set_window, step, window_state
-
-
-def train_once(model, *inputs):
-    model.train()
-    output = model(*inputs)
-    step(model)
-    return output
-
-
-def held(model):
-    """The number of iterations that each window of each layer has seen."""
-    return {
-        name: [each["seen"] for each in windows] for name, windows in window_state(model).items()
-    }
+from cbn_mmdet import CBN, link, links, step, window_state
+from cbn_mmdet.norm.reference import Reference
 
 
 def images(seed=0, channels=3):
@@ -154,6 +146,14 @@ class TestPlainModels:
         model = Keyword(nn.Conv2d(3, 4, 1), CBN(4))
         link(model)
         train_once(model, torch.randn(2, 3, 5, 5))
+        assert links(model) == {"1": "0"}
+
+    def test_mmcvs_own_convolution_is_a_plain_one(self):
+        from mmcv.cnn import Conv2d
+
+        model = nn.Sequential(Conv2d(3, 4, 3), CBN(4))
+        link(model)
+        train_once(model, torch.randn(2, 3, 8, 8))
         assert links(model) == {"1": "0"}
 
 
@@ -296,21 +296,6 @@ def iterate(model, seed, call=lambda model, x: model(x)):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad
-
-
-def assert_same(model, other):
-    """The same windows, running statistics and weights, bit for bit."""
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
-    ours, theirs = window_state(model), window_state(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        for one, another in zip(ours[name], theirs[name], strict=True):
-            assert one.keys() == another.keys()
-            for key, value in one.items():
-                is_tensor = isinstance(value, torch.Tensor)
-                same = torch.equal(value, another[key]) if is_tensor else value == another[key]
-                assert same, f"{name}: {key}"
 
 
 class TestIterations:
@@ -552,83 +537,92 @@ class TestHowMuchRuns:
         assert len(hidden - set(vars(nn.BatchNorm2d(4)))) <= 3
 
 
-class TestRefusals:
-    """Each names the layer and what it received, in the first forward, burn-in or not."""
+NORM = dict(type="CBN", window_size=3, derivative_stride=1)
 
-    def refuse(self, *modules, message, size=(2, 3, 8, 8)):
-        model = nn.Sequential(*modules)
+
+def cascade_rcnn():
+    """mmdet's Cascade R-CNN, much narrowed."""
+    init_default_scope("mmdet")
+    name = "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"
+    cfg = Config.fromstring(f"_base_ = 'mmdet::{name}'", ".py").model
+    cfg.backbone.update(depth=18, base_channels=4, init_cfg=None)
+    cfg.neck.update(in_channels=[4, 8, 16, 32], out_channels=8)
+    cfg.rpn_head.update(in_channels=8, feat_channels=8)
+    cfg.roi_head.bbox_roi_extractor.out_channels = 8
+    for head in cfg.roi_head.bbox_head:
+        head.update(type="ConvFCBBoxHead", in_channels=8, conv_out_channels=4, norm_cfg=NORM)
+        head.update(num_shared_convs=2, num_shared_fcs=1, fc_out_channels=16)
+    return MODELS.build(cfg)
+
+
+class TestSeveralForwards:
+    """Each call of each norm in mmdet's heads, against a reference with that call's history."""
+
+    def check(self, model, forward):
+        torch.manual_seed(0)
         link(model)
-        for in_force in (8, 1):
-            set_window(model, in_force)
-            with pytest.raises(RuntimeError, match=message) as error:
-                model(torch.randn(size))
-            assert "compensate=False" in str(error.value)
-        for module in modules:
-            if isinstance(module, CBN):
-                module.compensate = False
-        model(torch.randn(size))
-        step(model)
+        model.train()
+        inputs, calls, references = {}, [], {}
+        modules = dict(model.named_modules())
+        names = {module: name for name, module in modules.items()}
 
-    def test_after_an_activation(self):
-        self.refuse(
-            nn.Conv2d(3, 4, 1),
-            nn.ReLU(),
-            CBN(4),
-            message=r"layer '2' \(CBN\).*shape \(2, 4, 8, 8\) that no module.*of an activation",
+        def note(norm, _, y):
+            conv = modules[links(model)[names[norm]]]
+            calls.append((norm, conv, inputs[conv].clone(), y.clone()))
+
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]}))
+            elif isinstance(module, CBN):
+                module.register_forward_hook(note)
+        for _ in range(3):
+            calls.clear()
+            loss = forward(model)
+            number = {}
+            for norm, fed_by, x, y in calls:
+                key = norm, number.setdefault(norm, 0)
+                number[norm] += 1
+                if key not in references:
+                    conv = copy.deepcopy(fed_by).double()
+                    references[key] = Reference(conv, norm.window, 3, norm.eps)
+                slow, x = references[key], x.double()
+                slow.conv.load_state_dict(fed_by.state_dict())
+                expected = slow.forward(x, norm.weight, norm.bias)
+                torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-3)
+                slow.step(x)
+            model.zero_grad()
+            loss.backward()
+            step(model)
+            descend(model, 0.1)
+        return len(references)
+
+    @pytest.mark.parametrize("kind", [RetinaHead, FCOSHead, RetinaSepBNHead])
+    def test_dense_heads_on_five_levels(self, kind):
+        init_default_scope("mmdet")
+        separate = kind is RetinaSepBNHead
+        head = kind(
+            num_classes=3,
+            in_channels=4,
+            feat_channels=4,
+            stacked_convs=2,
+            norm_cfg=NORM,
+            **(dict(num_ins=5) if separate else {}),
         )
 
-    def test_after_an_activation_in_place(self):
-        self.refuse(
-            nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), CBN(4), message=r"'2'.*no module.*in place"
-        )
+        def forward(head):
+            sizes = (17, 9, 5, 3, 2)
+            levels = [torch.randn(2, 4, s, s) * (1 + i) + i for i, s in enumerate(sizes)]
+            return sum(y.square().mean() for outputs in head(levels) for y in outputs)
 
-    def test_on_the_input(self):
-        self.refuse(CBN(3), message=r"'0'.*shape \(2, 3, 8, 8\) that no module")
+        assert self.check(head, forward) == 5 * 2 * 2  # levels, convolutions, branches
+        if separate:
+            assert links(head)["cls_convs.3.1.bn"] == "cls_convs.0.1.conv"
+        assert set(map(len, held(head).values())) == ({1} if separate else {5})
 
-    def test_after_a_function(self):
-        class Rectified(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv = nn.Conv2d(3, 4, 1)
-
-            def forward(self, x):
-                return nn.functional.relu(self.conv(x))
-
-        self.refuse(Rectified(), CBN(4), message=r"'1'.*that no module with a weight.*a function")
-
-    def test_another_convolution_in_the_same_place(self):
-        class Either(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
-                self.norm, self.side = CBN(4), "left"
-
-            def forward(self, x):
-                return self.norm(getattr(self, self.side)(x))
-
-        model = Either()
-        link(model)
-        train_once(model, torch.randn(2, 3, 5, 5))
-        model.side = "right"
-        with pytest.raises(RuntimeError, match="'norm'.*'left'.*'right'.*its own CBN"):
-            model(torch.randn(2, 3, 5, 5))
-
-    def test_a_model_that_is_gone(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
-        link(model)
-        norm = model[1]
-        del model
-        gc.collect()
-        with pytest.raises(RuntimeError, match="a part of a model that is gone. Call cbn_mmdet.li"):
-            norm(torch.randn(2, 4, 5, 5))
-
-    def test_mmcvs_own_convolution_is_a_plain_one(self):
-        from mmcv.cnn import Conv2d
-
-        model = nn.Sequential(Conv2d(3, 4, 3), CBN(4))
-        link(model)
-        train_once(model, torch.randn(2, 3, 8, 8))
-        assert links(model) == {"1": "0"}
+    @pytest.mark.slow
+    def test_cascade_rcnn(self):
+        model = cascade_rcnn()
+        assert self.check(model, lambda model: total(loss_of(model))) == 3 * 2  # stages
 
 
 # Configs of mmdet's own, and the parts whose norm they leave out.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, link, precise_statistics, step, window_state
+from cbn_mmdet import BRN, CBN, MABN, link, precise_statistics, step, window_state
 
 NORMS = {"BN": nn.BatchNorm2d, "CBN": CBN, "BRN": BRN}
 
@@ -38,6 +38,14 @@ def test_the_first_layer_has_the_populations_moments(norm, batch):
     y = model[0](data)
     torch.testing.assert_close(model[1].running_mean, y.mean((0, 2, 3)))
     torch.testing.assert_close(model[1].running_var, y.var((0, 2, 3), unbiased=False))
+
+
+def test_mabn_has_second_moments():
+    """It takes no mean off, in inference either."""
+    model, data = network(MABN), images()
+    assert precise_statistics(model, data.split(5)) == ["1", "4"]
+    assert not model[1].running_mean.any()
+    torch.testing.assert_close(model[1].running_var, model[0](data).square().mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)

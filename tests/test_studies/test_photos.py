@@ -152,6 +152,28 @@ def test_what_is_left_out(tmp_path):
     assert sorted(files) == ["a.jpg", "b.jpg", "turned.jpg"]
 
 
+@pytest.mark.parametrize(
+    "corners, found",
+    [
+        ((0, 0, 30, 20), [[0, 0, 30, 20]]),  # of a tool that counts from 0
+        ((1, 1, 1, 20), []),
+        ((1, 1, 20, 1), []),
+        ((-1, 1, 20, 20), []),
+        ((1, -1, 20, 20), []),
+        ((1, 1, 97, 64), []),
+        ((1, 1, 96, 65), []),
+    ],
+)
+def test_a_box_at_the_edge(corners, found, tmp_path):
+    for name in "ab":
+        draw(tmp_path, name)
+        annotate(tmp_path, name, [("cell", *corners)])
+    report, *contents = convert(tmp_path, share=0.5)
+    for content in contents:
+        assert [each["bbox"] for each in content["annotations"]] == found
+    assert len(report) == (2 if found else 4)
+
+
 # An entry of a picture's header: its first row is the right side.
 ORIENTATION = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)
 
@@ -323,10 +345,20 @@ def test_where_the_norm_is(norm_in, data):
     assert cfg.model.backbone.norm_eval == (norm_in == "head")
     assert cfg.train_dataloader.dataset.data_root == f"{data}/"
     assert cfg.train_dataloader.dataset.indices == 5 and cfg.train_dataloader.batch_size == 2
-    assert cfg.optim_wrapper.optimizer.lr == 0.01 and cfg.param_scheduler[1].milestones == [6]
+    assert cfg.optim_wrapper.optimizer.lr == 0.01 and cfg.param_scheduler[1].milestones == [9]
     assert json.loads(Path(cfg.val_evaluator.ann_file).read_text())["categories"] == [
         dict(id=1, name="raccoon")
     ]
+
+
+def test_where_the_photographs_are(data):
+    cfg, count = photos.photos_config({**options(data), "shorten": 0.4})
+    assert count == cfg.train_dataloader.dataset.indices == 2
+    for split in ("train", "val", "test"):
+        assert cfg[f"{split}_dataloader"].dataset.data_root == f"{data}/"
+    for split in ("val", "test"):
+        annotations = data / "raccoon_coco/instances_val.json"
+        assert cfg[f"{split}_evaluator"].ann_file == str(annotations)
 
 
 def test_no_norm(data):

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from common.checkpoint import check_checkpoint, find_checkpoint, latest_checkpoint
+from common.checkpoint import check_checkpoint, check_fit, find_checkpoint, latest_checkpoint
 from common.errors import UsageError
 from conftest import cut, damage
 
@@ -24,6 +24,16 @@ def test_checkpoints(tmp_path):
         check_checkpoint(cut)
     with pytest.raises(UsageError, match="does not exist"):
         check_checkpoint("none.pth")
+
+
+def test_batch_norms_of_old_files_have_counted_nothing():
+    model = torch.nn.BatchNorm2d(2)
+    weights = model.state_dict()
+    del weights["num_batches_tracked"]
+    check_fit(model, weights, "old.pth")
+    del weights["running_var"]
+    with pytest.raises(UsageError, match="1 of its weights are missing .running_var first"):
+        check_fit(model, weights, "other.pth")
 
 
 def checkpoint(path, when):

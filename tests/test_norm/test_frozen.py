@@ -1,0 +1,153 @@
+"""What does not train: whole stages, scale and shift, a convolution's weight."""
+
+import copy
+
+import pytest
+import torch
+from layers import (
+    KINDS,
+    assert_all_equal,
+    backward,
+    descend,
+    iterate,
+    linked,
+    reference,
+    resnet,
+    state_of,
+)
+from torch import nn
+
+import cbn_mmdet.norm.cbn
+from cbn_mmdet import CBN, link, step
+
+
+def test_frozen_backbone_is_batch_norm():
+    """MMDetection's default: norm_eval=True and frozen_stages=1."""
+    cbn = resnet(norm_eval=True, frozen_stages=1)
+    bn = resnet(norm_eval=True, frozen_stages=1, norm_cfg=dict(type="BN"))
+    bn.load_state_dict(cbn.state_dict())
+    cbn.train(), bn.train()
+    for seed in range(3):
+        x = torch.randn(2, 3, 64, 64)
+        assert_all_equal(backward(cbn, x, seed), backward(bn, x, seed))
+        step(cbn)
+    assert_all_equal(cbn.buffers(), bn.buffers())
+    assert not any(layer.window_bytes for layer in cbn.modules() if isinstance(layer, CBN))
+
+
+def test_partly_frozen(monkeypatch):
+    """Frozen stages behave as BN's do; no derivative is formed of a weight that is frozen."""
+    derivative, formed = cbn_mmdet.norm.cbn.batch_derivative, []
+
+    def spy(source, *args):
+        formed.append(source.weight)
+        return derivative(source, *args)
+
+    monkeypatch.setattr(cbn_mmdet.norm.cbn, "batch_derivative", spy)
+    torch.manual_seed(0)
+    cbn, bn = resnet(frozen_stages=1), resnet(frozen_stages=1, norm_cfg=dict(type="BN"))
+    bn.load_state_dict(cbn.state_dict())
+    cbn.layer2[0].conv1.weight.requires_grad = False  # under a norm that trains
+    before = copy.deepcopy(cbn.state_dict())
+    for _ in range(3):
+        x = torch.randn(2, 3, 64, 64)
+        frozen = [model.layer1(model.norm1(model.conv1(x))) for model in (cbn, bn)]
+        assert torch.equal(*frozen)
+        grads = backward(cbn, x)
+        assert all(grad.isfinite().all() for grad in grads)
+        step(cbn)
+        descend(cbn)
+    changed = {name for name, value in cbn.state_dict().items() if (value != before[name]).any()}
+    assert not any(name.startswith(("conv1.", "bn1.", "layer1.")) for name in changed)
+    assert {"layer2.0.bn1.running_mean", "layer2.0.bn1.weight"} <= changed
+    trained = [
+        module.weight for module in cbn.modules() if isinstance(module, nn.Conv2d)
+        and module.weight.requires_grad
+    ]  # fmt: skip
+    assert set(formed) == set(trained) and len(formed) == 3 * len(trained)
+    for name, layer in cbn.named_modules():
+        if not isinstance(layer, CBN):
+            continue
+        is_frozen = name.startswith(("bn1", "layer1"))
+        assert (layer.window_bytes == 0) == is_frozen
+        assert layer.weight.requires_grad != is_frozen
+
+
+def test_a_frozen_scale_and_shift():
+    """The convolution trains as with those that train, of the same values."""
+    torch.manual_seed(0)
+    model = linked(bias=True)
+    frozen = copy.deepcopy(model)
+    link(frozen)
+    frozen[1].requires_grad_(False)
+    for _ in range(3):
+        x = torch.randn(2, 3, 9, 9)
+        y, weight, bias, *_ = backward(model, x)
+        assert_all_equal([y, weight, bias], backward(frozen, x))
+        step(model), step(frozen)
+        with torch.no_grad():
+            for conv in (model[0], frozen[0]):
+                conv.weight *= 1.02
+
+
+@KINDS
+def test_frozen_and_thawed_again(kind):
+    """What was learnt of a weight that stood still is not mixed with what is compensated."""
+    torch.manual_seed(0)
+    model = linked(kind, bias=True).double()
+    conv, norm = model
+    slow = reference(model)
+    for index in range(9):
+        conv.weight.requires_grad = index not in (3, 4, 5)
+        x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+        expected = slow.forward(x, norm.weight, norm.bias)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        slow.step(x)
+        step(model)
+        state = state_of(model)
+        assert state["seen"] == index % 3 + 1
+        assert ("m" in state, "h" in state) == (conv.weight.requires_grad,) * 2
+        if conv.weight.requires_grad:
+            with torch.no_grad():
+                conv.weight *= 1.02
+
+
+class Parts(nn.Sequential):
+    """A convolution that may run without gradients, and a norm."""
+
+    is_frozen = False
+
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.is_frozen):
+            y = self[0](x)
+        return self[1](y)
+
+
+@KINDS
+@pytest.mark.parametrize("backward", ["mixed", "full", "own", "window"])
+@pytest.mark.parametrize("frozen", ["input", "weight", "all but the bias"])
+def test_gradients_of_what_is_frozen_are_not_formed(frozen, backward, kind):
+    torch.manual_seed(0)
+    model = Parts(
+        nn.Conv2d(3, 4, 3, padding=1), CBN(4, window=kind, window_size=4, backward=backward)
+    )
+    link(model)
+    iterate(model, 4)
+    x = torch.randn(2, 3, 8, 8)
+    target = torch.randn(2, 4, 8, 8)
+    (model(x) * target).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    conv, norm = model
+    if frozen == "input":
+        model.is_frozen = True
+        (model(x) * target).sum().backward()
+        assert conv.weight.grad is None and conv.bias.grad is None  # nor through the window
+        torch.testing.assert_close(norm.weight.grad, expected["1.weight"])
+        return
+    conv.weight.requires_grad_(False)
+    if frozen == "all but the bias":
+        norm.requires_grad_(False)
+    (model(x) * target).sum().backward()
+    assert conv.weight.grad is None
+    torch.testing.assert_close(conv.bias.grad, expected["0.bias"], rtol=1e-3, atol=1e-3)
