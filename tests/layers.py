@@ -90,6 +90,13 @@ def take_over(model, other):
             ours.copy_(theirs)
 
 
+def step_alike(model, other):
+    """Ends an iteration of both, after which both have the weights that the first descended to."""
+    step(model), step(other)
+    descend(model)
+    take_over(other, model)
+
+
 # What it leaves.
 
 

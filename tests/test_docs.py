@@ -2,14 +2,13 @@
 
 import re
 
-import pytest
-import torch
 from conftest import ROOT
+from layers import needs_scaler
 
 DIGITS_PAGE = ROOT / "studies/digits/configs/README.md"
 
 
-@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs torch 2.3")
+@needs_scaler
 def test_pytorch_loop(capsys):
     page = (ROOT / "docs" / "pytorch.md").read_text()
     blocks = re.findall(r"```(python|text)\n(.*?)```", page, re.DOTALL)

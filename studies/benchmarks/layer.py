@@ -82,15 +82,13 @@ def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
     """Build a convolution and its norm, linked; several such layers in a row."""
     torch.manual_seed(0)
     layers, padding = [], shape.kernel // 2
-    kind = UnknownConv2d if text == AUTOGRAD else nn.Conv2d
+    kind, name = (UnknownConv2d, "CBN") if text == AUTOGRAD else (nn.Conv2d, text)
     for _ in range(depth):
         conv = kind(shape.c_in, shape.c_out, shape.kernel, padding=padding, bias=False)
         if text == FLOOR:
             layers += [conv, WeightGradientBN(conv)]
-        elif text == AUTOGRAD:
-            layers += [conv, build_norm(norm_cfg("CBN"), shape.c_out)]
         else:
-            layers += [conv, build_norm(norm_cfg(text), shape.c_out)]
+            layers += [conv, build_norm(norm_cfg(name), shape.c_out)]
     model = nn.Sequential(*layers)
     if has_cbn(model):
         link(model)
@@ -206,12 +204,15 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operation, and count it unless it only looks at a tensor in another way."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         returns = func._schema.returns
         if not any(each.alias_info and not each.alias_info.is_write for each in returns):
             self.operations += 1
-            # A result that an operation changed in place is its argument, read and written.
-            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, result)))
+            # A result that an operation changed in place is its argument, read and written; out is
+            # written alone.
+            read = [args, *(each for name, each in kwargs.items() if name != "out")]
+            tensors = filter(torch.is_tensor, tree_leaves((read, result)))
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         return result
 

@@ -28,7 +28,7 @@ from .shared import (
 CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
 
 
-def render(glyphs: np.ndarray, rng: np.random.Generator, is_even: bool = False) -> Tensor:
+def render(glyphs: np.ndarray, rng: np.random.Generator, is_even: bool) -> Tensor:
     """Digits in faint or strong ink on grounds of any tone, ``(N, 1, 8, 8)``.
 
     So that images differ in mean and variance, as photographs do: then the statistics of few of

@@ -34,7 +34,7 @@ SOURCES = {
     ),
 }
 SHARED = dict(AVERAGES, norm_in="head", lr_at_2=0.01)
-# Epochs, burn-in and decay of the paper's 1x schedule on COCO.
+# As many epochs, and of burn-in, as in the paper's COCO runs.
 PHOTOS = dict(SHARED, photos="raccoon", epochs=12, burn_in=3, decay=9)
 CELLS = dict(SHARED, photos="bccd", epochs=4, burn_in=1, decay=3)
 

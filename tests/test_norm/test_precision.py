@@ -13,12 +13,11 @@ from layers import (
     assert_close_in_norm,
     assert_same,
     backward,
-    descend,
     iterate,
     linked,
     needs_scaler,
     state_of,
-    take_over,
+    step_alike,
     tensors,
 )
 from torch import nn
@@ -42,9 +41,7 @@ class TestMixedPrecision:
             got = backward(half, x, half=dtype)
             assert got[0].dtype == dtype
             assert_close_in_norm(got, expected, 0.02)
-            step(full), step(half)
-            descend(full)
-            take_over(half, full)
+            step_alike(full, half)
         ours, theirs = state_of(half), state_of(full)
         assert {"m", "h", "sums"} < tensors(ours).keys() == tensors(theirs).keys()
         for name, value in tensors(ours).items():
@@ -67,9 +64,7 @@ class TestMixedPrecision:
             expected = backward(full, x)
             got = backward(half, x, half=dtype)
             assert_close_in_norm(got, expected, 0.02 if dtype == torch.float16 else 0.05)
-            step(full), step(half)
-            descend(full)
-            take_over(half, full)
+            step_alike(full, half)
         torch.testing.assert_close(half[1].running_var, full[1].running_var, rtol=0.05, atol=0)
 
     @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window"])
