@@ -29,7 +29,7 @@ from .layer import check_count, is_number, is_recomputation
 from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
-from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts
+from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts, unite
 
 _MANY = 10  # forwards without a step
 
@@ -275,6 +275,8 @@ class Iteration:
             if waiting and records[0].moments is not None:
                 vectors = Vectors(waiting)
                 self._finished.append(vectors)
+                if isinstance(waiting[0].window, MovingWindow):
+                    unite(vectors)
                 for each, of in zip(waiting, coefficients(vectors), strict=True):
                     each.coefficients = of
 
@@ -340,38 +342,38 @@ class Iteration:
         """Adds records that are alike to their windows; tells which were, and the part clamped."""
         first, figures, vectors, new, sums = records[0], [], None, None, None
         if first.window is None:
-            checked = [tensor for record in records for tensor in record.running]
+            running = [tensor for record in records for tensor in record.running]
+            checked = [torch.cat(running).float()]
         else:
             vectors = next((each for each in self._finished if each.records == records), None)
             if vectors is None:
                 vectors = Vectors(records)
-            checked = [vectors.union.view(-1)]
+            checked = [vectors.union]
             surprise = Surprise.of(vectors)
             if first.is_spread and any(record.window.sets_itself for record in records):
                 dist.all_reduce(surprise.agreement)
             figures.append(surprise.agreement.view(-1))
         if isinstance(first.window, MovingWindow):
             new = growth(vectors)
-            checked.append(new.values.view(-1))
-        derivatives = [
-            each for record in records if record.derivative for each in record.derivative[:2]
-        ]
-        if derivatives:
-            checked.append(torch.stack(torch._foreach_norm(derivatives)))
-        positives = [record.past.positive for record in records if record.past is not None]
-        positives = [each.reshape(-1) for each in positives if each is not None]
-        dtype = checked[0].dtype
-        if positives:
-            figures.append(torch.cat(positives).mean(dtype=dtype).view(1))
-        # The largest, which NaN and infinity come through.
-        figures.append(torch.linalg.vector_norm(torch.cat(checked), math.inf).view(1))
+            checked.append(new.values)
+        for record in records:
+            if record.derivative is not None:
+                checked += record.derivative[:2]
         if any(record.sums is not None for record in records):
             sums = new_averages(vectors)
-            figures.append(torch.linalg.vector_norm(sums, math.inf).view(1))
-        told = torch.cat(figures).tolist()  # the one wait for the device
+            checked.append(sums)
+        positives = [record.past.positive for record in records if record.past is not None]
+        positives = [each.reshape(-1) for each in positives if each is not None]
+        if positives:
+            figures.append(torch.cat(positives).mean(dtype=checked[0].dtype))
+        # Norms, which NaN and infinity come through.
+        told = torch.hstack((*figures, *torch._foreach_norm(checked)))
+        told = told.tolist()  # the one wait for the device
 
         are_sums_finite = sums is None or math.isfinite(told.pop())
-        is_finite = math.isfinite(told.pop())
+        others = len(checked) - (sums is not None)
+        is_finite = all(map(math.isfinite, told[-others:]))
+        del told[-others:]
         clamped = 1 - told.pop() if positives else None
         keep = [True] * len(records)
         if not is_finite:
@@ -381,7 +383,7 @@ class Iteration:
             return keep, clamped
         of_each = zip(records, keep, vectors.split(surprise.values.float()), strict=True)
         for place, (record, is_kept, values) in enumerate(of_each):
-            window, (now, product, _, last) = record.window, told[4 * place : 4 * place + 4]
+            window, (now, product, _, last) = record.window, told[place :: len(records)]
             # Of a batch that is spread all processes learn, that their shares stay equal.
             if (is_kept or record.is_spread) and now * last > 0:
                 window.learn(product / math.sqrt(now * last))

@@ -323,14 +323,24 @@ def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield rows, part if part.dtype == dtype else part.to(dtype)
 
 
-def add_outer_(grad: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """``grad_cp += scale left_c right_gp``; ``left`` is ``(C, 1)``, ``right`` ``(groups, P)``."""
-    groups, patch = right.shape
-    if groups == 1:
-        grad.addmm_(left, right, alpha=scale)
+def add_outer_(
+    grad: Tensor, lefts: Tensor, rights: Tensor | Sequence[Tensor], scale: float = 1.0
+) -> None:
+    """``grad_cp += scale sum_k left_kc right_kgp``.
+
+    Args:
+        grad: ``(C, P)``.
+        lefts: ``(K, C, 1)``.
+        rights: ``K`` tensors of ``(groups, P)``, or ``(K, P)`` where there is one group.
+        scale: A number.
+    """
+    if isinstance(rights, Tensor):
+        grad.addmm_(lefts[:, :, 0].t(), rights, alpha=scale)
         return
-    by_group = grad.view(groups, -1, patch)
-    by_group.baddbmm_(left.view(groups, -1, 1), right[:, None], alpha=scale)
+    for left, right in zip(lefts, rights, strict=True):
+        groups, patch = right.shape
+        by_group = grad.view(groups, -1, patch)
+        by_group.baddbmm_(left.view(groups, -1, 1), right[:, None], alpha=scale)
 
 
 def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> None:
@@ -347,16 +357,25 @@ def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -
 
 
 def segment_sums(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The sums over consecutive rows of ``values``, ``(N, K)``, as many as ``sizes`` say."""
+    """The sums over consecutive ``values``, ``(N,)``, as many as ``sizes`` say."""
     return torch.segment_reduce(values, "sum", lengths=_lengths(sizes, values.device), unsafe=True)
 
 
-def spread(values: Sequence[float], sizes: tuple[int, ...], like: Tensor) -> Tensor | float:
-    """Each value as often as its size says, ``(N,)``, beside ``like``; one number if all agree."""
-    if values.count(values[0]) == len(values):
-        return values[0]
-    value = _moved(torch.tensor(values, dtype=like.dtype), like.device)
-    return value[_owners(sizes, like.device)]
+def spread(
+    rows: Sequence[Sequence[float]], sizes: tuple[int, ...], like: Tensor
+) -> list[Tensor | float]:
+    """Of each row each value as often as its size says, ``(N,)``, beside ``like``.
+
+    It is one number where all values of a row agree; the others go to the device together.
+    """
+    found: list[Tensor | float] = [row[0] for row in rows]
+    differ = [place for place, row in enumerate(rows) if row.count(row[0]) < len(row)]
+    if differ:
+        values = torch.tensor([rows[place] for place in differ], dtype=like.dtype)
+        values = _moved(values, like.device)[:, _owners(sizes, like.device)]
+        for place, row in zip(differ, values, strict=True):
+            found[place] = row
+    return found
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

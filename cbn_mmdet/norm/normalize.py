@@ -34,7 +34,7 @@ which the window passes on to the weight; the bias moves ``mu_p`` as it is. With
 weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image per
 batch training fails. Weight and bias are to have this gradient whatever goes on to the input, so
 they are given back what these take off ``dL/dy``: with ``E[x_hat phi] = r (h / 2 + (mu - mu_bar)
-m)``,
+m)``, which is ``r (h' / 2 + (mu - mu_bar) M)`` where ``h`` has become a moving window's ``h'``,
 
     dL/dw += (1 - s) r M (e_b m + e_g E[x_hat phi])
     dL/db += (1 - s) r M (e_b + e_g r (mu - mu_bar))
@@ -43,7 +43,8 @@ If the current batch is spread over processes, which may differ in their estimat
 position receives the sum of what reaches it from all of them: with the mean ``mu`` of the current
 batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S
 (mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``, with the part of ``own`` added to ``s``
-(and given back in full where all processes have the same share).
+(and given back in full where all processes have the same share). There ``m`` and ``h`` are of a
+process's own positions, of the mean ``mu_o``, and ``E[x_hat phi]`` has ``(mu_o - mu) m`` besides.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from . import kernels
 from .moments import full_precision
 from .record import Record, Vectors
 from .sync import joint_sum
+from .window import MovingWindow
 
 AVERAGES = ("full", "mixed")  # the gradients that keep them
 GIVES_BACK = (*AVERAGES, "own")
@@ -97,7 +99,8 @@ class Coefficients(NamedTuple):
 
     Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
     x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``), of ``dL/d mu_p``
-    and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``).
+    and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``, or of ``M``, which
+    is added to that of ``mu_p``, ``m`` and ``h'``).
 
     Attributes:
         r: ``(C,)``.
@@ -105,6 +108,9 @@ class Coefficients(NamedTuple):
         on_mean: ``(4, C, 1)``, or ``(6, C, 1)`` where something is given back.
         on_var: Likewise.
         constant: Likewise, or None for 0.
+        of_own: If the batch is spread, what is made of the process's own sums for ``dL/d mu_p``
+            and ``dL/d V``: that of ``sum(g)`` for the first, those of ``sum(g x_hat)`` for both,
+            ``(3, C, 1)``; the rows above have what is given back alone.
     """
 
     r: Tensor
@@ -112,25 +118,35 @@ class Coefficients(NamedTuple):
     on_mean: Tensor
     on_var: Tensor
     constant: Tensor | None
+    of_own: Tensor | None
 
 
 def coefficients(vectors: Vectors) -> list[Coefficients]:
     """The coefficients of each record; all have the same gradient, and are spread alike."""
-    records, share, mean = vectors.records, vectors.share, vectors.union[0]
+    records, mean, r = vectors.records, vectors.union[0], (vectors.union[1] + vectors.eps).rsqrt_()
     backward, is_spread = records[0].backward, records[0].is_spread
-    r = (vectors.union[1] + vectors.eps).rsqrt_()
-    nothing, scale = torch.zeros_like(r), r
-    gammas = [record.gamma for record in records]
-    if any(gamma is not None for gamma in gammas):
-        scale = r * vectors.cat(gammas, 1.0)
-    # Sums of all processes have the scales of each already.
-    each = torch.ones_like(r) if is_spread else scale
-    own_count = vectors.spread([record.moments.own_count for record in records])
-    count = own_count
+    shares = [record.share for record in records]
+    counts = [record.moments.own_count for record in records]
+    of_batch = [_of_batch(backward, share) for share in shares]
+    off, rest, part, of_averages, own_count = vectors.spread(
+        [
+            -_taken_off(backward, s) / (1 if is_spread else m)
+            for s, m in zip(shares, counts, strict=True)
+        ],
+        [s - 1 for s in shares],
+        [-part for part in of_batch],
+        [(1 - s) * (1 - part) for s, part in zip(shares, of_batch, strict=True)],
+        counts,
+    )
+    nothing = torch.zeros_like(r)
+    each = scale = r if vectors.gammas is None else r * vectors.gammas
     if is_spread:
+        # Sums of all processes have the scales of each already.
+        each = torch.ones_like(r)
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-    off = each * -(_taken_off(backward, share) / count)
-    rest = each * (share - 1)  # of dL/d mu_bar, to the past
+        off, part = off / count, part * own_count / count
+    off = each * off
+    rest = each * rest  # of dL/d mu_bar, to the past
     on_var = rest * r  # twice that of dL/d sigma2
     masks = [record.past and record.past.mask for record in records]
     of_var = on_var / 2
@@ -138,36 +154,47 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         of_var = of_var * vectors.cat(masks, 1.0)
     slope = off * r
     on_means = [off, nothing, rest, nothing]
-    on_vars = [(slope * mean).neg_(), slope, on_var * vectors.distance * -share, of_var]
+    on_vars = [
+        *(torch.addcmul(nothing, slope, mean, value=-1), slope),
+        *(on_var * (vectors.past[0] - mean), of_var),
+    ]
+    of_own, constant = None, None
+    if is_spread:
+        of_own = torch.stack((rest, *on_vars[2:]))
+        on_means[2] = on_vars[2] = on_vars[3] = nothing
     if backward in GIVES_BACK:
         own_mean = vectors.batch[0]
         if is_spread:
             own_mean = torch.cat([record.moments.own_mean for record in records])
-        own_distance = own_mean - mean
+        # What E[x_hat phi] has of M, and of m, over r.
+        if isinstance(records[0].window, MovingWindow):
+            to_past = vectors.beside
+            to_batch = own_mean - vectors.batch[0] if is_spread else nothing
+        else:
+            to_past, to_batch = nothing, own_mean - mean
         on_means += [nothing, nothing]
         on_vars += [nothing, nothing]
-    of_batch, constant = _of_batch(backward, share), None
     if backward in ("own", "mixed"):
-        part = own_count / count * -of_batch
         back = on_var * part
         on_means[4] = rest * part
-        on_vars[4:] = back * own_distance, back / 2
+        on_vars[2] = torch.addcmul(on_vars[2], back, to_past)
+        on_vars[4:] = back * to_batch, back / 2
     if backward in AVERAGES:
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
-            rest = r * (1 - share) * ((1 - of_batch) * _scale(records[0], r))
-            e_b, e_g = vectors.cat(averages, 0.0) * rest
+            of_averages = r * (of_averages * _scale(records[0], r))
+            e_b, e_g = vectors.cat(averages, 0.0) * of_averages
             e_g = e_g * r
             back = e_g * own_count
             constant = torch.stack(
                 (
-                    *(e_g * mean - e_b, e_g.neg(), nothing, nothing),
-                    *(torch.addcmul(e_b * own_count, back, own_distance), back / 2),
+                    *(e_g * mean - e_b, e_g.neg(), back * to_past, nothing),
+                    *(torch.addcmul(e_b * own_count, back, to_batch), back / 2),
                 )
             )
     parts = [
         [None] * len(records) if each is None else vectors.split_columns(each)
-        for each in (torch.stack(on_means), torch.stack(on_vars), constant)
+        for each in (torch.stack(on_means), torch.stack(on_vars), constant, of_own)
     ]
     scale = kernels.not_zero(scale if is_spread else scale.view(-1, 1, 1))
     parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
@@ -212,11 +239,7 @@ def _backward(ctx, grad):
             # No view: autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
             by_row = grad_weight.view(record.mean.shape[0], -1)
-            record.past.gradient(rows[2], rows[3], by_row)
-            if len(rows) == 6:
-                m, h = record.derivative[:2]
-                by_row.addcmul_(h, rows[5])
-                kernels.add_outer_(by_row, rows[4], m)
+            record.past.gradient(rows[2:], record, by_row)
     return (
         grad_y,
         grad_gamma if needs_gamma else None,
@@ -255,49 +278,42 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     all_mean, slope = (each / share for each in sums)
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
     rows = _rows(record, of, all_mean, slope / of.r)
-    own_mean, own_var = own_mean.unsqueeze(1), own_var.unsqueeze(1)
-    rows[2] = own_mean * of.on_mean[2] + own_var * of.on_var[2]
-    rows[3] = own_var * of.on_var[3]
+    on_mean, *on_var = of.of_own.unbind()
+    rows[2].addcmul_(on_mean, own_mean.unsqueeze(1))
+    rows[2:4].addcmul_(torch.stack(on_var), own_var.unsqueeze(1))
     return rows
 
 
-def _of_batch(backward: str, share: float | Tensor) -> float | Tensor:
+def _of_batch(backward: str, share: float) -> float:
     """The part of the batch's own sums in ``(e_b, e_g)``."""
     return {"own": 1.0, "mixed": share}.get(backward, 0.0)
 
 
-def _taken_off(backward: str, share: float | Tensor) -> float | Tensor:
+def _taken_off(backward: str, share: float) -> float:
     """The part of them in all that is taken off what goes on to ``y``."""
-    if backward == "mixed":
-        return share * (2 - share)
-    return 1.0 if backward == "own" else share
+    return share + (1 - share) * _of_batch(backward, share)
 
 
 @torch.no_grad()
 def new_averages(vectors: Vectors) -> Tensor:
     """What the averages of the backward pass's sums become, ``E_b`` and ``E_g``, ``(2, N)``.
 
-    Of records that no backward pass has reached they are what they were, or 0.
+    Of records that no backward pass has reached they mean nothing.
     """
     records = vectors.records
-    sums = [record.sums for record in records]
-    nothing = torch.zeros_like(vectors.union) if None in sums else vectors.union
-    now = vectors.cat_pairs(sums, nothing)
+    now = vectors.cat_pairs([record.sums for record in records], vectors.union)
     # g is the incoming gradient times gamma; sums of all processes have it already, and r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
         now = now * ((vectors.union[1] + vectors.eps).sqrt_() / count)
     else:
-        gammas = [record.gamma for record in records]
-        if any(gamma is not None for gamma in gammas):
-            now = now * vectors.cat(gammas, 1.0)
-        now = now / vectors.spread([record.moments.count for record in records])
-    now = now / _scale(records[0], now)
+        (count,) = vectors.spread([record.moments.count for record in records])
+        now = now / count if vectors.gammas is None else now * (vectors.gammas / count)
+    scale = _scale(records[0], now)
+    if isinstance(scale, Tensor) or scale != 1:
+        now = now / scale
     past = vectors.cat([record.past and record.window.sums for record in records], now)
-    share = vectors.share
-    if None in sums:
-        share = vectors.spread([0.0 if each.sums is None else each.share for each in records])
-    return past.lerp(now, share)
+    return past.lerp(now, vectors.share)
 
 
 def _scale(record: Record, like: Tensor) -> float | Tensor:

@@ -31,12 +31,12 @@ class Record:
         moments: Statistics of the batch; None in a burn-in.
         past: What the window told, or None if it was empty.
         share: ``s``, the current batch's in the union with the past.
-        distance: ``d``, ``(C,)``, or None.
         mean: Of the union, ``(C,)``.
         var: Of the union, ``(C,)``.
         running: What is averaged into the layer's running mean and variance, each ``(C,)``.
         window: The window that grows, or None in a burn-in, where ``running`` replaces them.
         derivative: Of the batch's statistics, or None where nothing is to be compensated.
+        patches: ``M`` and ``m``, each ``(groups, P)``, once ``h`` has become a moving window's.
         weight: In which they are, detached, where the window rounds them; else None.
         bias: The convolution's, if means are to be kept without it.
         gamma: The layer's scale, or None for 1.
@@ -57,9 +57,9 @@ class Record:
     mean: Tensor
     var: Tensor
     finish: Callable[[Record], None]
-    distance: Tensor | None = None
     window: Window | None = None
     derivative: Derivative | None = None
+    patches: Tensor | tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     gamma: Tensor | None = None
@@ -91,7 +91,7 @@ class Record:
 
 
 _HELD = (
-    *("moments", "past", "distance", "running", "window", "derivative", "weight", "bias"),
+    *("moments", "past", "running", "window", "derivative", "patches", "weight", "bias"),
     *("gamma", "averages", "sums", "coefficients", "finish", "original"),
 )
 
@@ -123,17 +123,29 @@ class Vectors:
             ]
         )
         self.union = pairs([(record.mean, record.var) for record in records])
-        self.share = self.spread([record.share for record in records])
-        self.eps = self.spread([record.layer.eps for record in records])
+        self.share, self.eps = self.spread(
+            [record.share for record in records], [record.layer.eps for record in records]
+        )
 
     @cached_property
     def distance(self) -> Tensor:
         """``d = mu - mu_p``, ``(N,)``."""
         return self.batch[0] - self.past[0]
 
-    def spread(self, values: list[float]) -> Tensor | float:
-        """Each record's number for each of its channels; one number if all agree."""
-        return kernels.spread(values, self.sizes, self.union[0])
+    @cached_property
+    def beside(self) -> Tensor:
+        """``mu - mu_bar``, which is ``(1 - s) d``, ``(N,)``."""
+        return self.batch[0] - self.union[0]
+
+    @cached_property
+    def gammas(self) -> Tensor | None:
+        """The layers' scales, ``(N,)``; None if all are 1."""
+        gammas = [record.gamma for record in self.records]
+        return None if all(gamma is None for gamma in gammas) else self.cat(gammas, 1.0)
+
+    def spread(self, *rows: list[float]) -> list[Tensor | float]:
+        """Each record's number for each of its channels; one number where all agree."""
+        return kernels.spread(rows, self.sizes, self.union[0])
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Each record's part of ``(..., N)``."""
@@ -143,32 +155,28 @@ class Vectors:
         """Each record's part of ``(K, N)``, as ``(K, C, 1)``."""
         return torch.split_with_sizes(tensor.unsqueeze(2), self.sizes, 1)
 
-    def cat(self, tensors: list[Tensor | None], otherwise: Tensor | float) -> Tensor:
-        """Each record's tensor, ``(..., C)``, and ``otherwise`` for those without one.
+    def parts(self, each: list, otherwise: Tensor | float, shape: tuple[int, ...] = ()) -> list:
+        """What each record has, and for those that have None a part of ``otherwise``.
 
-        That is a number, or a tensor whose parts are taken.
+        That is ``(*shape, N)``, or one number for all.
         """
-        if any(tensor is None for tensor in tensors):
-            if not isinstance(otherwise, Tensor):
-                some = next((each for each in tensors if each is not None), self.union[0])
-                size = *some.shape[:-1], sum(self.sizes)
-                otherwise = self.union.new_full(size, otherwise)
-            parts = self.split(otherwise)
-            tensors = [
-                part if tensor is None else tensor.to(part.dtype)
-                for tensor, part in zip(tensors, parts, strict=True)
-            ]
-        together, dtype = torch.cat(tensors, -1), self.union.dtype
+        if all(part is not None for part in each):
+            return each
+        if not isinstance(otherwise, Tensor):
+            otherwise = self.union.new_full((*shape, self.union.shape[1]), otherwise)
+        parts = zip(each, self.split(otherwise), strict=True)
+        return [rest if part is None else part for part, rest in parts]
+
+    def cat(self, tensors: list[Tensor | None], otherwise: Tensor | float) -> Tensor:
+        """:meth:`parts` of ``(..., C)``, as ``(..., N)``."""
+        some = next((tensor for tensor in tensors if tensor is not None), self.union[0])
+        together = torch.cat(self.parts(tensors, otherwise, some.shape[:-1]), -1)
+        dtype = self.union.dtype
         return together if together.dtype == dtype else together.to(dtype)
 
-    def cat_pairs(self, each: list[Sequence[Tensor] | None], otherwise: Tensor) -> Tensor:
-        """Each record's two tensors, ``(C,)``, and parts of ``otherwise``, ``(2, N)``."""
-        if all(pair is None for pair in each):
-            return otherwise
-        if any(pair is None for pair in each):
-            parts = self.split(otherwise)
-            each = [part if pair is None else pair for pair, part in zip(each, parts, strict=True)]
-        return pairs(each)
+    def cat_pairs(self, each: list[Sequence[Tensor] | None], otherwise: Tensor | float) -> Tensor:
+        """:meth:`parts` of two tensors of ``(C,)``, as ``(2, N)``."""
+        return pairs(self.parts(each, otherwise, (2,)))
 
 
 def pairs(each: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -17,11 +17,12 @@ to today's weight by its own derivative, with ``s = 1 / k``. :class:`MovingWindo
 which at the end of an iteration becomes the union's value and derivative at the iteration's weight:
 
     M <- s m + (1 - s) M                    A <- mean - M . w
-    H <- s h + (1 - s) H + 2 s (1 - s) d (m - M)        R <- var - H . w
+    H <- s h' + (1 - s) H                   R <- var - H . w
 
-It averages exponentially, over about ``2 / s - 1`` iterations. Its products with the weight are
-linear in what they are made of, so that only the first two of an iteration, ``M . w`` and ``H . w``
-for the past, are computed, for all layers at once: the past depends on weights alone.
+where ``h' = h + 2 (1 - s) d (m - M)``, as ``d`` moves with the weight, too. It averages
+exponentially, over about ``2 / s - 1`` iterations. Its products with the weight are linear in what
+they are made of, so that only the first two of an iteration, ``M . w`` and ``H . w`` for the past,
+are computed, for all layers at once: the past depends on weights alone.
 """
 
 from __future__ import annotations
@@ -75,20 +76,23 @@ class MovingPast(NamedTuple):
         """What the gradient in ``V`` is to be multiplied by, ``(C,)``."""
         return self.positive
 
-    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
+    def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
         """The gradient in the weight.
 
         Args:
-            of_mean: That in ``mu_p``, ``(C, 1)``.
-            of_var: That in ``V``, times the mask, ``(C, 1)``.
+            of: That in ``mu_p`` and in ``V``, times the mask, and if there are more rows what
+                belongs to ``m`` and ``h'`` of the batch, ``(2, C, 1)`` or ``(4, C, 1)``.
+            record: Of the batch, after :func:`unite`.
             out: Where to write it, ``(C, P)``.
         """
         if self.h.dtype == out.dtype:
-            torch.mul(self.h, of_var, out=out)
+            torch.mul(self.h, of[1], out=out)
         else:
             for rows, part in kernels.in_dtype(self.h, out.dtype):
-                torch.mul(part, of_var[rows], out=out[rows])
-        kernels.add_outer_(out, of_mean, self.m.to(out.dtype))
+                torch.mul(part, of[1, rows], out=out[rows])
+        if len(of) == 4:
+            out.addcmul_(record.derivative.var, of[3])
+        kernels.add_outer_(out, of[::2], record.patches[: len(of) // 2])
 
 
 class SlidingPast(NamedTuple):
@@ -120,16 +124,20 @@ class SlidingPast(NamedTuple):
         """Each iteration has its own, which :meth:`gradient` sees to."""
         return None
 
-    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
-        """Writes the gradient in the weight to ``out``, ``(C, P)``, as a moving window does."""
+    def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
+        """As that of :class:`MovingPast`, with ``h`` of the batch in the place of ``h'``."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
-        of_var = of_var / count
-        of_each = torch.addcmul(of_mean / count, of_var, self.offset, value=2)  # C, T
+        of_mean, of_var = of[:2] / count
+        of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
         by_group = out.view(groups, -1, patch)
         torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype), out=by_group)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
             out[rows, None].baddbmm_(of_var[rows, None], part)
+        if len(of) == 4:
+            out.addcmul_(record.derivative.var, of[3])
+            m = record.derivative.mean
+            kernels.add_outer_(out, of[2:3], m if groups == 1 else (m,))
 
 
 Past = MovingPast | SlidingPast
@@ -490,7 +498,7 @@ class Surprise(NamedTuple):
 
     Attributes:
         values: ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``.
-        agreement: Of each window's ``z_t`` with its last one, ``(L, 4)``: ``z_t^2``, ``z_t
+        agreement: Of each window's ``z_t`` with its last one, ``(4, L)``: ``z_t^2``, ``z_t
             z_{t-1}`` twice and ``z_{t-1}^2``, summed over channels.
     """
 
@@ -502,9 +510,10 @@ class Surprise(NamedTuple):
         """The surprises of an iteration."""
         now = vectors.distance * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
         last = [each.past and each.window.surprise for each in vectors.records]
-        both = torch.stack((now, vectors.cat(last, 0.0)), 1)
-        products = both[:, :, None] * both[:, None]
-        return cls(now, kernels.segment_sums(products.view(-1, 4), vectors.sizes))
+        both = torch.cat([now, *vectors.parts(last, 0.0)]).view(2, -1)
+        products = both[:, None] * both
+        agreement = kernels.segment_sums(products.view(-1), 4 * vectors.sizes)
+        return cls(now, agreement.view(4, -1))
 
 
 class Growth(NamedTuple):
@@ -521,25 +530,49 @@ class Growth(NamedTuple):
 
 def growth(vectors: Vectors) -> Growth:
     """The new values of moving windows."""
-    records, share, union = vectors.records, vectors.share, vectors.union
+    records, union = vectors.records, vectors.union
     # m . w and h . w of the batch, M . w and H . w of the past.
-    ofs, nothing = [record.derivative for record in records], torch.zeros_like(union)
-    batch_at = vectors.cat_pairs([of and (of.mean_at, of.half_var_at) for of in ofs], nothing)
+    ofs = [record.derivative for record in records]
+    batch_at = vectors.cat_pairs([of and (of.mean_at, of.half_var_at) for of in ofs], 0.0)
     batch_at[1].mul_(2)
     past_at = vectors.cat_pairs([each.past and each.past.at for each in records], batch_at)
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
-    values = union - past_at.lerp(batch_at, share)
-    moved = vectors.distance * (batch_at[0] - past_at[0])
-    values[1].add_(moved * (share * (share - 1)), alpha=2)
+    at = past_at.lerp(batch_at, vectors.share)  # and with h' in the place of h:
+    values = union - at
+    values[1].addcmul_(at[0] - past_at[0], vectors.beside, value=-2)
     return Growth(values, union[0])
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unite(vectors: Vectors) -> None:
+    """Makes each ``h`` what enters a moving window, ``h'``, in its place."""
+    waiting = []
+    for place, record in enumerate(vectors.records):
+        of, past = record.derivative, record.past
+        if of is None or record.patches is not None:
+            continue
+        if of.var.is_inference():  # not to be changed outside of inference mode
+            record.derivative = of = of._replace(mean=of.mean.clone(), var=of.var.clone())
+        if past is not None and past.m is not None:
+            waiting.append((place, of, past.m.to(of.mean.dtype)))
+    if not waiting:
+        return
+    lefts = vectors.split_columns(torch.stack((vectors.beside.neg(), vectors.beside)))
+    for place, of, past_m in waiting:
+        # Of one group they are the rows of one matrix: a launch for both.
+        both = (past_m, of.mean)
+        patches = vectors.records[place].patches = torch.cat(both) if len(past_m) == 1 else both
+        kernels.add_outer_(of.var, lefts[place], patches, 2.0)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     """Makes moving windows what :func:`growth` found, but for those whose record is dropped."""
+    unite(vectors)  # of those that no backward pass has reached
     stored = [vectors.split(each.float()) for each in new]
     grown, mixed = [], []  # of these the past has a share
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):
@@ -553,19 +586,14 @@ def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
         window.seen += 1
         if of is None:
             continue
-        m, h = of.mean, of.var
-        if h.is_inference():  # not to be changed outside of inference mode
-            m, h = m.clone(), h.clone()
-        grown.append((record, m, h))
+        grown.append((record, of.mean, of.var))
         if record.past is not None:
-            mixed.append((record, m, h, window.m.to(m.dtype), window.h.to(h.dtype)))
+            rest = 1 - record.share
+            mixed += (of.mean, window.m, rest), (of.var, window.h, rest)
     if mixed:
-        records, ms, hs, past_ms, past_hs = zip(*mixed, strict=True)
-        rests = [1 - record.share for record in records]
-        differences = torch._foreach_sub(ms, past_ms)
-        for record, h, difference, rest in zip(records, hs, differences, rests, strict=True):
-            kernels.add_outer_(h, record.distance[:, None], difference, 2 * rest)
-        kernels.lerp_each_([*hs, *ms], [*past_hs, *past_ms], rests * 2)
+        batch, past, rests = zip(*mixed, strict=True)
+        past = [each.to(of.dtype) for each, of in zip(past, batch, strict=True)]
+        kernels.lerp_each_(batch, past, rests)
     for record, m, h in grown:
         window = record.window
         window.m, window.h = m.float(), h.to(window.dtype)

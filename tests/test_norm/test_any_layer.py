@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import KINDS, assert_same, held, train_once
+from layers import KINDS, assert_same, chain, held, train_once
 from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
@@ -759,6 +759,23 @@ class TestRefused:
             Mixed(4, 6, 3), r"'0' \(Mixed\), whose weight has not one row for each of its 6"
         )
 
+    def test_channels_that_mix_from_some_iteration_on(self):
+        """What a module does is checked again, after 1, 2, 4, 8... iterations."""
+
+        class Mixed(nn.Conv2d):
+            mixes = False
+
+            def forward(self, x):
+                y = super().forward(x).tanh()
+                return y + y.mean((1, 2, 3), keepdim=True) if self.mixes else y
+
+        model = chain(Mixed(4, 6, 3), CBN(6, window_size=3))
+        for number in range(8):
+            model[0].mixes = number > 4
+            train_once(model, images(torch.float32))
+        with pytest.raises(RuntimeError, match="'0' .*Mixed.*, whose weight has not one row"):
+            model(images(torch.float32))
+
 
 class TestWherePossible:
     def build(self, compensate):
@@ -806,6 +823,15 @@ class TestWherePossible:
         assert "h" in windows["norm"][0] and "h" not in windows["other"][0]
         with pytest.raises(RuntimeError, match="'other'.*or let such layers .*'where_possible'"):
             self.build([True, True])(images())
+
+    def test_compensates_where_it_has_become_possible(self):
+        model = self.build(["where_possible"] * 2)
+        with pytest.warns(UserWarning, match="'other' .* is not compensated"):
+            train_once(model, images())
+        model.forward = lambda x: model.other(model.conv(x))
+        train_once(model, images())
+        assert links(model)["other"] == "conv"
+        assert "h" in window_state(model)["other"][0]
 
     def test_is_told_in_a_burn_in(self):
         model = self.build(["where_possible"] * 2)

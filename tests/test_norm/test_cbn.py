@@ -601,6 +601,16 @@ class TestCopies:
         model.to("meta")
         assert model[1].window_bytes == 0
 
+    @KINDS
+    def test_moving_the_model_within_an_iteration_drops_what_it_learnt(self, kind):
+        model = linked(kind)
+        iterate(model, 3)
+        model(torch.randn(2, 3, 8, 8))
+        window, mean = state_of(model), model[1].running_mean.double()
+        step(model.double())
+        assert_same_window(state_of(model), window)
+        assert torch.equal(model[1].running_mean, mean)
+
     @pytest.mark.parametrize("size", [1, 4])
     def test_a_replica_of_data_parallel_is_refused(self, size):
         """What it learns would be lost with it."""

@@ -181,14 +181,14 @@ class TestLaunches:
     # The beginning of a forward, which moves all pasts, is part of it. Where maps have 256
     # positions or more, as here, a forward picks out those of the derivative ("stride 1" does not).
     LIMITS = {
-        ("default", None): ((11.5, 8), (9.5, 60), (1, 41)),
-        ("stride 1", None): ((9, 8), (9.5, 60), (1, 41)),
-        ("own", None): ((11.5, 8), (9.5, 34), (1, 30)),
-        ("window", None): ((11.5, 8), (7.5, 28), (1, 30)),
-        ("current", None): ((12.5, 8), (4.5, 34), (1, 32)),
+        ("default", None): ((11.5, 8), (10, 60), (0, 30)),
+        ("stride 1", None): ((9, 8), (10, 60), (0, 30)),
+        ("own", None): ((11.5, 8), (10, 40), (0, 30)),
+        ("window", None): ((11.5, 8), (10, 40), (0, 30)),
+        ("current", None): ((12.5, 8), (6.5, 40), (0, 30)),
         ("naive", None): ((4.5, 6), (4.5, 32), (0, 24)),
-        ("bfloat16", None): ((12.5, 8), (10.5, 60), (9, 41)),
-        ("default", torch.float16): ((13.5, 8), (9.5, 60), (1, 41)),
+        ("bfloat16", None): ((12.5, 8), (11.5, 60), (8, 30)),
+        ("default", torch.float16): ((13.5, 8), (10, 60), (0, 30)),
     }
 
     @pytest.mark.parametrize(("name", "half"), LIMITS)

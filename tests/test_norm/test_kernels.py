@@ -223,12 +223,14 @@ class TestWeightProducts:
         assert kernels.weight_products([], [], [], torch.float32) == []
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, -0.3])
-def test_add_outer(scale, groups):
-    grad, left, right = torch.randn(6, 5), torch.randn(6), torch.randn(groups, 5)
-    expected = grad + scale * left[:, None] * right.repeat_interleave(6 // groups, 0)
-    kernels.add_outer_(grad, left[:, None], right, scale)
+def test_add_outer(scale, groups, count):
+    grad, lefts, rights = torch.randn(6, 5), torch.randn(count, 6, 1), torch.randn(count, groups, 5)
+    of_each = lefts * rights.repeat_interleave(6 // groups, 1)
+    expected = grad + scale * of_each.sum(0)
+    kernels.add_outer_(grad, lefts, rights[:, 0] if groups == 1 else tuple(rights), scale)
     torch.testing.assert_close(grad, expected)
 
 
@@ -243,17 +245,17 @@ def test_lerp_each(weights):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 4), (5,)])
 def test_segment_sums(sizes):
-    values = torch.randn(sum(sizes), 3, dtype=torch.float64)
-    expected = torch.stack([part.sum(0) for part in values.split(sizes)])
+    values = torch.randn(sum(sizes), dtype=torch.float64)
+    expected = torch.stack([part.sum() for part in values.split(sizes)])
     torch.testing.assert_close(kernels.segment_sums(values, sizes), expected)
 
 
 def test_spread():
     like = torch.empty(6, dtype=torch.float64)
-    found = kernels.spread([0.5, 0.25, 1.0], (3, 1, 2), like)
+    found, one = kernels.spread([[0.5, 0.25, 1.0], [2, 2, 2]], (3, 1, 2), like)
     assert found.dtype == like.dtype
     assert found.tolist() == [0.5, 0.5, 0.5, 0.25, 1.0, 1.0]
-    assert kernels.spread([0.5, 0.5], (3, 1), like) == 0.5
+    assert one == 2
 
 
 def test_constants_are_not_of_inference_mode():

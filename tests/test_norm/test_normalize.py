@@ -269,6 +269,26 @@ def test_a_scale_that_a_hook_sets_is_the_gradients():
     assert torch.equal(*gradients) and gradients[0].any()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("kind", ["moving", "sliding"])
+def test_a_backward_pass_within_autocast(kind, backward, groups):
+    """Computes as outside."""
+    models = [filled(backward, kind, groups=groups).float() for _ in "ab"]
+    x, found = batch().float(), []
+    for model, is_within in zip(models, (False, True), strict=True):
+        link(model)
+        for _ in range(2):
+            loss = model(x).pow(3).sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_within):
+                loss.backward()
+            step(model)
+        state = window_state(model)["1"][0]
+        found.append([*(p.grad for p in model.parameters()), state["m"], state["h"]])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("kind", ["moving", "sliding"])
 def test_autograd_adds_to_the_weights_gradient_in_place(kind):
     """Memory of a weight's size that is asked for anew costs more than the addition."""

@@ -13,6 +13,7 @@ from layers import (
     assert_close_in_norm,
     assert_same,
     backward,
+    held,
     iterate,
     linked,
     needs_scaler,
@@ -181,7 +182,7 @@ class TestLossScale:
         torch.manual_seed(1)
         dtype = model[0].weight.dtype
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        seen = []
+        seen, before = [], sum(held(model).get("1", []))
         for number in range(count):
             x = torch.randn(2, 3, 12, 12).to(dtype).requires_grad_()
             weights = torch.randn(2, 4, 12, 12).to(dtype)
@@ -206,7 +207,7 @@ class TestLossScale:
             elif number not in skipped:
                 optimizer.step()
             step(model, *([] if scaler is None or not told else [scaler]))
-            assert state_of(model)["seen"] == number + 1
+            assert state_of(model)["seen"] == before + number + 1
             seen.append([*gradients, state_of(model).get("sums")])
         return seen
 
@@ -231,6 +232,20 @@ class TestLossScale:
         self.assert_close(self.run(scaled, scaler()), expected)
         wrong = self.run(untold, 1000, told=False)
         assert (wrong[-1][-1] - expected[-1][-1]).norm() > expected[-1][-1].norm()
+
+    def test_a_training_that_goes_on_without_a_scale(self, kind):
+        """From the second step on, as a forward takes the last one that was told."""
+        plain, model = (self.build(kind) for _ in "ab")
+        expected, found = self.run(plain), self.run(model, 1024, count=3)
+        twin = self.build(kind)
+        self.run(twin, count=3)
+        for each, scale in ((model, 1024), (twin, 1)):
+            x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(2)).double()
+            each.zero_grad()
+            (each(x).square().sum() * scale).backward()
+            step(each)
+        self.assert_close(self.run(model), self.run(twin))
+        self.assert_close(found, expected[:3])
 
     @pytest.mark.parametrize("dtype", HALF)
     def test_in_half_precision(self, dtype, kind):

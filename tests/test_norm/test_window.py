@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cbn_mmdet import CBN, link, step, window_state
+from cbn_mmdet.norm.record import Record
 from cbn_mmdet.norm.window import LARGEST, MovingWindow, SlidingWindow, pasts
 
 KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
@@ -95,6 +96,16 @@ def test_compensation_against_recomputation(groups, bias, kind):
     assert 0 < errors[0] < errors[1] < errors[2]
 
 
+def gradient(past, of_mean, of_var):
+    """In the weight, of what is given in mean and variance alone."""
+    record = Record(None, None, past)
+    m = past.m.to(of_mean.dtype)
+    record.patches = m if len(m) == 1 else (m,)
+    found = of_mean.new_empty(len(of_mean), past.h.shape[-1])
+    past.gradient(torch.stack((of_mean, of_var))[:, :, None], record, found)
+    return found
+
+
 @KINDS
 def test_a_negative_variance_is_cut(kind):
     conv = nn.Conv2d(1, 1, 1, bias=False)
@@ -104,10 +115,8 @@ def test_a_negative_variance_is_cut(kind):
     past = past_of(window, conv)
     assert not past.positive.any() and not past.var.any()
     # Then it does not depend on the weight.
-    of_var = torch.ones(1, 1) if past.mask is None else past.mask.float()[:, None]
-    found = torch.ones(1, 1)
-    past.gradient(torch.zeros(1, 1), of_var, found)
-    assert not found.any()
+    of_var = torch.ones(1) if past.mask is None else past.mask.float()
+    assert not gradient(past, torch.zeros(1), of_var).any()
 
 
 @KINDS
@@ -194,8 +203,7 @@ def test_gradient(groups, window_dtype, kind):
     past = past_of(window, conv)
     assert not past.positive[0].any() and past.positive.any()
     masked = of_var if past.mask is None else of_var * past.mask
-    found = torch.empty_like(conv.weight).flatten(1)
-    past.gradient(of_mean[:, None], masked[:, None], found)
+    found = gradient(past, of_mean, masked)
     for place in range(found.shape[1]):
         ends = []
         for distance in (1e-4, -1e-4):  # each channel depends on its own weights alone
@@ -278,6 +286,15 @@ class TestShare:
         window = MovingWindow(4, True, torch.float32)
         window.seen, window.log_share = 1000, -math.log(64)
         assert window.share == 1 / 4
+
+    def test_is_forgotten_with_the_past(self):
+        window = MovingWindow(LARGEST, True, torch.float32)
+        for _ in range(20):
+            window.learn(1)
+        assert window.lag > 0.3
+        window.clear()
+        window.seen = 1000
+        assert window.share == pytest.approx(1 / LARGEST) and window.lag == 0
 
     def test_what_is_no_number_teaches_nothing(self):
         window = MovingWindow(LARGEST, True, torch.float32)
