@@ -198,6 +198,17 @@ def test_half_precision_with_few_positions_or_a_constant_channel(shape):
     assert derivative.var[1].abs().max() < 1e-6
 
 
+@needs_float16
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 12, 12)])
+def test_constant_channels_in_half_precision(shape):
+    """However large they are."""
+    conv, x = nn.Conv2d(3, 64, 1).half(), torch.randn(shape).half()
+    nn.init.zeros_(conv.weight), nn.init.uniform_(conv.bias, -1000, 1000)
+    y = conv(x).detach()
+    derivative = batch_derivative(Source.of(conv, x), y, batch_moments(y), 1)
+    assert not derivative.var.any()
+
+
 @pytest.mark.parametrize("stride, kernel, size", [(1, 3, 9), (2, 3, 16), (2, 5, 15), (2, 1, 8)])
 def test_a_convolution_that_pads_by_itself(stride, kernel, size):
     """EfficientNet's, which pads to TensorFlow's "same" size, unevenly: autograd tells how."""
