@@ -398,7 +398,7 @@ class Iteration:
             for record, is_kept, average in zip(records, keep, averages, strict=True):
                 # An overflow is for the loss scaler to mend.
                 is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
-                if record.sums and is_kept:
+                if record.sums is not None and is_kept:
                     record.window.sums = average
         return keep, clamped
 

@@ -100,12 +100,13 @@ class Coefficients(NamedTuple):
     Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
     x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``), of ``dL/d mu_p``
     and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``, or of ``M``, which
-    is added to that of ``mu_p``, ``m`` and ``h'``).
+    is added to that of ``mu_p``, ``m`` and ``h'``). Where averages are kept the last two are the
+    sums themselves: those that autograd hands on as gradients it would copy if they were held.
 
     Attributes:
         r: ``(C,)``.
         scale: ``r gamma``, ``(C, 1, 1)``; without the last dimensions if the batch is spread.
-        on_mean: ``(4, C, 1)``, or ``(6, C, 1)`` where something is given back.
+        on_mean: ``(4, C, 1)``, or ``(6, C, 1)`` where something is given back, or ``(8, C, 1)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
         of_own: If the batch is spread, what is made of the process's own sums for ``dL/d mu_p``
@@ -178,8 +179,11 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         back = on_var * part
         on_means[4] = rest * part
         on_vars[2] = torch.addcmul(on_vars[2], back, to_past)
-        on_vars[4:] = back * to_batch, back / 2
+        on_vars[4:6] = back * to_batch, back / 2
     if backward in AVERAGES:
+        one = torch.ones_like(r)
+        on_means += [one, nothing]
+        on_vars += [nothing, one]
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
             of_averages = r * (of_averages * _scale(records[0], r))
@@ -189,7 +193,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
             constant = torch.stack(
                 (
                     *(e_g * mean - e_b, e_g.neg(), back * to_past, nothing),
-                    *(torch.addcmul(e_b * own_count, back, to_batch), back / 2),
+                    *(torch.addcmul(e_b * own_count, back, to_batch), back / 2, nothing, nothing),
                 )
             )
     parts = [
@@ -254,9 +258,6 @@ def _backward(ctx, grad):
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
     """The rows that :class:`Coefficients` describes, ``(K, C, 1)``, from sums of ``(C,)``."""
     first = record.original or record
-    if record.backward in AVERAGES:
-        first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
-        first.add_sums(on_mean, on_var)
     on_mean, on_var = on_mean.unsqueeze(1), on_var.unsqueeze(1)
     if of.constant is None or first.is_constant_used:
         rows = of.on_mean * on_mean
@@ -264,7 +265,12 @@ def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> 
         rows = torch.addcmul(of.constant, of.on_mean, on_mean)
         # Once for a forward, whose gradient may come in several backward passes.
         first.is_constant_used = True
-    return rows.addcmul_(of.on_var, on_var)
+    rows.addcmul_(of.on_var, on_var)
+    if record.backward not in AVERAGES:
+        return rows
+    first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
+    first.add_sums(rows[6:, :, 0])
+    return rows[:6]
 
 
 def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
@@ -301,7 +307,7 @@ def new_averages(vectors: Vectors) -> Tensor:
     Of records that no backward pass has reached they mean nothing.
     """
     records = vectors.records
-    now = vectors.cat_pairs([record.sums for record in records], vectors.union)
+    now = vectors.cat([record.sums for record in records], vectors.union)
     # g is the incoming gradient times gamma; sums of all processes have it already, and r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])

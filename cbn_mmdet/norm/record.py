@@ -44,7 +44,8 @@ class Record:
         is_spread: Whether other processes hold parts of the batch, and take part in the backward.
         scale: What the loss is multiplied by, and hence every gradient: 1, or a loss scaler's.
         averages: ``E_b`` and ``E_g`` of past iterations, ``(2, C)``, or None.
-        sums: Of the backward passes ``sum(g)`` and ``sum(g x_hat)``, less the scale, or None.
+        sums: Of the backward passes ``sum(g)`` and ``sum(g x_hat)``, less the scale, ``(2, C)``, or
+            None.
         kind: What records have in common that can be worked on together.
         coefficients: What the backward pass makes of its sums, once the forward is over.
         finish: Called for them.
@@ -67,7 +68,7 @@ class Record:
     is_spread = False
     scale: float | Tensor = 1.0
     averages: Tensor | None = None
-    sums: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
     kind: tuple = ()
     coefficients: Coefficients | None = None
     is_constant_used = False
@@ -83,11 +84,9 @@ class Record:
         self.has_ended = True
         self.__dict__.update(dict.fromkeys(_HELD))
 
-    def add_sums(self, of_mean: Tensor, of_var: Tensor) -> None:
+    def add_sums(self, sums: Tensor) -> None:
         """Adds what a backward pass found to what earlier ones of the same forward have."""
-        if self.sums is not None:
-            of_mean, of_var = of_mean + self.sums[0], of_var + self.sums[1]
-        self.sums = of_mean, of_var
+        self.sums = sums if self.sums is None else self.sums + sums
 
 
 _HELD = (

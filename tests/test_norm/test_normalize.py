@@ -300,3 +300,15 @@ def test_autograd_adds_to_the_weights_gradient_in_place(kind):
     size = list(model[0].weight.shape)
     names = [event.name for event in profiler.events() if event.input_shapes[:1] == [size]]
     assert "aten::add_" in names and "aten::add" not in names
+
+
+@pytest.mark.parametrize("kind", ["moving", "sliding"])
+def test_autograd_takes_over_the_gradients_of_scale_and_shift(kind):
+    """What is kept for the end of the iteration is not these, or autograd would copy them."""
+    model = filled("mixed", kind)
+    model.zero_grad()
+    found = {}
+    for parameter in model[1].parameters():
+        parameter.register_hook(lambda grad, of=parameter: found.update({of: grad.data_ptr()}))
+    model(batch()).sum().backward()
+    assert found == {each: each.grad.data_ptr() for each in model[1].parameters()}
