@@ -456,7 +456,7 @@ def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, tuple[Tensor, int]]:
     alike = defaultdict(list)
     for layer in layers:
         gamma = layer._parameters.get("weight")
-        is_whole = type(gamma) is nn.Parameter and len(gamma) == layer.num_features
+        is_whole = type(gamma) is nn.Parameter and gamma.shape[0] == layer.num_features
         if is_whole and layer.training:  # else FSDP's, which comes and goes
             alike[gamma.device, gamma.dtype].append(layer)
     copies = {}

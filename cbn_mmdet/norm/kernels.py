@@ -335,7 +335,7 @@ def add_outer_(
         scale: A number.
     """
     if isinstance(rights, Tensor):
-        grad.addmm_(lefts[:, :, 0].t(), rights, alpha=scale)
+        grad.addmm_(lefts.squeeze(2).t(), rights, alpha=scale)
         return
     for left, right in zip(lefts, rights, strict=True):
         groups, patch = right.shape

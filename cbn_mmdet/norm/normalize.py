@@ -238,7 +238,7 @@ def _backward(ctx, grad):
         if needs_y:
             grad_y = kernels.affine_sum(grad, y, of.scale.view(-1, 1, 1), rows[:2])
         if needs_bias:
-            grad_bias = (rows[2] if len(rows) == 4 else rows[2] + rows[4]).view(-1)
+            grad_bias = (rows[2] if rows.shape[0] == 4 else rows[2] + rows[4]).view(-1)
         if needs_weight:
             # No view: autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)

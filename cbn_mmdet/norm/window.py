@@ -90,9 +90,11 @@ class MovingPast(NamedTuple):
         else:
             for rows, part in kernels.in_dtype(self.h, out.dtype):
                 torch.mul(part, of[1, rows], out=out[rows])
-        if len(of) == 4:
+        gives_back = of.shape[0] == 4
+        if gives_back:
             out.addcmul_(record.derivative.var, of[3])
-        kernels.add_outer_(out, of[::2], record.patches[: len(of) // 2])
+        patches = record.patches if gives_back else record.patches[:1]
+        kernels.add_outer_(out, of[::2], patches)
 
 
 class SlidingPast(NamedTuple):
@@ -134,7 +136,7 @@ class SlidingPast(NamedTuple):
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
             out[rows, None].baddbmm_(of_var[rows, None], part)
-        if len(of) == 4:
+        if of.shape[0] == 4:
             out.addcmul_(record.derivative.var, of[3])
             m = record.derivative.mean
             kernels.add_outer_(out, of[2:3], m if groups == 1 else (m,))
@@ -564,7 +566,8 @@ def unite(vectors: Vectors) -> None:
     for place, of, past_m in waiting:
         # Of one group they are the rows of one matrix: a launch for both.
         both = (past_m, of.mean)
-        patches = vectors.records[place].patches = torch.cat(both) if len(past_m) == 1 else both
+        is_one = past_m.shape[0] == 1
+        patches = vectors.records[place].patches = torch.cat(both) if is_one else both
         kernels.add_outer_(of.var, lefts[place], patches, 2.0)
 
 
