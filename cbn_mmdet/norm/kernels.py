@@ -109,34 +109,35 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """``scale grad + offset + slope y`` of each channel, in the dtype of ``y``.
 
     In float32: rounding terms that nearly cancel would leave a residue. On a GPU it is one pass, of
-    SyncBN's backward, ``scale (grad - (a + b y) / count)``, :func:`not_zero` of which is taken.
+    SyncBN's backward, ``scale (grad - (a + b y) / count)``.
 
     Args:
         grad: Incoming gradient, like ``y``, ``(N, C, H, W)``.
         y: Input of the layer.
-        scale: ``(C, 1, 1)``.
-        rows: The offset and the slope, ``(2, C, 1)``.
+        scale: ``(C, 1, 1)``; on a GPU :func:`not_zero` of it.
+        rows: The offset and the slope, ``(2, C, 1)``; on a GPU over the scale.
     """
+    offset, slope = (row.view(-1, 1, 1) for row in rows)
     if y.is_cuda and y.numel() > 0:
-        scale, like = scale.view(-1), (rows.dtype, y.device)
-        a, b = (rows[:, :, 0] / scale).unbind()
-        none, one = (constant(len(scale), value, *like) for value in (0.0, 1.0))
+        like = rows.dtype, y.device
+        none, one = (constant(y.shape[1], value, *like) for value in (0.0, 1.0))
         count = constant(1, -1, torch.int32, y.device)  # by which it divides both
         last = torch.channels_last
         is_last = y.is_contiguous(memory_format=last)
         grad = grad.contiguous(memory_format=last if is_last else torch.contiguous_format)
-        return torch.batch_norm_backward_elemt(grad, y, none, one, scale, a, b, count)
-    offset, slope = (row.view(-1, 1, 1) for row in rows)
-    total = torch.addcmul(offset, y, slope).addcmul_(grad, scale)
+        statistics = (each.view(-1) for each in (scale, offset, slope))
+        return torch.batch_norm_backward_elemt(grad, y, none, one, *statistics, count)
+    total = torch.addcmul(offset, y, slope)
+    total = (total + grad) * scale if is_gpu(y) else total.addcmul_(grad, scale)
     return total if total.dtype == y.dtype else total.to(y.dtype)
 
 
 def not_zero(scale: Tensor) -> Tensor:
-    """The same for :func:`affine_sum`, which on a GPU divides by it.
+    """The same for :func:`affine_sum`; where a scale is 0, 1e-20 of the incoming gradient goes on.
 
-    There, where a scale is 0, 1e-20 of the incoming gradient goes on.
+    On a CPU 0 stays.
     """
-    return torch.where(scale.abs() < _TINY, _TINY, scale) if scale.is_cuda else scale
+    return torch.where(scale.abs() < _TINY, _TINY, scale) if is_gpu(scale) else scale
 
 
 # A convolution's patches.

@@ -98,10 +98,11 @@ class Coefficients(NamedTuple):
     """What a record's backward pass makes of its sums.
 
     Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
-    x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``), of ``dL/d mu_p``
-    and ``dL/d V``, and of what the weight is given back (of ``m`` and of ``h``, or of ``M``, which
-    is added to that of ``mu_p``, ``m`` and ``h'``). Where averages are kept the last two are the
-    sums themselves: those that autograd hands on as gradients it would copy if they were held.
+    x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``; on a GPU over the
+    scale), of ``dL/d mu_p`` and ``dL/d V``, and of what the weight is given back (of ``m`` and of
+    ``h``, or of ``M``, which is added to that of ``mu_p``, ``m`` and ``h'``). Where averages are
+    kept the last two are the sums themselves: those that autograd hands on as gradients it would
+    copy if they were held.
 
     Attributes:
         r: ``(C,)``.
@@ -196,11 +197,16 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
                     *(torch.addcmul(e_b * own_count, back, to_batch), back / 2, nothing, nothing),
                 )
             )
+    scale, stacks = kernels.not_zero(scale), [torch.stack(on_means), torch.stack(on_vars), constant]
+    if kernels.is_gpu(r):  # where affine_sum wants them so
+        for each in stacks:
+            if each is not None:
+                each[:2].div_(scale)
     parts = [
         [None] * len(records) if each is None else vectors.split_columns(each)
-        for each in (torch.stack(on_means), torch.stack(on_vars), constant, of_own)
+        for each in (*stacks, of_own)
     ]
-    scale = kernels.not_zero(scale if is_spread else scale.view(-1, 1, 1))
+    scale = scale if is_spread else scale.view(-1, 1, 1)
     parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
     return [Coefficients(*each) for each in zip(*parts, strict=True)]
 

@@ -191,12 +191,15 @@ class TestTheWaysOfAGPU:
             assert_close(of_gpu[0], in_parts, 1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, "cpu, as a GPU"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_affine_sum(dtype, channels_last, device):
+def test_affine_sum(dtype, channels_last, device, monkeypatch):
     """Of channels with a scale of zero, too."""
     torch.manual_seed(0)
+    if device == "cpu, as a GPU":
+        device = "cpu"
+        monkeypatch.setattr(kernels, "is_gpu", lambda tensor: True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     grad, y = (each.to(dtype) for each in torch.randn(2, 3, 5, 4, 7, dtype=torch.float64))
@@ -204,12 +207,11 @@ def test_affine_sum(dtype, channels_last, device):
     rows = torch.randn(2, 5, 1, dtype=exact)
     offset, slope, factor = (each.view(-1, 1, 1).double() for each in (*rows, scale))
     expected = factor * grad.double() + offset + slope * y.double()
-    found = kernels.affine_sum(
-        grad.to(device),
-        y.to(device, memory_format=layout),
-        kernels.not_zero(scale.to(device)).view(-1, 1, 1),
-        rows.to(device),
-    )
+    scale, rows = kernels.not_zero(scale.to(device)).view(-1, 1, 1), rows.to(device)
+    if kernels.is_gpu(rows):
+        rows = rows / scale.view(-1, 1)
+    y = y.to(device, memory_format=layout)
+    found = kernels.affine_sum(grad.to(device), y, scale, rows)
     assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
     digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)

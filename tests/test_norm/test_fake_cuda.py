@@ -181,15 +181,27 @@ class TestLaunches:
     # The beginning of a forward, which moves all pasts, is part of it. Where maps have 256
     # positions or more, as here, a forward picks out those of the derivative ("stride 1" does not).
     LIMITS = {
-        ("default", None): ((11.5, 8), (10, 60), (0, 30)),
-        ("stride 1", None): ((9, 8), (10, 60), (0, 30)),
-        ("own", None): ((11.5, 8), (10, 40), (0, 30)),
-        ("window", None): ((11.5, 8), (10, 40), (0, 30)),
-        ("current", None): ((12.5, 8), (6.5, 40), (0, 30)),
-        ("naive", None): ((4.5, 6), (4.5, 32), (0, 24)),
-        ("bfloat16", None): ((12.5, 8), (11.5, 60), (8, 30)),
-        ("default", torch.float16): ((13.5, 8), (10, 60), (0, 30)),
+        ("default", None): ((11.5, 8), (9, 55), (0, 28)),
+        ("stride 1", None): ((9, 8), (9, 55), (0, 28)),
+        ("own", None): ((11.5, 8), (9, 35), (0, 23)),
+        ("window", None): ((11.5, 8), (8, 30), (0, 23)),
+        ("current", None): ((12.5, 8), (5, 34), (0, 23)),
+        ("naive", None): ((4, 6), (3, 28), (0, 22)),
+        ("bfloat16", None): ((12.5, 8), (10, 55), (8, 28)),
+        ("default", torch.float16): ((13.5, 8), (9, 55), (0, 28)),
+        ("paper", None): ((26.5, 2), (3, 25), (8, 15)),
     }
+    LAYERS = 61  # of a ResNet-50 with FPN
+    BUDGET = 12, 10, 30 / LAYERS  # of each
+
+    @pytest.mark.parametrize("name", ["default", "stride 1", "own", "window"])
+    def test_a_layers_budget(self, name):
+        """What all layers of a detector have in common is shared by them."""
+        parts = (zip(launches(name, n), launches("BN", n), strict=True) for n in (3, 12))
+        for few, many, budget in zip(*parts, self.BUDGET, strict=True):
+            few_more, more = (one.total - of_bn.total for one, of_bn in (few, many))
+            each = (more - few_more) / 9
+            assert each + (few_more - 3 * each) / self.LAYERS <= budget
 
     @pytest.mark.parametrize(("name", "half"), LIMITS)
     def test_of_an_iteration(self, name, half):
