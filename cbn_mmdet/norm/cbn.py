@@ -298,7 +298,7 @@ class CBN(NormLayer):
                 )
         else:
             share = past.share
-            record.distance = d = moments.mean - past.mean
+            d = moments.mean - past.mean
             record.mean, record.var = torch._foreach_lerp(past[:2], moments[:2], share)
             record.var.addcmul_(d, d, value=share * (1 - share))
         if past is None or self.backward == "current":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import threading
 import warnings
 import weakref
 from collections import defaultdict
@@ -29,7 +30,7 @@ from .layer import check_count, is_number, is_recomputation
 from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
-from .window import MovingWindow, Past, Surprise, Window, grow, growth, pasts, unite
+from .window import MovingWindow, Past, Surprise, Window, add_distances, grow, growth, pasts
 
 _MANY = 10  # forwards without a step
 
@@ -76,6 +77,7 @@ class Iteration:
         self._trains = False  # whether the model's forward runs, with a layer that trains
         self._depth = 0  # of the model's forward, which may call itself
         self._finished: list[Vectors] = []
+        self._lock = threading.Lock()
         self._forwards = 0  # that began since the last step
         self._version: int | None = None
         self._has_stepped = False
@@ -270,15 +272,16 @@ class Iteration:
     def finish(self, record: Record) -> None:
         """The forward is over: finds what the backward passes need, for all records together."""
         is_listed = any(each is record for each in self.records)
-        for records in _alike(self.records if is_listed else [record]):
-            waiting = [each for each in records if each.coefficients is None]
-            if waiting and records[0].moments is not None:
-                vectors = Vectors(waiting)
-                self._finished.append(vectors)
-                if isinstance(waiting[0].window, MovingWindow):
-                    unite(vectors)
-                for each, of in zip(waiting, coefficients(vectors), strict=True):
-                    each.coefficients = of
+        with self._lock:  # backward passes may run in several threads
+            for records in _alike(self.records if is_listed else [record]):
+                waiting = [each for each in records if each.coefficients is None]
+                if waiting and records[0].moments is not None:
+                    vectors = Vectors(waiting)
+                    self._finished.append(vectors)
+                    if isinstance(waiting[0].window, MovingWindow):
+                        add_distances(vectors)
+                    for each, of in zip(waiting, coefficients(vectors), strict=True):
+                        each.coefficients = of
 
     def add(self, record: Record, repeats: bool) -> None:
         """Takes what a forward learnt; of a repeated one the first forward's record counts."""
@@ -370,10 +373,10 @@ class Iteration:
         told = torch.hstack((*figures, *torch._foreach_norm(checked)))
         told = told.tolist()  # the one wait for the device
 
-        are_sums_finite = sums is None or math.isfinite(told.pop())
-        others = len(checked) - (sums is not None)
-        is_finite = all(map(math.isfinite, told[-others:]))
-        del told[-others:]
+        norms = told[-len(checked) :]
+        del told[-len(checked) :]
+        are_sums_finite = sums is None or math.isfinite(norms.pop())
+        is_finite = all(map(math.isfinite, norms))
         clamped = 1 - told.pop() if positives else None
         keep = [True] * len(records)
         if not is_finite:
@@ -553,11 +556,12 @@ def link(model: nn.Module) -> int:
     model.register_forward_hook(linking.Hook(iteration, "leave"), always_call=True)
     iteration.layers = [weakref.ref(layer) for layer in layers]
     modules = set(model.modules())
-    for window in itertools.chain.from_iterable(layer._windows for layer in layers):
-        if window.conv is not None and window.conv() not in modules:  # it was replaced
-            window.clear()
-            window.conv = None
     for layer in layers:
+        for window in layer._windows:
+            if window.conv is not None and window.conv() not in modules:  # it was replaced
+                window.clear()
+                window.conv = None
+                iteration.forget(layer)
         layer._iteration = iteration
     return len(layers)
 

@@ -133,7 +133,8 @@ class Derivative(NamedTuple):
     Attributes:
         mean: ``m`` (``d mu / d w``), shape ``(groups, P)`` with ``P = C_in / groups * kh * kw``;
             if it is no convolution, ``(C_out, P)``.
-        var: ``h`` (``d v / d w``), shape ``(C_out, P)``.
+        var: ``h`` (``d v / d w``), shape ``(C_out, P)``; of a moving window ``h'`` from the
+            backward pass on.
         mean_at: ``m . w`` at the weight of the batch, ``(C_out,)``.
         half_var_at: ``h . w / 2``, likewise.
     """

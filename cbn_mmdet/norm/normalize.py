@@ -34,7 +34,7 @@ which the window passes on to the weight; the bias moves ``mu_p`` as it is. With
 weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image per
 batch training fails. Weight and bias are to have this gradient whatever goes on to the input, so
 they are given back what these take off ``dL/dy``: with ``E[x_hat phi] = r (h / 2 + (mu - mu_bar)
-m)``, which is ``r (h' / 2 + (mu - mu_bar) M)`` where ``h`` has become a moving window's ``h'``,
+m)``, which is ``r (h' / 2 + (mu - mu_bar) M)`` with a moving window's ``h'``,
 
     dL/dw += (1 - s) r M (e_b m + e_g E[x_hat phi])
     dL/db += (1 - s) r M (e_b + e_g r (mu - mu_bar))
@@ -97,17 +97,20 @@ def normalize(
 class Coefficients(NamedTuple):
     """What a record's backward pass makes of its sums.
 
-    Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes ``on_mean sum(g) + on_var sum(g
-    x_hat) + constant``: rows of what is added to ``r g`` (alone, and times ``y``; on a GPU over the
-    scale), of ``dL/d mu_p`` and ``dL/d V``, and of what the weight is given back (of ``m`` and of
-    ``h``, or of ``M``, which is added to that of ``mu_p``, ``m`` and ``h'``). Where averages are
-    kept the last two are the sums themselves: those that autograd hands on as gradients it would
-    copy if they were held.
+    Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes rows, ``on_mean sum(g) + on_var
+    sum(g x_hat) + constant``:
+
+        0, 1    what is added to ``r g``, alone and times ``y``; on a GPU over the scale
+        2, 3    of ``M``, that is of ``mu_p``, and of ``H``, that is of ``V``
+        4, 5    where weight and bias are given something back, of ``m - M`` and ``h'``; in a
+                sliding window of ``m`` and ``h``
+        6, 7    where averages are kept, the sums themselves: those that autograd hands on as
+                gradients it would copy if they were held
 
     Attributes:
         r: ``(C,)``.
         scale: ``r gamma``, ``(C, 1, 1)``; without the last dimensions if the batch is spread.
-        on_mean: ``(4, C, 1)``, or ``(6, C, 1)`` where something is given back, or ``(8, C, 1)``.
+        on_mean: ``(4, C, 1)``, ``(6, C, 1)`` or ``(8, C, 1)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
         of_own: If the batch is spread, what is made of the process's own sums for ``dL/d mu_p``
@@ -129,15 +132,15 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     backward, is_spread = records[0].backward, records[0].is_spread
     shares = [record.share for record in records]
     counts = [record.moments.own_count for record in records]
-    of_batch = [_of_batch(backward, share) for share in shares]
-    off, rest, part, of_averages, own_count = vectors.spread(
+    own_parts = [_of_batch(backward, s) for s in shares]
+    taken, past, own_part, average_part, own_count = vectors.spread(
         [
             -_taken_off(backward, s) / (1 if is_spread else m)
             for s, m in zip(shares, counts, strict=True)
         ],
         [s - 1 for s in shares],
-        [-part for part in of_batch],
-        [(1 - s) * (1 - part) for s, part in zip(shares, of_batch, strict=True)],
+        [-part for part in own_parts],
+        [(1 - s) * (1 - part) for s, part in zip(shares, own_parts, strict=True)],
         counts,
     )
     nothing = torch.zeros_like(r)
@@ -146,9 +149,9 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         # Sums of all processes have the scales of each already.
         each = torch.ones_like(r)
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
-        off, part = off / count, part * own_count / count
-    off = each * off
-    rest = each * rest  # of dL/d mu_bar, to the past
+        taken, own_part = taken / count, own_part * own_count / count
+    off = each * taken
+    rest = each * past  # of dL/d mu_bar, to the past
     on_var = rest * r  # twice that of dL/d sigma2
     masks = [record.past and record.past.mask for record in records]
     of_var = on_var / 2
@@ -164,37 +167,39 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     if is_spread:
         of_own = torch.stack((rest, *on_vars[2:]))
         on_means[2] = on_vars[2] = on_vars[3] = nothing
+    is_moving = isinstance(records[0].window, MovingWindow)
     if backward in GIVES_BACK:
-        own_mean = vectors.batch[0]
-        if is_spread:
+        distance = vectors.from_union
+        if is_spread:  # of the process's own mean from the union's, and from the whole batch's
             own_mean = torch.cat([record.moments.own_mean for record in records])
-        # What E[x_hat phi] has of M, and of m, over r.
-        if isinstance(records[0].window, MovingWindow):
-            to_past = vectors.beside
-            to_batch = own_mean - vectors.batch[0] if is_spread else nothing
-        else:
-            to_past, to_batch = nothing, own_mean - mean
+            distance, from_batch = own_mean - mean, own_mean - vectors.batch[0]
         on_means += [nothing, nothing]
         on_vars += [nothing, nothing]
     if backward in ("own", "mixed"):
-        back = on_var * part
-        on_means[4] = rest * part
-        on_vars[2] = torch.addcmul(on_vars[2], back, to_past)
-        on_vars[4:6] = back * to_batch, back / 2
+        back, of_m = on_var * own_part, rest * own_part
+        on_vars[5] = back / 2
+        if is_moving:  # m is M and m - M
+            on_means[2] = on_means[2] + of_m
+            on_vars[2] = torch.addcmul(on_vars[2], back, distance)
+            on_means[4], on_vars[4] = of_m, back * from_batch if is_spread else nothing
+        else:
+            on_means[4], on_vars[4] = of_m, back * distance
     if backward in AVERAGES:
         one = torch.ones_like(r)
         on_means += [one, nothing]
         on_vars += [nothing, one]
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
-            of_averages = r * (of_averages * _scale(records[0], r))
-            e_b, e_g = vectors.cat(averages, 0.0) * of_averages
+            e_b, e_g = vectors.cat(averages, 0.0) * (r * (average_part * _scale(records[0], r)))
             e_g = e_g * r
-            back = e_g * own_count
+            back, of_m = e_g * own_count, e_b * own_count
+            of_all = torch.addcmul(of_m, back, distance)
+            if is_moving:
+                of_m = torch.addcmul(of_m, back, from_batch) if is_spread else of_m
             constant = torch.stack(
                 (
-                    *(e_g * mean - e_b, e_g.neg(), back * to_past, nothing),
-                    *(torch.addcmul(e_b * own_count, back, to_batch), back / 2, nothing, nothing),
+                    *(e_g * mean - e_b, e_g.neg(), of_all if is_moving else nothing, nothing),
+                    *(of_m if is_moving else of_all, back / 2, nothing, nothing),
                 )
             )
     scale, stacks = kernels.not_zero(scale), [torch.stack(on_means), torch.stack(on_vars), constant]
@@ -244,7 +249,8 @@ def _backward(ctx, grad):
         if needs_y:
             grad_y = kernels.affine_sum(grad, y, of.scale.view(-1, 1, 1), rows[:2])
         if needs_bias:
-            grad_bias = (rows[2] if rows.shape[0] == 4 else rows[2] + rows[4]).view(-1)
+            is_whole = rows.shape[0] == 4 or isinstance(record.window, MovingWindow)
+            grad_bias = (rows[2] if is_whole else rows[2] + rows[4]).view(-1)
         if needs_weight:
             # No view: autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
@@ -274,7 +280,6 @@ def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> 
     rows.addcmul_(of.on_var, on_var)
     if record.backward not in AVERAGES:
         return rows
-    first.coefficients = of  # a reentrant checkpoint's first forward has no backward of its own
     first.add_sums(rows[6:, :, 0])
     return rows[:6]
 

@@ -36,7 +36,8 @@ class Record:
         running: What is averaged into the layer's running mean and variance, each ``(C,)``.
         window: The window that grows, or None in a burn-in, where ``running`` replaces them.
         derivative: Of the batch's statistics, or None where nothing is to be compensated.
-        patches: ``M`` and ``m``, each ``(groups, P)``, once ``h`` has become a moving window's.
+        mean_patches: ``M`` and ``m - M``, each ``(groups, P)``, if there is a past of a moving
+            window, and once ``h`` of the derivative has become ``h'``.
         weight: In which they are, detached, where the window rounds them; else None.
         bias: The convolution's, if means are to be kept without it.
         gamma: The layer's scale, or None for 1.
@@ -60,7 +61,7 @@ class Record:
     finish: Callable[[Record], None]
     window: Window | None = None
     derivative: Derivative | None = None
-    patches: Tensor | tuple[Tensor, Tensor] | None = None
+    mean_patches: Tensor | tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     gamma: Tensor | None = None
@@ -90,7 +91,7 @@ class Record:
 
 
 _HELD = (
-    *("moments", "past", "running", "window", "derivative", "patches", "weight", "bias"),
+    *("moments", "past", "running", "window", "derivative", "mean_patches", "weight", "bias"),
     *("gamma", "averages", "sums", "coefficients", "finish", "original"),
 )
 
@@ -132,7 +133,7 @@ class Vectors:
         return self.batch[0] - self.past[0]
 
     @cached_property
-    def beside(self) -> Tensor:
+    def from_union(self) -> Tensor:
         """``mu - mu_bar``, which is ``(1 - s) d``, ``(N,)``."""
         return self.batch[0] - self.union[0]
 

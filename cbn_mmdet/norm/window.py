@@ -81,8 +81,8 @@ class MovingPast(NamedTuple):
 
         Args:
             of: That in ``mu_p`` and in ``V``, times the mask, and if there are more rows what
-                belongs to ``m`` and ``h'`` of the batch, ``(2, C, 1)`` or ``(4, C, 1)``.
-            record: Of the batch, after :func:`unite`.
+                belongs to ``m - M`` and ``h'`` of the batch, ``(2, C, 1)`` or ``(4, C, 1)``.
+            record: Of the batch, after :func:`add_distances`.
             out: Where to write it, ``(C, P)``.
         """
         if self.h.dtype == out.dtype:
@@ -93,8 +93,8 @@ class MovingPast(NamedTuple):
         gives_back = of.shape[0] == 4
         if gives_back:
             out.addcmul_(record.derivative.var, of[3])
-        patches = record.patches if gives_back else record.patches[:1]
-        kernels.add_outer_(out, of[::2], patches)
+        both = record.mean_patches
+        kernels.add_outer_(out, of[::2], both if gives_back else both[:1])
 
 
 class SlidingPast(NamedTuple):
@@ -127,7 +127,7 @@ class SlidingPast(NamedTuple):
         return None
 
     def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
-        """As that of :class:`MovingPast`, with ``h`` of the batch in the place of ``h'``."""
+        """As that of :class:`MovingPast`, but of ``m`` and ``h`` of the batch."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
         of_mean, of_var = of[:2] / count
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
@@ -543,39 +543,39 @@ def growth(vectors: Vectors) -> Growth:
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
     at = past_at.lerp(batch_at, vectors.share)  # and with h' in the place of h:
     values = union - at
-    values[1].addcmul_(at[0] - past_at[0], vectors.beside, value=-2)
+    values[1].addcmul_(at[0] - past_at[0], vectors.from_union, value=-2)
     return Growth(values, union[0])
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def unite(vectors: Vectors) -> None:
-    """Makes each ``h`` what enters a moving window, ``h'``, in its place."""
-    waiting = []
+def add_distances(vectors: Vectors) -> None:
+    """Makes ``h`` of each batch ``h'``, which enters a moving window, in its place."""
+    found = []
     for place, record in enumerate(vectors.records):
         of, past = record.derivative, record.past
-        if of is None or record.patches is not None:
+        if of is None or record.mean_patches is not None:
             continue
         if of.var.is_inference():  # not to be changed outside of inference mode
             record.derivative = of = of._replace(mean=of.mean.clone(), var=of.var.clone())
         if past is not None and past.m is not None:
-            waiting.append((place, of, past.m.to(of.mean.dtype)))
-    if not waiting:
+            found.append((place, of, past.m.to(of.mean.dtype)))
+    if not found:
         return
-    lefts = vectors.split_columns(torch.stack((vectors.beside.neg(), vectors.beside)))
-    for place, of, past_m in waiting:
-        # Of one group they are the rows of one matrix: a launch for both.
-        both = (past_m, of.mean)
-        is_one = past_m.shape[0] == 1
-        patches = vectors.records[place].patches = torch.cat(both) if is_one else both
-        kernels.add_outer_(of.var, lefts[place], patches, 2.0)
+    distances = vectors.split_columns(vectors.from_union[None])
+    changes = torch._foreach_sub([of.mean for _, of, _ in found], [m for *_, m in found])
+    for (place, of, m), change in zip(found, changes, strict=True):
+        # Of one group they are the rows of one matrix: a launch for both, backward.
+        both, is_one = (m, change), m.shape[0] == change.shape[0] == 1
+        vectors.records[place].mean_patches = torch.cat(both) if is_one else both
+        kernels.add_outer_(of.var, distances[place], change if is_one else (change,), 2.0)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     """Makes moving windows what :func:`growth` found, but for those whose record is dropped."""
-    unite(vectors)  # of those that no backward pass has reached
+    add_distances(vectors)  # of those that no backward pass has reached
     stored = [vectors.split(each.float()) for each in new]
     grown, mixed = [], []  # of these the past has a share
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):

@@ -759,6 +759,36 @@ class TestRefused:
             Mixed(4, 6, 3), r"'0' \(Mixed\), whose weight has not one row for each of its 6"
         )
 
+    @pytest.mark.parametrize("backward", ["mixed", "own", "window"])
+    def test_what_becomes_another_kind_of_layer_is_followed(self, backward):
+        """From then on autograd tells its derivative, of which each channel has its own ``m``."""
+
+        class Layer(nn.Conv2d):
+            is_plain = True
+
+            def forward(self, x):
+                y = super().forward(x)
+                return y if self.is_plain else y * torch.ones_like(y)
+
+        torch.manual_seed(0)
+        model, twin = (
+            chain(Layer(4, 6, 3, bias=False), CBN(6, backward=backward)).double() for _ in "ab"
+        )
+        twin.load_state_dict(model.state_dict())
+        twin[0].is_plain = False
+        for number in range(6):
+            model[0].is_plain = number < 3
+            x, outputs = images(), []
+            for each in (model, twin):
+                each.zero_grad()
+                y = each(x)
+                y.pow(3).sum().backward()
+                outputs.append([y, *(p.grad for p in each.parameters())])
+                step(each)
+            for ours, theirs in zip(*outputs, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            move_alike(model, twin)
+
     def test_channels_that_mix_from_some_iteration_on(self):
         """What a module does is checked again, after 1, 2, 4, 8... iterations."""
 

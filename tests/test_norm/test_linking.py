@@ -477,6 +477,16 @@ class TestModelsWithinModels:
         iterate(other, 7)
         assert_same(model, other)
 
+    def test_linking_again_in_an_iteration_drops_what_a_replaced_one_fed(self):
+        model = stages()
+        iterate(model, 3)
+        before = held(model)
+        model(images(4)).backward()
+        model.body[0] = nn.Conv2d(3, 4, 3)
+        link(model)
+        step(model)
+        assert held(model) == {**{name: [n + 1] for name, (n,) in before.items()}, "body.1": [0]}
+
     def test_linking_again_takes_in_what_is_new(self):
         model = stages()
         model.head.append(nn.Conv2d(4, 4, 1))

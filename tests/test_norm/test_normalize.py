@@ -1,5 +1,8 @@
 """The gradients: gradcheck in float64, and autograd on the reference's graph."""
 
+import sys
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
@@ -201,6 +204,37 @@ class TestSeveralBackwardPasses:
             ends.append([x.grad, *(p.grad for p in model.parameters())])
             if backward in ("full", "mixed"):
                 ends[-1].append(self.sums(model))
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_in_two_threads(self, kind):
+        """What is computed once for a model's records is computed once."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        ends = []
+        try:
+            for is_threaded in (True, False):
+                torch.manual_seed(0)
+                layers = [(nn.Conv2d(4, 4, 3), CBN(4, window=kind, window_size=3)) for _ in "ab"]
+                heads = [nn.Sequential(*pair) for pair in layers]
+                model = nn.ModuleList(heads).double()
+                link(model)
+                for _ in range(40):
+                    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+                    losses = [(head(x) * torch.randn(2, 4, 3, 3)).sum() for head in heads]
+                    threads = [Thread(target=loss.backward) for loss in losses]
+                    for thread in threads:
+                        thread.start()
+                        if not is_threaded:
+                            thread.join()
+                    for thread in threads:
+                        thread.join()
+                    step(model)
+                    move(model)
+                states = [state for (state,) in window_state(model).values()]
+                ends.append([*(p.grad for p in model.parameters()), *(s["h"] for s in states)])
+        finally:
+            sys.setswitchinterval(interval)
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other)
 

@@ -100,7 +100,7 @@ def gradient(past, of_mean, of_var):
     """In the weight, of what is given in mean and variance alone."""
     record = Record(None, None, past)
     m = past.m.to(of_mean.dtype)
-    record.patches = m if len(m) == 1 else (m,)
+    record.mean_patches = m if len(m) == 1 else (m,)
     found = of_mean.new_empty(len(of_mean), past.h.shape[-1])
     past.gradient(torch.stack((of_mean, of_var))[:, :, None], record, found)
     return found
