@@ -177,6 +177,12 @@ def lines_of(done, status):
 # The configs.
 
 
+def test_the_burn_in_of_the_segmentor():
+    """In iterations, as its loop counts."""
+    hooks = re.findall(r"^custom_hooks = (.*)$", CITYSCAPES.read_text(), re.MULTILINE)
+    assert hooks == ['[dict(type="CBNHook", burn_in=1000, by_epoch=False)]']
+
+
 def test_which_there_are():
     found = {path.stem for path in IMAGENET.glob("*.py")}
     assert found == {f"{name}_8xb32_in1k" for name in LEAVES}

@@ -56,6 +56,7 @@ from rich.text import Text
 from torch import nn
 
 from cbn_mmdet import CBNHook, links
+from cbn_mmdet.hooks.cbn_hook import plain_batch_norms
 from cbn_mmdet.norm.iteration import cbn_layers
 
 STEPS = 2
@@ -440,6 +441,14 @@ def check_links(report: Report, model: nn.Module) -> None:
             "links",
             f"{len(idle)} of {len(layers)} CBN layers only repeat their running statistics, "
             f"{some(idle)}: to train them, set the backbone's norm_eval=False, frozen_stages=-1",
+        )
+    plain = plain_batch_norms(model)
+    if plain:
+        report.line(
+            "NOTE",
+            "other norms",
+            f"{len(plain)} batch norms that are no CBN train, too, {some(plain)}: no norm_cfg of "
+            "the config reaches them; cbn_mmdet.from_batchnorm turns them into CBN",
         )
     table = Table("layer", "convolution")
     for column in ("channels", "window", "memory"):

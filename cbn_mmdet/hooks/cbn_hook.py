@@ -12,7 +12,7 @@ from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norm import link, load_window_state, set_window, window_state
+from ..norm import link, links, load_window_state, set_window, window_state
 from ..norm.diagnostics import LARGE_APART, LARGE_CLAMPED, diagnose
 from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
@@ -75,6 +75,7 @@ class CBNHook(Hook):
         self._loaded: dict | None = None  # windows of a checkpoint
         self._has_checked_modes = False
         self._has_checked_calls = False
+        self._has_told_links = False
         self._has_warned = False
         self._is_read_each_time = False
         self._differs = False  # running statistics between the processes
@@ -131,18 +132,12 @@ class CBNHook(Hook):
         model = unwrapped(runner.model)
         layers = cbn_layers(model)
         idle = [name for name, layer in layers.items() if not layer.training]
-        plain = [
-            f"'{name}' ({type(module).__name__})"
-            for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm)
-            and module.training
-            and not isinstance(module, NormLayer)
-        ]
+        plain = plain_batch_norms(model)
         if plain and layers:
             runner.logger.warning(
                 f"CBNHook: {len(plain)} batch norms that are no CBN train beside {len(layers)} CBN "
-                f"layers, {plain[0]} first. Some models build norms that no norm_cfg reaches: "
-                "cbn_mmdet.from_batchnorm turns them into CBN."
+                "layers. Some models build norms that no norm_cfg reaches: "
+                f"cbn_mmdet.from_batchnorm turns them into CBN. They are {', '.join(plain)}."
             )
         if idle:
             runner.logger.warning(
@@ -182,6 +177,8 @@ class CBNHook(Hook):
         if self._is_read_each_time or _is_saved(self, runner):
             self._average(runner)
         fraction = 0.0 if clamped is None else clamped.item()
+        if not self._has_told_links:
+            self._tell_links(runner, model)
         layers = cbn_layers(model).values()
         if layers:
             log_scalar("window_size", sum(each.mean_window_size for each in layers) / len(layers))
@@ -192,6 +189,16 @@ class CBNHook(Hook):
                 "CBNHook: the weights move too fast for the window: of past variances "
                 f"{fraction:.0%} are cut to zero. Lengthen burn_in, narrow window_size, or lower "
                 "the learning rate. dict(type='DiagnoseHook') names the layers."
+            )
+
+    def _tell_links(self, runner, model) -> None:
+        """Tells which layers compensate='where_possible' left out, as of the first iteration."""
+        self._has_told_links = True
+        left_out = [f"'{name}'" for name, by in links(model).items() if by == "(not compensated)"]
+        if left_out:
+            runner.logger.warning(
+                f"CBNHook: {len(left_out)} CBN layers are not compensated, as "
+                f"compensate='where_possible' allows: {', '.join(left_out)}."
             )
 
     def after_train_epoch(self, runner) -> None:
@@ -293,6 +300,15 @@ def _is_saved(hook: CBNHook, runner) -> bool:
 def log_scalar(name: str, value: float) -> None:
     """Logs a figure of CBN beside the losses."""
     MessageHub.get_current_instance().update_scalar(f"train/cbn/{name}", value)
+
+
+def plain_batch_norms(model) -> list[str]:
+    """The names of the batch norms of a model that train and are none of this package's."""
+    return [
+        f"'{name}' ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, NormLayer)
+    ]
 
 
 def unwrapped(model):

@@ -126,6 +126,7 @@ class BRN(NormLayer):
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
         self._refuse_graphs(input)
+        self._refuse_without_statistics()
         if input.numel() == 0:  # no region in the batch: nothing to learn
             return self._batch_norm(input, self.weight, self.bias)
         if is_recomputation():

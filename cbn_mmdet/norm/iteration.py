@@ -33,6 +33,7 @@ from .record import Record, Vectors
 from .window import MovingWindow, Past, Surprise, Window, add_distances, grow, growth, pasts
 
 _MANY = 10  # forwards without a step
+_SELDOM = 64  # iterations from one check of what a module does to the next
 
 
 class Call(NamedTuple):
@@ -133,15 +134,14 @@ class Iteration:
         self._clear()
         self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
-        # Of a model that has trained only those that cannot be a closure's, which is repeated.
-        is_gathering = self._forwards == _MANY and not (
-            self._has_stepped and torch.is_grad_enabled()
-        )
+        # Of a model that has trained they may be a closure's, which is repeated.
+        may_be_closure = self._has_stepped and torch.is_grad_enabled()
+        is_gathering = self._forwards == (10 * _MANY if may_be_closure else _MANY)
         if is_gathering and not any(each.is_reset_by_torch() for each in layers):
             warnings.warn(
-                f"CBN: {_MANY} forwards in training mode, and cbn_mmdet.step(model) was not called "
-                "after any: running statistics and windows stay as they are. Call it after each, "
-                "or use cbn_mmdet.precise_statistics to gather statistics alone.",
+                f"CBN: {self._forwards} forwards in training mode, and cbn_mmdet.step(model) was "
+                "not called after any: running statistics and windows stay as they are. Call it "
+                "after each, or use cbn_mmdet.precise_statistics to gather statistics alone.",
                 stacklevel=2,
             )
         if self._scaler is not None:
@@ -250,8 +250,9 @@ class Iteration:
                 "was linked as a part of a model that is gone. Call cbn_mmdet.link on the model "
                 "that trains, and keep it."
             )
-        # What a module does may change, so it is checked again, ever more seldom.
-        is_due = window.seen > 0 and window.seen & (window.seen - 1) == 0
+        # What a module does may change, so it is checked again, more seldom.
+        seen = window.seen
+        is_due = seen > 0 and (seen & (seen - 1) == 0 or seen % _SELDOM == 0)
         is_known = window.rows_of is not None and window.rows_of() is module and not is_due
         source, why_not = linking.source_of(y, found, self.name_of, is_known)
         if source is not None and source.leaf:

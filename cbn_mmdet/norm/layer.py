@@ -58,6 +58,14 @@ class NormLayer(nn.BatchNorm2d):
                 "torch.fx, have it as a leaf module."
             )
 
+    def _refuse_without_statistics(self) -> None:
+        """Refuses to train where somebody has taken the running statistics away."""
+        if self.running_mean is None:
+            raise self.refusal(
+                f"{self.kind} needs its running statistics in training, and running_mean is None, "
+                "as methods of test-time adaptation set it. Use type='BN' or type='CBN' with them."
+            )
+
     def __prepare_scriptable__(self) -> None:
         # Which would stumble over the first line that is too much for it.
         raise self.refusal(

@@ -114,6 +114,7 @@ class MABN(NormLayer):
     @torch.compiler.disable
     def _train(self, x: Tensor) -> Tensor:
         self._refuse_graphs(x)
+        self._refuse_without_statistics()
         if x.numel() == 0:  # no region in the batch: nothing to learn
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)

@@ -5,10 +5,9 @@ _base_ = (
 )
 
 custom_imports = dict(imports=["cbn_mmdet"], allow_failed_imports=False)
-# Of one image (docs/evidence.md, "What to set"); the backbone was trained by BN before.
-norm_cfg = dict(type="CBN", momentum=0.02)
+norm_cfg = dict(type="CBN", momentum=0.02)  # of one image: docs/evidence.md, "What to set"
 model = dict(
-    backbone=dict(norm_cfg=dict(window_size=8, backward="own", **norm_cfg)),
+    backbone=dict(norm_cfg=norm_cfg),
     decode_head=dict(norm_cfg=norm_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg),
 )

@@ -57,7 +57,7 @@ def trained_resnet(seed: int, options: dict, images: Tensor, labels: Tensor) -> 
 
 
 def train_continued(job: Job, options: dict) -> dict:
-    """Go on once; returns the mean loss and the worst accuracy on the way, as a share."""
+    """Go on once; returns the mean loss, and the accuracies on the way, as shares."""
     images, labels, *held_out = continued_data(job.seed, options["train_images"])
     model = trained_resnet(job.seed, options, images, labels)
     every = max(1, round(options["evaluate_every"] * options["shorten"]))
@@ -80,5 +80,6 @@ def train_continued(job: Job, options: dict) -> dict:
         if windows:
             step(model)
         if number % every == 0:
-            accuracies.append(accuracy(model.eval(), *held_out))
-    return dict(loss=mean(losses), worst=min(accuracies) / 100)
+            accuracies.append(accuracy(model.eval(), *held_out) / 100)
+    ways = {f"after {number * every}": each for number, each in enumerate(accuracies, 1)}
+    return dict(loss=mean(losses), worst=min(accuracies), ways=ways)

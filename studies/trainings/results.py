@@ -31,6 +31,16 @@ def report(name: str, study: Study, rows: list[dict]) -> None:
         for group, values in grouped(rows, study).items()
     ]
     print_table(f"{name}: {study.figure}, mean ± standard deviation (seeds)", table)
+    ways = defaultdict(list)  # accuracies on the way
+    for row in rows:
+        if "ways" in row:
+            ways[study.labels.get(row["norm"], row["norm"])].append(row["ways"])
+    table = [
+        {"norm": norm, **{at: summary([each[at] for each in runs], "way") for at in runs[0]}}
+        for norm, runs in ways.items()
+    ]
+    if table:
+        print_table(f"{name}: accuracy on the way", table)
 
 
 def grouped(rows: list[dict], study: Study) -> dict[tuple, dict[int, list[float]]]:

@@ -74,5 +74,18 @@ def test_batch_norms_that_no_norm_cfg_reaches(tmp_path, beside):
         assert told == []
     else:
         (line,) = told
-        assert "1 batch norms that are no CBN train beside 1 CBN layers, 'body.1.2' (Batch" in line
-        assert "from_batchnorm turns them into CBN" in line
+        assert "1 batch norms that are no CBN train beside 1 CBN layers. " in line
+        assert "from_batchnorm turns them into CBN. They are 'body.1.2' (BatchNorm2d)." in line
+
+
+def test_layers_that_are_not_compensated(tmp_path):
+    """Each, once."""
+    norms = [CBN(4, window_size=3, compensate="where_possible") for _ in range(3)]
+    activations = nn.Softmax(1), nn.Identity()
+    norm = nn.Sequential(norms[0], activations[0], norms[1], activations[1], norms[2])
+    run, _ = runner(tmp_path, dict(type="CBNHook", burn_in=0), norm, epochs=2)
+    with pytest.warns(UserWarning, match="is not compensated"):
+        run.train()
+    (line,) = [each for each in log_of(tmp_path).splitlines() if "are not compensated" in each]
+    assert "CBNHook: 2 CBN layers are not compensated, as compensate='where_possible'" in line
+    assert line.endswith("allows: 'body.1.2', 'body.1.4'.")

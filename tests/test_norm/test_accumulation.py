@@ -1,12 +1,14 @@
 """Several forwards in one step of the optimiser: CBN, and CmBN, which is of those alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from layers import KINDS, linked, reference, state_of
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from cbn_mmdet import CBN, CmBN, link, load_window_state, set_window, step, window_state
+from cbn_mmdet import BRN, CBN, MABN, CmBN, link, load_window_state, set_window, step, window_state
 
 
 @KINDS
@@ -24,8 +26,15 @@ def test_equal_weights_mean_no_compensation(kind):
     for index, x in enumerate(batches):
         with wrapper.optim_context(model):
             output = model(x)
-            for each in (slow, naive):
-                each.expected = each.forward(x, gamma, beta).detach()
+            expected = slow.forward(x, gamma, beta)
+            target = torch.randn_like(output)
+            gradients = [
+                torch.autograd.grad((y * target).sum(), model.parameters(), retain_graph=True)
+                for y in (output, expected)
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+            slow.expected = expected.detach()
+            naive.expected = naive.forward(x, gamma, beta).detach()
         group = batches[index - index % 4 : index + 1]
         torch.testing.assert_close(output, slow.expected, rtol=1e-5, atol=1e-5)
         is_of_this_group = index < 4 or (kind == "sliding" and index % 4 == 3)
@@ -40,6 +49,30 @@ def test_equal_weights_mean_no_compensation(kind):
         slow.step(x), naive.step(x)
         wrapper.update_params(output.square().sum() * 0.1)
         step(model)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN, MABN, CBN, CmBN])
+def test_what_each_norm_does_of_accumulation(norm):
+    """All but CmBN what they do without: weights that rest are all the difference."""
+    outputs = []
+    for counts in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
+        if has_window := isinstance(model[1], CBN):
+            link(model)
+        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.0), accumulative_counts=counts)
+        for _ in range(8):
+            with wrapper.optim_context(model):
+                outputs.append(model(torch.randn(1, 3, 6, 6)))
+            wrapper.update_params(outputs[-1].square().sum())
+            if has_window:
+                step(model, updated=wrapper.should_update())
+    alone, accumulated = outputs[:8], outputs[8:]
+    if norm is CmBN:
+        assert not any(map(torch.equal, alone[1:4], accumulated[1:4]))
+        assert torch.equal(alone[4], accumulated[4])  # the first of a step
+    else:
+        assert all(map(torch.equal, alone, accumulated))
 
 
 class TestStepWindow:

@@ -6,10 +6,13 @@ import warnings
 import pytest
 import torch
 from layers import backward, descend, held
+from mmengine.optim import build_optim_wrapper
 from torch import fx, nn
 
 from cbn_mmdet import (
+    BRN,
     CBN,
+    MABN,
     SyncCBN,
     link,
     precise_statistics,
@@ -121,6 +124,36 @@ class TestToolsThatLookForBatchNorm:
                 optimizer.step()
                 optimizer.zero_grad()
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [BRN, MABN])
+def test_adaptation_of_a_norm_that_needs_its_statistics_is_refused(norm):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))
+    model[1].running_mean = model[1].running_var = None
+    with pytest.raises(RuntimeError, match="needs its running statistics in training.*type='BN'"):
+        model(images())
+
+
+class TestWeightDecay:
+    """detectron2, yolov5: groups of parameters by what is a batch norm."""
+
+    def test_of_mmengine(self):
+        """``norm_decay_mult`` of its optimiser's constructor."""
+        model = blocks()
+        wrapper = build_optim_wrapper(
+            model,
+            dict(
+                optimizer=dict(type="SGD", lr=0.1, weight_decay=1e-4),
+                paramwise_cfg=dict(norm_decay_mult=0.0),
+            ),
+        )
+        decays = {
+            p: group["weight_decay"] for group in wrapper.param_groups for p in group["params"]
+        }
+        for module in model.modules():
+            is_norm = isinstance(module, nn.BatchNorm2d)
+            for parameter in module.parameters(recurse=False):
+                assert decays[parameter] == (0 if is_norm else 1e-4)
 
 
 class TestModelsWithoutCBN:

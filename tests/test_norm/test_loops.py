@@ -50,6 +50,9 @@ def test_a_search_on_a_line_is_not_told_of():
         warnings.simplefilter("error")
         for _ in range(25):
             model(torch.randn(2, 3, 8, 8))
+    with pytest.warns(UserWarning, match="100 forwards in training mode"):  # none is so long
+        for _ in range(75):
+            model(torch.randn(2, 3, 8, 8))
 
 
 @KINDS

@@ -230,6 +230,14 @@ model = dict(backbone=backbone, neck=dict(conv_cfg=dict(type="Bent")))
     assert lines_of(done, "OK")["evaluation"].startswith("4 images in ")
 
 
+def test_norms_that_are_no_cbn(tool, small_config, tmp_path):
+    norm = 'dict(_delete_=True, type="BN", requires_grad=True)'
+    extra = f"model = dict(backbone=dict(norm_cfg={norm}))"
+    done = tool("preflight.py", small_config(tmp_path, DIGITS, extra), "--images", "1")
+    note = lines_of(done, "NOTE")["other norms"]
+    assert note.startswith("20 batch norms that are no CBN train, too, 'backbone.bn1' (Batch")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
