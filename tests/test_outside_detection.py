@@ -388,17 +388,25 @@ def test_publish_of_moving_averages(tool, classifier, tmp_path):
 
 @outside
 def test_two_processes(tool, classifier, tmp_path):
-    """They share an epoch, and the learning rate is that of both together."""
+    """They share an epoch, and the learning rate is that of both; resumed, tested, published."""
     schedule = "train_cfg = dict(max_epochs=2)\ncustom_hooks = [dict(type='CBNHook', burn_in=1)]"
     config, work_dir = (
         classifier(tmp_path, "resnet18_cbn", f"{THIN}\n{schedule}"),
         tmp_path / "work",
     )
     option = "--cfg-options", "model.backbone.norm_cfg.window_size=4"
-    on_two_ranks(tool, ROOT, config, "--work-dir", work_dir, *option, cwd=tmp_path)
+    arguments = config, "--work-dir", work_dir, *option
+    on_two_ranks(tool, ROOT, *arguments, cwd=tmp_path)
     assert logged(work_dir, "lr") == pytest.approx([0.1 * 4 / 256] * 4)
     assert logged(work_dir, "cbn/window_size") == [1, 1, 4, 4]
     assert len(logged(work_dir, "accuracy/top1")) == 2
+    on_two_ranks(tool, ROOT, *arguments, "train_cfg.max_epochs=3", "--resume", cwd=tmp_path)
+    assert logged(work_dir, "cbn/window_size")[4:] == [4, 4]
+    done = tool("test.py", config, work_dir / "epoch_3.pth", "--work-dir", tmp_path / "test")
+    assert re.search(r"accuracy/top1: \d+\.\d+", done.stdout)
+    tool("publish.py", work_dir / "epoch_3.pth", tmp_path / "published.pth")
+    outputs = evaluate_both(tmp_path / "published.pth", config, work_dir / "epoch_3.pth")
+    assert torch.equal(*outputs)
 
 
 @outside
@@ -479,27 +487,33 @@ def test_segmentation(tool, segmentor, tmp_path):
 
 
 def test_who_does_not_use_them_does_not_need_them(small_config, tmp_path):
-    """A detector is trained and tested where neither can be imported."""
+    """A detector is checked, trained, tested, published and tabled where neither is there."""
     config = small_config(tmp_path, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits")
     work_dir = tmp_path / "work"
     short = ["--cfg-options", "train_cfg.max_epochs=1", "custom_hooks.0.burn_in=0"]
     commands = [
+        ["preflight.py", config, "--images", 1],
         ["train.py", config, "--work-dir", work_dir, *short],
         ["test.py", config, work_dir / "epoch_1.pth", "--work-dir", tmp_path / "test"],
+        ["publish.py", work_dir / "epoch_1.pth", tmp_path / "published.pth"],
+        ["tables.py", work_dir],
     ]
     code = """
-import json, runpy, sys
+import runpy, sys
 for name in ("mmpretrain", "mmseg"):
     sys.modules[name] = None
+sys.argv = sys.argv[1:]
 sys.path.insert(0, "tools")
-for sys.argv in json.loads(sys.argv[1]):
-    runpy.run_path(f"tools/{sys.argv[0]}", run_name="__main__")
+runpy.run_path(f"tools/{sys.argv[0]}", run_name="__main__")
 """
-    text = json.dumps([list(map(str, command)) for command in commands])
-    done = subprocess.run(
-        [sys.executable, "-c", code, text], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, command)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert list((tmp_path / "test").glob("*/*.json"))
     code = "import sys, cbn_mmdet; assert not {'mmdet', 'mmpretrain', 'mmseg'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
