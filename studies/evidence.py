@@ -4,15 +4,16 @@
 photos and cells train the Faster R-CNN of configs/photos, with a pretrained backbone, on varied and
 on uniform photographs, with the norm in FPN and box head; photos-all and cells-all train the
 backbone's, too. detector trains the Faster R-CNN of digits/configs at 1, 2 and 4 images per step,
-and ablation does with other windows and burn-ins. classifier trains a plain CNN on handwritten
-digits of varied tone and contrast with batches of 1 to 32 images; even does so on digits that are
-alike in both, centred with MABN's convolutions for all norms, and momentum with other momenta of
-CBN's running statistics. continued goes on with a ResNet-18 that batch normalisation has trained,
-at one image per step: its mean loss, and the worst accuracy on the way.
+and ablation does with other windows and burn-ins. levels trains a RetinaNet, whose head runs on
+four levels, and levels-apart one whose head has a norm for each. classifier trains a plain CNN on
+handwritten digits of varied tone and contrast with batches of 1 to 32 images; even does so on
+digits that are alike in both, centred with MABN's convolutions for all norms, and momentum with
+other momenta of CBN's running statistics. continued goes on with a ResNet-18 that batch
+normalisation has trained, at one image per step: its mean loss, and the accuracies on the way.
 
-Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred
-and continued) to FOLDER/NAME.png. What the file has is not run again, so an interrupted command
-goes on where it stopped, and one with more --seeds adds to what is there.
+Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred,
+continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an interrupted
+command goes on where it stopped, and one with more --seeds adds to what is there.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
@@ -41,7 +42,7 @@ from norms import norm, norm_cfg
 from tqdm import tqdm
 from trainings.classifier import CLASSIFIER, train_classifier
 from trainings.continued import CONTINUED, train_continued
-from trainings.detector import ABLATION, DETECTOR, train_detector
+from trainings.detector import ABLATION, DETECTOR, LEVELS, train_detector
 from trainings.photos import CELLS, PHOTOS
 from trainings.results import plot_ablation, plot_batches, report
 from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, sliding
@@ -107,6 +108,17 @@ STUDIES = {
         )
         for name, settings in (("photos", PHOTOS), ("cells", CELLS))
         for end, norm_in in (("", "head"), ("-all", "all"))
+    },
+    **{
+        name: Study(
+            ["BN", "CBN", SMALL_GN],
+            [1],
+            {1: 3},
+            dict(LEVELS, head=head),
+            train_detector,
+            "ap",
+        )
+        for name, head in (("levels", "shared"), ("levels-apart", "apart"))
     },
     "ablation": Study(
         [],

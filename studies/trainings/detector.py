@@ -25,6 +25,9 @@ from .shared import POPULATION, SHARED, Job, accumulated, burn_in, with_defaults
 DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
 DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
 ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
+RETINA = osp.join(paths.DIGITS, "retinanet_r18_fpn_bn-all_1xb2_digits.py")
+LEVELS = dict(DETECTOR, lr_at_2=0.01)
+HEADS = {"shared": {}, "apart": dict(type="RetinaSepBNHead", num_ins=4)}
 
 
 def train_detector(job: Job, options: dict, precise: Iterable[str] = ()) -> dict:
@@ -62,7 +65,9 @@ def digits_config(options: dict) -> tuple[Config, int]:
     )
     folder = osp.join(options["data"], f"digits_{count}_{held_out}")
     root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
-    cfg = Config.fromfile(DIGITS)
+    cfg = Config.fromfile(RETINA if "head" in options else DIGITS)
+    if "head" in options:
+        cfg.model.bbox_head.update(HEADS[options["head"]])
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from common.errors import UsageError
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
 from torch import nn
 
-from cbn_mmdet import CenConv2d
+from cbn_mmdet import CBN, CenConv2d
 
 pytestmark = pytest.mark.slow
 
@@ -309,6 +311,22 @@ def test_settings_reach_the_detector(monkeypatch, digits):
         assert part.norm_cfg == dict(type="MABN", momentum=0.04, requires_grad=True)
         assert part.conv_cfg == dict(type="CenConv2d")
     assert cfg.optim_wrapper.optimizer.lr == 0.02 and cfg.param_scheduler[0].end == 100
+
+
+@pytest.mark.parametrize(("name", "norms"), [("levels", 1), ("levels-apart", 4)])
+def test_one_head_for_four_levels(name, norms, evidence, monkeypatch, digits):
+    """Whose convolutions have one norm, or one for each."""
+    from trainings import detector
+    from trainings.shared import Job
+
+    monkeypatch.setattr(detector, "build_digits", lambda folder, **sizes: digits)
+    options = dict(evidence.STUDIES[name].settings, shorten=1.0, data="data")
+    cfg = detector.detector_config(Job("CBN", 1, 0), options)
+    init_default_scope("mmdet")
+    head = MODELS.build(cfg.model).bbox_head
+    convs = {name: module for name, module in head.named_modules() if isinstance(module, CBN)}
+    assert len(convs) == 2 * 4 * norms and len(set(convs.values())) == len(convs)
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
 
 
 @pytest.mark.parametrize("batch, parts", [(1, 8), (2, 4), (8, 1)])
