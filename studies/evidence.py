@@ -10,6 +10,7 @@ handwritten digits of varied tone and contrast with batches of 1 to 32 images; e
 digits that are alike in both, centred with MABN's convolutions for all norms, and momentum with
 other momenta of CBN's running statistics. continued goes on with a ResNet-18 that batch
 normalisation has trained, at one image per step: its mean loss, and the accuracies on the way.
+continued-clipped clips the norm of its gradients at 1.
 
 Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred,
 continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an interrupted
@@ -86,6 +87,9 @@ STUDIES = {
         CONTINUED,
         train_continued,
         "loss",
+    ),
+    "continued-clipped": Study(
+        ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, clip=1.0), train_continued, "loss"
     ),
     "detector": Study(
         ALL,
@@ -164,7 +168,7 @@ def main() -> None:
     if (args.burn_in or 0) < 0:
         raise UsageError(f"--burn-in {args.burn_in}: takes a whole number of at least 0")
     study = STUDIES[args.study]
-    if args.study == "continued":
+    if args.study.startswith("continued"):
         check_continued(args)
     check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import os.path as osp
 from statistics import mean
@@ -76,7 +77,8 @@ def train_continued(job: Job, options: dict) -> dict:
     torch.manual_seed(job.seed)  # whether or not the network was trained just now
     losses, accuracies = [], []
     for number, chosen in enumerate(shuffled(len(images), job.batch, steps), 1):
-        losses.append(descend(model.train(), optimizer, images[chosen], labels[chosen]))
+        batch = images[chosen], labels[chosen]
+        losses.append(descend(model.train(), optimizer, *batch, clip=options.get("clip", math.inf)))
         if windows:
             step(model)
         if number % every == 0:

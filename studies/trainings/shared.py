@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -96,11 +97,15 @@ def shuffled(count: int, batch: int, steps: int) -> Iterator[Tensor]:
         yield order[start : start + batch]
 
 
-def descend(model, optimizer, images: Tensor, labels: Tensor, parts=1, is_last=True) -> float:
+def descend(
+    model, optimizer, images: Tensor, labels: Tensor, parts=1, is_last=True, clip=math.inf
+) -> float:
     """One forward and backward of ``parts`` of a step, which the last ends; returns the loss."""
     loss = nn.functional.cross_entropy(model(images), labels)
     (loss / parts).backward()
     if is_last:
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
     return loss.item()

@@ -213,18 +213,26 @@ def test_continued(evidence, tool, tmp_path):
     printed = tool("evidence.py", "continued", *SHORT, *args, "BN", own).stdout
     found = rows(tmp_path, "continued")
     assert [row["norm"] for row in found] == ["BN", own]
-    table = re.findall(r"^\| (.+?) +\| (\d\.\d{3}) \(1\) +\|$", printed, re.MULTILINE)
+    table = re.findall(r"^\| ([^|]+?) +\| (\d\.\d{3}) \(1\) +\|$", printed, re.MULTILINE)
     assert table == [
         (f"{row['norm']}{kind}", f"{row[key]:.3f}")
         for row in found
         for key, kind in (("loss", ""), ("worst", ", worst accuracy"))
     ]
+    way = {at: round(share, 3) for at, share in found[0]["ways"].items()}
+    assert list(way) == [f"after {number}" for number in (1, 2, 3, 4, 5, 6)]
+    assert min(way.values()) == round(found[0]["worst"], 3)
+    numbers = [f"{share:.3f} (1)" for share in way.values()]
+    assert re.search(rf"^\| BN +\| {re.escape(' | '.join(numbers))} +\|$", printed, re.MULTILINE)
     # What was trained first is kept, and what goes on from it does so in the same way.
     (weights,) = tmp_path.glob("runs/continued/0.02/*.pth")
     written = weights.stat().st_mtime_ns
     options = dict(evidence.CONTINUED, shorten=0.02, work_dir=str(weights.parent))
     again = evidence.train_continued(evidence.Job("BN", 1, 0), options)
-    assert again == pytest.approx({key: found[0][key] for key in ("loss", "worst")}, rel=1e-3)
+    for key in ("loss", "worst"):
+        assert again[key] == pytest.approx(found[0][key], rel=1e-3)
+    clipped = evidence.train_continued(evidence.Job("BN", 1, 0), dict(options, clip=1e-3))
+    assert clipped["loss"] != again["loss"]  # its weights hardly move
     assert weights.stat().st_mtime_ns == written
 
 
