@@ -10,7 +10,7 @@ handwritten digits of varied tone and contrast with batches of 1 to 32 images; e
 digits that are alike in both, centred with MABN's convolutions for all norms, and momentum with
 other momenta of CBN's running statistics. continued goes on with a ResNet-18 that batch
 normalisation has trained, at one image per step: its mean loss, and the accuracies on the way.
-continued-clipped clips the norm of its gradients at 1.
+continued-clipped clips the norm of its gradients at 10.
 
 Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred,
 continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an interrupted
@@ -89,7 +89,7 @@ STUDIES = {
         "loss",
     ),
     "continued-clipped": Study(
-        ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, clip=1.0), train_continued, "loss"
+        ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, clip=10.0), train_continued, "loss"
     ),
     "detector": Study(
         ALL,
