@@ -31,16 +31,21 @@ def report(name: str, study: Study, rows: list[dict]) -> None:
         for group, values in grouped(rows, study).items()
     ]
     print_table(f"{name}: {study.figure}, mean ± standard deviation (seeds)", table)
-    ways = defaultdict(list)  # accuracies on the way
+    table = on_the_way(rows, study)
+    if table:
+        print_table(f"{name}: accuracy on the way", table)
+
+
+def on_the_way(rows: list[dict], study: Study) -> list[dict]:
+    """A row for each norm whose accuracies were taken on the way, with those of all its seeds."""
+    ways = defaultdict(list)
     for row in rows:
         if "ways" in row:
             ways[study.labels.get(row["norm"], row["norm"])].append(row["ways"])
-    table = [
+    return [
         {"norm": norm, **{at: summary([each[at] for each in runs], "way") for at in runs[0]}}
         for norm, runs in ways.items()
     ]
-    if table:
-        print_table(f"{name}: accuracy on the way", table)
 
 
 def grouped(rows: list[dict], study: Study) -> dict[tuple, dict[int, list[float]]]:
