@@ -12,7 +12,9 @@ model = dict(
     auxiliary_head=dict(norm_cfg=norm_cfg),
 )
 train_dataloader = dict(batch_size=1)
-optim_wrapper = dict(clip_grad=dict(_delete_=True, max_norm=35))  # one image pulls hard at what BN has trained
+optim_wrapper = dict(
+    clip_grad=dict(_delete_=True, max_norm=35)
+)  # one image pulls hard at what BN has trained
 # The learning rate, 0.01, is for 8 images per step in total, and follows them.
 auto_scale_lr = dict(enable=True, base_batch_size=8)
 custom_hooks = [dict(type="CBNHook", burn_in=1000, by_epoch=False)]

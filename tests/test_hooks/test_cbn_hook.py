@@ -15,7 +15,7 @@ from layers import assert_all_equal, assert_same, assert_same_window, held
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
@@ -174,6 +174,33 @@ class TestAccumulation:
             torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
             slow.step(x)
         assert window_state(run.model)["body.1"][0]["seen"] == 3 * LENGTH
+
+    def test_of_several_optimisers_all_must_step(self, tmp_path):
+        """The second accumulates, as the discriminator of a GAN may."""
+
+        class Two(Net):
+            def __init__(self):
+                super().__init__(CmBN(4))
+                self.other = nn.Linear(2, 1)
+
+            def train_step(self, data, optim_wrapper):
+                loss = self(**self.data_preprocessor(data, True), mode="loss")["loss"]
+                optim_wrapper["one"].update_params(loss)
+                optim_wrapper["other"].update_params(self.other.weight.square().sum())
+                return dict(loss=loss.detach())
+
+        run, seen = runner(tmp_path, dict(type="CBNHook", burn_in=0), epochs=1)
+        model = Two()
+        parts = dict(one=(model.body, 1), other=(model.other, 2))
+        run.model = model
+        run.optim_wrapper = OptimWrapperDict(
+            **{
+                name: OptimWrapper(torch.optim.SGD(part.parameters(), 0.01), counts)
+                for name, (part, counts) in parts.items()
+            }
+        )
+        run.train()
+        assert [held for _, held in seen] == [0, 1, 0, 1]
 
     def test_a_burn_in_by_iterations_counts_forwards(self, tmp_path):
         hook = dict(type="CBNHook", burn_in=4, by_epoch=False)

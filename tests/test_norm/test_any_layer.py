@@ -759,6 +759,23 @@ class TestRefused:
             Mixed(4, 6, 3), r"'0' \(Mixed\), whose weight has not one row for each of its 6"
         )
 
+    def test_a_bias_of_another_shape_is_a_constant(self):
+        """Of one number for each position, say, which is no column of the weight's rows."""
+
+        class Shifted(nn.Conv2d):
+            def __init__(self):
+                super().__init__(4, 6, 3, bias=False)
+                self.bias = nn.Parameter(torch.randn(7, 5))
+
+            def forward(self, x):
+                return F.conv2d(x, self.weight).tanh() + self.bias
+
+        model = chain(Shifted(), CBN(6, window_size=3))
+        for _ in range(3):
+            model(images(torch.float32)).square().sum().backward()
+            step(model)
+        assert window_state(model)["1"][0]["h"].shape == (6, 36)
+
     @pytest.mark.parametrize("backward", ["mixed", "own", "window"])
     def test_what_becomes_another_kind_of_layer_is_followed(self, backward):
         """From then on autograd tells its derivative, of which each channel has its own ``m``."""

@@ -76,6 +76,15 @@ def test_run_has_the_name_and_length_of_its_config(tmp_path):
     assert (run.config, run.total, run.finished, run.evaluations) == ("long", 12, False, [])
 
 
+def test_a_config_is_known_whatever_statistics_were_tested(tmp_path):
+    """``tools/test.py --precise-stats`` writes the config again, with its option."""
+    write_run(tmp_path, "1", steps(1, 3, 1))
+    write_config(tmp_path / "1/vis_data/config.py", lr=0.1)
+    write_config(tmp_path / "mine.py", lr=0.1, precise_stats=300)
+    write_config(tmp_path / "other.py", lr=0.2)
+    assert read_run(str(tmp_path)).config == "mine"
+
+
 def test_run_in_iterations(tmp_path):
     write_run(tmp_path, "1", [dict(loss=1.0, step=50), evaluation(50, 0.1)])
     write_config(tmp_path / "mine.py", train_cfg=dict(type="IterBasedTrainLoop", max_iters=100))
