@@ -1,7 +1,7 @@
 ## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
 ## make train   build the digits data set, train on it, and report; no GPU needed
 ## make variants   train the digits detector with each derivative_stride and window_dtype
-## make test    lint, then run the whole test suite with coverage
+## make test    lint, then run the whole test suite
 ## make lint    check style and formatting
 ## make sweep   train every COCO config for two steps on the CPU (not part of `make test`)
 ## make coco-check   check a COCO config, its data and its weights before a cluster is booked
@@ -121,8 +121,7 @@ $(OUTSIDE): $(READY)
 	@touch $@
 
 test: lint $(OUTSIDE)
-	$(RUN) -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder \
-	  --cov=cbn_mmdet --cov-report=term-missing $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 sweep: $(READY)
 	$(RUN) -m pytest -n $(MAX_JOBS) -m sweep tests/test_configs.py tests/test_zoo.py $(PYTEST_ARGS)
