@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import mean, stdev
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from printing import print_table
@@ -85,6 +86,7 @@ def plot_batches(rows: list[dict], study: Study, path: str) -> None:
     """Plot the results over the batch."""
     canvas = Figure(figsize=(7.2, 4), layout="constrained")
     axes = canvas.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # of more norms than the usual ten
     for group, values in grouped(rows, study).items():
         if group[-1] == study.figure:
             draw(axes, values, title(*group))
