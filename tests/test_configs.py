@@ -336,7 +336,8 @@ def reduced(path, data):
     """The config with settings that a CPU can afford, on the test images."""
     cfg = read(path)
     # What is not trained detects nothing with confidence.
-    cfg.model.test_cfg.rcnn.update(score_thr=0, max_per_img=5)
+    test_cfg = cfg.model.test_cfg
+    test_cfg.get("rcnn", test_cfg).update(score_thr=0, max_per_img=5)
     if path in DIGITS:
         ann_file = "annotations/instances_val.json"
     else:
