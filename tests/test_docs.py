@@ -83,9 +83,11 @@ RUN_BY = {
     r"python tools/tables\.py .*": "test_tools/test_tables.py",
     r"python studies/compensation\.py .*": "test_studies/test_compensation.py",
     **{
-        rf"python studies/{script}\.py {name}( .*)?": f"test_studies/test_{script}.py::test_{name}"
+        rf"python studies/{script}\.py {name}(-apart)?( .*)?": (
+            f"test_studies/test_{script}.py::test_{name}"
+        )
         for script, names in (
-            ("evidence", "classifier momentum detector ablation continued"),
+            ("evidence", "classifier momentum detector ablation continued levels"),
             ("benchmark", "layer host step inference memory growth count"),
             ("cost", "model collectives"),
         )

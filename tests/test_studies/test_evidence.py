@@ -321,8 +321,17 @@ def test_settings_reach_the_detector(monkeypatch, digits):
     assert cfg.optim_wrapper.optimizer.lr == 0.02 and cfg.param_scheduler[0].end == 100
 
 
+@pytest.mark.parametrize("name", ["levels", "levels-apart"])
+def test_levels(name, tool, tmp_path):
+    """One head on four levels, trained and evaluated."""
+    args = ["--folder", tmp_path, "--data", tmp_path, "--seeds", 1, "--norms", "CBN"]
+    printed = tool("evidence.py", name, "--shorten", 0.006, "--jobs", 1, *args).stdout
+    (row,) = rows(tmp_path, name)
+    assert 0 <= row["ap"] <= 1 and re.search(r"^\| CBN +\| 0\.\d{3} \(1\)", printed, re.M)
+
+
 @pytest.mark.parametrize(("name", "norms"), [("levels", 1), ("levels-apart", 4)])
-def test_one_head_for_four_levels(name, norms, evidence, monkeypatch, digits):
+def test_the_norms_of_levels(name, norms, evidence, monkeypatch, digits):
     """Whose convolutions have one norm, or one for each."""
     from trainings import detector
     from trainings.shared import Job
