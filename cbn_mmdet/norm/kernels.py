@@ -332,7 +332,7 @@ def add_outer_(
     Args:
         grad: ``(C, P)``.
         lefts: ``(K, C, 1)``.
-        rights: ``K`` tensors of ``(groups, P)``, or ``(K, P)`` where there is one group.
+        rights: ``K`` tensors of ``(groups, P)``; or, of one group, all as the rows of ``(K, P)``.
         scale: A number.
     """
     if isinstance(rights, Tensor):
@@ -340,6 +340,9 @@ def add_outer_(
         return
     for left, right in zip(lefts, rights, strict=True):
         groups, patch = right.shape
+        if groups == 1:
+            grad.addmm_(left, right, alpha=scale)
+            continue
         by_group = grad.view(groups, -1, patch)
         by_group.baddbmm_(left.view(groups, -1, 1), right[:, None], alpha=scale)
 

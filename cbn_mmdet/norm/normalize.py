@@ -194,8 +194,8 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
             e_g = e_g * r
             back, of_m = e_g * own_count, e_b * own_count
             of_all = torch.addcmul(of_m, back, distance)
-            if is_moving:
-                of_m = torch.addcmul(of_m, back, from_batch) if is_spread else of_m
+            if is_moving and is_spread:
+                of_m = torch.addcmul(of_m, back, from_batch)
             constant = torch.stack(
                 (
                     *(e_g * mean - e_b, e_g.neg(), of_all if is_moving else nothing, nothing),

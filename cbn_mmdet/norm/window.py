@@ -138,8 +138,7 @@ class SlidingPast(NamedTuple):
             out[rows, None].baddbmm_(of_var[rows, None], part)
         if of.shape[0] == 4:
             out.addcmul_(record.derivative.var, of[3])
-            m = record.derivative.mean
-            kernels.add_outer_(out, of[2:3], m if groups == 1 else (m,))
+            kernels.add_outer_(out, of[2:3], (record.derivative.mean,))
 
 
 Past = MovingPast | SlidingPast
@@ -568,7 +567,7 @@ def add_distances(vectors: Vectors) -> None:
         # Of one group they are the rows of one matrix: a launch for both, backward.
         both, is_one = (m, change), m.shape[0] == change.shape[0] == 1
         vectors.records[place].mean_patches = torch.cat(both) if is_one else both
-        kernels.add_outer_(of.var, distances[place], change if is_one else (change,), 2.0)
+        kernels.add_outer_(of.var, distances[place], (change,), 2.0)
 
 
 @torch.inference_mode(False)

@@ -65,8 +65,9 @@ def digits_config(options: dict) -> tuple[Config, int]:
     )
     folder = osp.join(options["data"], f"digits_{count}_{held_out}")
     root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
-    cfg = Config.fromfile(RETINA if "head" in options else DIGITS)
+    cfg = Config.fromfile(DIGITS)
     if "head" in options:
+        cfg = Config.fromfile(RETINA)
         cfg.model.bbox_head.update(HEADS[options["head"]])
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root

@@ -230,8 +230,11 @@ def test_add_outer(scale, groups, count):
     grad, lefts, rights = torch.randn(6, 5), torch.randn(count, 6, 1), torch.randn(count, groups, 5)
     of_each = lefts * rights.repeat_interleave(6 // groups, 1)
     expected = grad + scale * of_each.sum(0)
-    kernels.add_outer_(grad, lefts, rights[:, 0] if groups == 1 else tuple(rights), scale)
-    torch.testing.assert_close(grad, expected)
+    others = [tuple(rights), rights[:, 0]][: 3 - groups]  # of one group as rows, too
+    for other in others:
+        found = grad.clone()
+        kernels.add_outer_(found, lefts, other, scale)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("weights", [[0.25, 0.25], [0.25, 0.5], []])
