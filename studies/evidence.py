@@ -18,8 +18,8 @@ command goes on where it stopped, and one with more --seeds adds to what is ther
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
-All see the same images, and rates follow the images of an optimiser's step. CmBN's has 8, so that
-it takes an eighth or a quarter of the steps of the others at 1 or 2 images in a forward.
+All see the same images, and rates follow the images of an optimiser's step. CmBN's has 8 forwards,
+so that it takes an eighth of the steps of the others.
 """
 
 from __future__ import annotations
@@ -155,6 +155,8 @@ def parse_args() -> argparse.Namespace:
     text = "share of the images that are seen, to see a study run; needs a --folder of its own"
     add("--shorten", type=float, default=1.0, metavar="SHARE", help=text)
     add("--jobs", type=positive, metavar="N", help="trainings at a time (the number of cores)")
+    text = "where detectors train; a file has figures of one kind (cpu)"
+    add("--device", choices=["cpu", "cuda"], default="cpu", help=text)
     text = "where digits are built, and photographs are (data)"
     add("--data", default="data", metavar="DIR", help=text)
     return parser.parse_args()
@@ -170,9 +172,13 @@ def main() -> None:
     study = STUDIES[args.study]
     if args.study.startswith("continued"):
         check_continued(args)
+    if args.device == "cuda" and study.figure != "ap":
+        raise UsageError(f"--device cuda: {args.study} trains a small network, on the CPU alone")
     check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")
     settings = dict(study.settings, shorten=args.shorten)
+    if args.device != "cpu":
+        settings["device"] = args.device
     with alone_with(path):
         results = read_results(path, settings)
         run_missing(args, study, plan(args, study), results, path, settings)
@@ -255,6 +261,8 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
     if results:
         kept = len(jobs) - len(missing)
         print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
+    if missing and args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device cuda: torch {torch.__version__} sees no GPU to train on")
     workers = args.jobs or os.cpu_count()
     # One thread each: two small trainings side by side use two cores better than in turn.
     context = multiprocessing.get_context("spawn")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 
 import paths
 from common.checkpoint import latest_checkpoint
@@ -40,7 +41,7 @@ def train_detector(job: Job, options: dict, precise: Iterable[str] = ()) -> dict
         shutil.rmtree(work_dir)  # of other settings: not to be resumed
     os.makedirs(work_dir, exist_ok=True)
     cfg.dump(path)
-    run = osp.join(work_dir, "run")
+    run, call = osp.join(work_dir, "run"), partial(call_tool, options.get("device", "cpu"))
     call("train.py", path, "--resume", "--work-dir", run)
     if not read_run(run).evaluations:  # interrupted between the last checkpoint and its evaluation
         call("test.py", path, latest_checkpoint(run), "--work-dir", run)
@@ -98,12 +99,13 @@ def detector_config(job: Job, options: dict) -> Config:
     return cfg
 
 
-def call(tool: str, *args: str) -> None:
+def call_tool(device: str, tool: str, *args: str) -> None:
     """Run another tool, and show what it said if it fails."""
+    # On the CPU where there is a GPU, too, so that all figures of a file are comparable.
+    hide = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     done = subprocess.run(
         [sys.executable, osp.join(paths.TOOLS, tool), *args],
-        # Where there is a GPU, too, so that all figures of a file are comparable.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **hide},
         capture_output=True,
         text=True,
     )

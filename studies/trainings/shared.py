@@ -25,7 +25,7 @@ MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
 POPULATION = 300  # images of which the statistics for evaluation are estimated anew
 AVERAGES = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM)
 SHARED = dict(AVERAGES, population=POPULATION)
-GROUP = 8  # images of a step of the optimiser where CmBN accumulates gradients
+FORWARDS = 8  # in a step of the optimiser where CmBN accumulates gradients: its n
 
 
 class Job(NamedTuple):
@@ -58,8 +58,8 @@ def sliding(size: int) -> str:
 
 
 def accumulated(job: Job) -> int:
-    """The forwards in a step of the optimiser: 1, and with CmBN those of 8 images."""
-    return max(1, GROUP // job.batch) if "CmBN" in job.norm else 1
+    """The forwards in a step of the optimiser: 1, and with CmBN 8."""
+    return FORWARDS if "CmBN" in job.norm else 1
 
 
 def burn_in(job: Job, usual: int) -> int:
