@@ -81,17 +81,17 @@ def test_burn_in(tool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "norm, burn_in, changes",
+    "norm, burn_in, changes, forwards",
     [
-        ("CBN", None, {0: 1, 2: None}),
-        ("CBN", 0, {0: None}),
-        ("CBN", 4, {0: 1, 9: None}),
-        ("CBN", 8, {0: 1}),
-        ("CmBN", None, {0: None}),
+        ("CBN", None, {0: 1, 2: None}, 18),
+        ("CBN", 0, {0: None}, 18),
+        ("CBN", 4, {0: 1, 9: None}, 18),
+        ("CBN", 8, {0: 1}, 18),
+        ("CmBN", None, {0: None}, 16),
     ],
 )
-def test_when_the_classifiers_windows_open(norm, burn_in, changes, evidence, monkeypatch):
-    """By the steps before; in eighths of a run of 18."""
+def test_when_the_classifiers_windows_open(norm, burn_in, changes, forwards, evidence, monkeypatch):
+    """By the forwards before; in eighths of a run of 18, or of two steps of CmBN's 8."""
     from trainings import classifier
 
     sizes, steps = {}, []
@@ -105,12 +105,12 @@ def test_when_the_classifiers_windows_open(norm, burn_in, changes, evidence, mon
     monkeypatch.setattr(classifier, "step", lambda *args, **kw: steps.append(step(*args, **kw)))
     job = evidence.Job(norm, 32, 0, burn_in)
     evidence.train_classifier(job, dict(evidence.CLASSIFIER, shorten=0.1))
-    assert sizes == changes and len(steps) == 18
+    assert sizes == changes and len(steps) == forwards
 
 
-@pytest.mark.parametrize("batch, parts", [(1, 8), (2, 4), (16, 1)])
-def test_a_step_of_cmbn_has_eight_images(batch, parts, evidence, monkeypatch):
-    """The optimiser takes an eighth of the steps of one image, at eight times its rate."""
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_step_of_cmbn_has_eight_forwards(batch, evidence, monkeypatch):
+    """The optimiser takes an eighth of the others' steps, at eight times their rate."""
     from trainings import classifier
 
     asked, ends = [], []
@@ -128,9 +128,9 @@ def test_a_step_of_cmbn_has_eight_images(batch, parts, evidence, monkeypatch):
     monkeypatch.setattr(classifier, "step", note)
     options = dict(evidence.CLASSIFIER, shorten=0.02)  # 115 images
     evidence.train_classifier(evidence.Job("CmBN", batch, 0), options)
-    images = batch * parts
+    images = batch * 8
     assert asked == [(pytest.approx(0.03 * images / 32), 115 // images)]
-    assert ends == ([False] * (parts - 1) + [True]) * (115 // images)
+    assert ends == ([False] * 7 + [True]) * (115 // images)
 
 
 def test_parts_of_a_step_are_the_whole():
@@ -346,19 +346,19 @@ def test_the_norms_of_levels(name, norms, evidence, monkeypatch, digits):
     assert cfg.optim_wrapper.optimizer.lr == 0.01
 
 
-@pytest.mark.parametrize("batch, parts", [(1, 8), (2, 4), (8, 1)])
-def test_cmbn_accumulates_in_the_detector(batch, parts, monkeypatch, digits):
-    """Eight images in a step of the optimiser, and a rate that grows over as many steps."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cmbn_accumulates_in_the_detector(batch, monkeypatch, digits):
+    """Eight forwards in a step of the optimiser, and a rate that grows over as many steps."""
     from trainings import detector
     from trainings.shared import Job
 
     monkeypatch.setattr(detector, "build_digits", lambda folder, **sizes: digits)
     options = dict(detector.DETECTOR, shorten=1.0, data="data")
     cfg = detector.detector_config(Job("CmBN", batch, 0), options)
-    assert cfg.optim_wrapper.get("accumulative_counts", 1) == parts
+    assert cfg.optim_wrapper.accumulative_counts == 8
     scaled = cfg.optim_wrapper.optimizer.lr * batch / cfg.auto_scale_lr.base_batch_size
-    assert scaled == pytest.approx(0.02 * 8 / 2)
-    assert cfg.param_scheduler[0].end == 100 * parts
+    assert scaled == pytest.approx(0.02 / 2 * 8 * batch)
+    assert cfg.param_scheduler[0].end == 100 * 8
     assert cfg.custom_hooks == [dict(type="CBNHook", burn_in=0)]
 
 
@@ -386,6 +386,7 @@ def test_mistakes(args, complaint, evidence, monkeypatch, capsys):
     [
         ("--shorten", "2", "--shorten 2: takes a share above 0, up to 1"),
         ("--burn-in", "-1", "--burn-in -1: takes a whole number of at least 0"),
+        ("--device", "cuda", "--device cuda: classifier trains a small network, on the CPU alone"),
     ],
 )
 def test_out_of_range(option, value, complaint, evidence, monkeypatch):
@@ -405,6 +406,35 @@ def test_what_continued_has_no_use_for(args, complaint, evidence, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evidence.py", "continued", *args])
     with pytest.raises(UsageError, match=complaint):
         evidence.main()
+
+
+def test_a_gpu_that_is_not_there(evidence, tmp_path, monkeypatch):
+    """Said before anything trains, and not where nothing is left to train."""
+    args = ["photos", "--device", "cuda", "--folder", str(tmp_path)]
+    args += ["--norms", "BN", "--batches", "1", "--seeds", "1"]
+    monkeypatch.setattr("sys.argv", ["evidence.py", *args])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="sees no GPU to train on"):
+        evidence.main()
+    settings = dict(evidence.STUDIES["photos"].settings, shorten=1.0, device="cuda")
+    row = dict(norm="BN", batch=1, seed=0, burn_in=None, ap=0.5)
+    (tmp_path / "photos.json").write_text(json.dumps(dict(settings=settings, runs=[row])))
+    evidence.main()
+
+
+@pytest.mark.parametrize("device, hidden", [("cpu", ""), ("cuda", None)])
+def test_what_a_training_sees_of_the_gpus(device, hidden, monkeypatch):
+    from trainings import detector
+
+    asked = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(
+        detector.subprocess,
+        "run",
+        lambda command, env, **kwargs: asked.append(env) or Namespace(returncode=0),
+    )
+    detector.call_tool(device, "train.py")
+    assert asked[0].get("CUDA_VISIBLE_DEVICES") == hidden
 
 
 def test_results_of_other_settings_or_damaged(evidence, tmp_path):
@@ -438,6 +468,7 @@ def test_the_page_has_the_results_kept_beside_it(name, evidence):
     page = KEPT.with_suffix(".md").read_text().replace("**", "")
     saved = json.loads((KEPT / f"{name}.json").read_text())
     study = evidence.STUDIES[name]
+    assert saved["settings"].pop("device", "cuda") == "cuda"
     assert saved["settings"] == dict(study.settings, shorten=1.0)
     batches = sorted({row["batch"] for row in saved["runs"]})
     printed = shown = 0
