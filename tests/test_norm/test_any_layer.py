@@ -15,6 +15,7 @@ from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
     DeformConv2dPack,
+    ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
     SAConv2d,
     deform_conv2d,
@@ -86,6 +87,18 @@ class Offsets(nn.Module):
 
     def forward(self, x):
         return self.conv(x, self.offset(x))
+
+
+class Modulated(nn.Module):
+    """The same of a modulated one, which is told its mask as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset, self.mask = nn.Conv2d(4, 18, 3, padding=1), nn.Conv2d(4, 9, 3, padding=1)
+        self.conv = ModulatedDeformConv2d(4, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x, self.offset(x), self.mask(x).sigmoid())
 
 
 class Pixels(nn.Linear):
@@ -281,6 +294,19 @@ CASES = {
         lambda layer: layer.conv.weight,
         lambda layer, x, rows: deform_conv2d(
             x, layer.offset(x), rows.reshape(6, 4, 3, 3), 1, 1, 1, 1, 1
+        ),
+        without_bias,
+    ),
+    "ModulatedDeformConv2d": Case(
+        Modulated,
+        lambda layer: with_bias(layer.conv.weight, layer.conv.bias),
+        lambda layer, x, rows: modulated_deform_conv2d(
+            x,
+            layer.offset(x),
+            layer.mask(x).sigmoid(),
+            rows[:, :-1].reshape(6, 4, 3, 3),
+            rows[:, -1].contiguous(),
+            *(1, 1, 1, 1, 1),
         ),
         without_bias,
     ),
