@@ -499,21 +499,25 @@ def test_who_does_not_use_them_does_not_need_them(small_config, tmp_path):
         ["tables.py", work_dir],
     ]
     code = """
-import runpy, sys
+import json, os, runpy, sys
 for name in ("mmpretrain", "mmseg"):
     sys.modules[name] = None
-sys.argv = sys.argv[1:]
+import mmdet.apis
 sys.path.insert(0, "tools")
-runpy.run_path(f"tools/{sys.argv[0]}", run_name="__main__")
+for command in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = command
+        runpy.run_path(f"tools/{command[0]}", run_name="__main__")
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit(f"{command} failed")
 """
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, command)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    text = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", code, text], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert list((tmp_path / "test").glob("*/*.json"))
     code = "import sys, cbn_mmdet; assert not {'mmdet', 'mmpretrain', 'mmseg'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
