@@ -428,8 +428,10 @@ def test_plot_of_several(tool_module, tmp_path):
     from common.runs import Run
     from matplotlib.figure import Figure
 
-    def run(config, images, value, step=2, key="accuracy/top1"):
+    def run(config, images, value, step=2, key="accuracy/top1", depth=18):
+        norm_cfg = [dict(type="BN", momentum=0.02 * images)]
         settings = dict(train_cfg=dict(max_epochs=2), train_dataloader=dict(batch_size=images))
+        settings.update(model=dict(depth=depth, norm_cfg=norm_cfg))
         return Run(f"{config}_{images}", None, config, settings, [], [{key: value, "step": step}])
 
     tables = tool_module("tables")
@@ -440,6 +442,11 @@ def test_plot_of_several(tool_module, tmp_path):
     lines = {each.get_label(): each.get_xydata().tolist() for each in axes.get_lines()}
     assert lines["resnet18_cbn_in1k"] == [[1, 61], [4, 70]]
     assert lines["resnet18_bn_in1k"] == [[4, 50]]
+    axes = Figure().subplots()  # another depth, by --cfg-options
+    tables.plot_top1(axes, [*runs, run(cbn, 4, 80.0, depth=50)])
+    lines = {each.get_label(): each.get_xydata().tolist() for each in axes.get_lines()}
+    assert lines[f"resnet18_cbn_in1k ({cbn}_1)"] == [[1, 61], [4, 70]]
+    assert lines[f"resnet18_cbn_in1k ({cbn}_4)"] == [[4, 80]]
     with pytest.raises(UsageError, match="is a classifier's and faster_1 a detector's"):
         tables.plot([*runs, run("faster", 1, 0.3, key="coco/bbox_mAP")], tmp_path / "a.png")
     with pytest.raises(UsageError, match="none of the classifiers' runs has finished"):

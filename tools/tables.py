@@ -384,27 +384,53 @@ def plot(runs: list[Run], path: str) -> None:
 
 
 def plot_top1(axes: Axes, runs: list[Run]) -> None:
-    """Plot top-1 of the runs that finished over images per GPU, and its mean as a line."""
-    found = defaultdict(lambda: defaultdict(list))
+    """Plot top-1 of the runs that finished over images per GPU, and its mean as a line.
+
+    A line is of one config and model. (Momentum and learning rate follow the images.)
+    """
+    lines = []
     for run in runs:
         value, images = run.evaluations[-1].get(METRICS["top-1"]), images_per_gpu(run)
-        if run.finished and None not in (value, images):
-            name = re.sub(r"_\d+xb\d+(?=_|$)", "", run.config or split_name(run.work_dir)[0])
-            found[name][images].append(value)
-    if not found:
+        if not run.finished or None in (value, images):
+            continue
+        work_dir = osp.basename(osp.abspath(run.work_dir))
+        name = re.sub(r"_\d+xb\d+(?=_|$)", "", run.config or split_name(run.work_dir)[0])
+        key = name, without_momentum(run.settings.get("model"))
+        line = next((line for known, _, line in lines if known == key), None)
+        if line is None:
+            line = defaultdict(list)
+            lines.append((key, work_dir, line))
+        line[images].append(value)
+    if not lines:
         raise UsageError("--plot: none of the classifiers' runs has finished")
-    for number, (name, line) in enumerate(sorted(found.items())):
+    names = [name for (name, _), *_ in lines]
+    lines = [
+        (name if names.count(name) == 1 else f"{name} ({work_dir})", line)
+        for (name, _), work_dir, line in lines
+    ]
+    for number, (label, line) in enumerate(sorted(lines, key=lambda each: each[0])):
         images = sorted(line)
         means = [mean(line[each]) for each in images]
-        axes.plot(images, means, color=f"C{number}", label=name)
+        axes.plot(images, means, color=f"C{number}", label=label)
         for each in images:
             axes.plot([each] * len(line[each]), line[each], ".", color=f"C{number}")
-    ticks = sorted({images for line in found.values() for images in line})
+    ticks = sorted({images for _, line in lines for images in line})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, map(str, ticks))
     axes.set(xlabel="images per GPU", ylabel="top-1 accuracy (%)")
     axes.invert_xaxis()  # to where norms differ
     axes.legend(fontsize="small")
+
+
+def without_momentum(settings: object) -> object:
+    """Leave out what follows the batch of the settings of a model."""
+    if isinstance(settings, dict):
+        return {
+            key: without_momentum(value) for key, value in settings.items() if key != "momentum"
+        }
+    if isinstance(settings, (list, tuple)):
+        return [without_momentum(value) for value in settings]
+    return settings
 
 
 def plot_ap(axes: Axes, runs: list[Run]) -> None:

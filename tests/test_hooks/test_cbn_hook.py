@@ -143,7 +143,7 @@ class TestAccumulation:
         assert len(seen) == epochs * LENGTH
         return run, seen
 
-    @pytest.mark.parametrize("counts", [4, 3])
+    @pytest.mark.parametrize("counts", [4, 5])
     def test_cmbn_is_the_union_of_a_step(self, tmp_path, counts):
         """The last step of a run may have fewer."""
         run, seen = self.run(tmp_path, CmBN(4), counts)
@@ -162,18 +162,23 @@ class TestAccumulation:
         # And not more: the weights that a step moved are others.
         assert not torch.equal(seen[0][1]["0.weight"], seen[-1][1]["0.weight"])
 
-    @pytest.mark.parametrize("window, size", [("moving", 4), ("moving", "auto"), ("sliding", 4)])
+    @pytest.mark.parametrize(
+        "window, size", [("moving", 4), ("moving", "auto"), ("sliding", 4), ("step", "auto")]
+    )
     def test_cbn_is_the_reference(self, tmp_path, window, size):
-        """Its window goes on over the steps."""
+        """Its window goes on over the steps, but for that of one step."""
         norm = CBN(4, window=window, window_size=size)
         run, seen = self.run(tmp_path, norm, 4)
         slow = Reference(nn.Conv2d(3, 4, 3).double(), window, size, norm.eps)
-        for x, state, z in seen:
+        for number, (x, state, z) in enumerate(seen):
             slow.conv.load_state_dict({key: state[f"0.{key}"] for key in ("weight", "bias")})
             expected = slow.forward(x, state["1.weight"].double(), state["1.bias"].double())
             torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
             slow.step(x)
-        assert window_state(run.model)["body.1"][0]["seen"] == 3 * LENGTH
+            if window == "step" and (number + 1) % 4 == 0:
+                slow.forget()
+        held = 0 if window == "step" else 3 * LENGTH
+        assert window_state(run.model)["body.1"][0]["seen"] == held
 
     def test_of_several_optimisers_all_must_step(self, tmp_path):
         """The second accumulates, as the discriminator of a GAN may."""

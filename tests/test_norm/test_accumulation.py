@@ -1,5 +1,6 @@
 """Several forwards in one step of the optimiser: CBN, and CmBN, which is of those alone."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -12,17 +13,18 @@ from cbn_mmdet import BRN, CBN, MABN, CmBN, link, load_window_state, set_window,
 
 
 @KINDS
-def test_equal_weights_mean_no_compensation(kind):
+@pytest.mark.parametrize("images, backward", [(2, "current"), (1, "mixed")])
+def test_equal_weights_mean_no_compensation(images, backward, kind):
     """Within a group the window is the union of its batches; across groups it compensates.
 
     That is, a sliding one as long as a group; a moving one while it fills, in the first group.
     """
     torch.manual_seed(0)
-    model = linked(kind, bias=True, backward="current", momentum=1.0).double()
+    model = linked(kind, bias=True, backward=backward, momentum=1.0).double()
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01), accumulative_counts=4)
-    slow, naive = (reference(model, backward="current", compensate=each) for each in (True, False))
+    slow, naive = (reference(model, backward=backward, compensate=each) for each in (True, False))
     gamma, beta = model[1].weight, model[1].bias
-    batches = torch.randn(12, 2, 3, 9, 9, dtype=torch.float64) * torch.rand(12, 1, 1, 1, 1) * 3
+    batches = torch.randn(12, images, 3, 9, 9, dtype=torch.float64) * torch.rand(12, 1, 1, 1, 1) * 3
     for index, x in enumerate(batches):
         with wrapper.optim_context(model):
             output = model(x)
@@ -43,36 +45,49 @@ def test_equal_weights_mean_no_compensation(kind):
             union = nn.functional.batch_norm(
                 model[0](group.flatten(0, 1)), None, None, gamma, beta, training=True
             )
-            torch.testing.assert_close(output, union[-2:], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(output, union[-images:], rtol=1e-5, atol=1e-5)
         else:
             assert (output - slow.expected).norm() < 0.1 * (output - naive.expected).norm()
         slow.step(x), naive.step(x)
-        wrapper.update_params(output.square().sum() * 0.1)
+        # With these gradients, so that each graph is gone through once, as averages take it.
+        loss = sum((p * g).sum() for p, g in zip(model.parameters(), gradients[0], strict=True))
+        wrapper.update_params(0.1 * loss)
         step(model)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN, MABN, CBN, CmBN])
+BRN_AT_ONCE = partial(BRN, warmup=1, r_end=4, d_end=4)
+MABN_AT_ONCE = partial(MABN, warmup=1, r_warmup=2)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN_AT_ONCE, MABN_AT_ONCE, CBN, CmBN]
+)
 def test_what_each_norm_does_of_accumulation(norm):
-    """All but CmBN what they do without: weights that rest are all the difference."""
-    outputs = []
-    for counts in (1, 4):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
-        if has_window := isinstance(model[1], CBN):
-            link(model)
-        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.0), accumulative_counts=counts)
-        for _ in range(8):
-            with wrapper.optim_context(model):
-                outputs.append(model(torch.randn(1, 3, 6, 6)))
-            wrapper.update_params(outputs[-1].square().sum())
-            if has_window:
-                step(model, updated=wrapper.should_update())
-    alone, accumulated = outputs[:8], outputs[8:]
-    if norm is CmBN:
-        assert not any(map(torch.equal, alone[1:4], accumulated[1:4]))
-        assert torch.equal(alone[4], accumulated[4])  # the first of a step
-    else:
-        assert all(map(torch.equal, alone, accumulated))
+    """All but CmBN: what they do, and count, in as many forwards of steps of their own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
+    alone = copy.deepcopy(model)
+    has_window = isinstance(model[1], CBN)
+    if has_window:
+        link(model), link(alone)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.1), accumulative_counts=4)
+    for number in range(8):
+        x = torch.randn(1, 3, 6, 6) * (1 + number % 3)
+        with torch.no_grad():  # its steps take it to the same weights
+            torch._foreach_copy_(list(alone.parameters()), list(model.parameters()))
+        with wrapper.optim_context(model):
+            outputs = model(x), alone(x)
+        losses = [z.square().sum() + z.sum() for z in outputs]
+        (losses[1] / 4).backward()
+        wrapper.update_params(losses[0])
+        if has_window:
+            step(model, updated=wrapper.should_update())
+            step(alone)
+        assert torch.equal(*outputs) is (norm is not CmBN or number % 4 == 0)
+        buffers, others = (dict(each[1].named_buffers()) for each in (model, alone))
+        assert buffers.get("num_batches_tracked", number + 1) == number + 1
+        if norm is not CmBN:
+            assert all(torch.equal(buffers[name], others[name]) for name in others)
 
 
 class TestStepWindow:
