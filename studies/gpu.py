@@ -33,7 +33,6 @@ from printing import markdown
 
 NAIVE = "CBN(compensate=False)"
 NORMS = ["SyncBN", "GN", "BRN", "MABN", NAIVE, PAPERS, "CBN"]
-HELD = ["GN", NAIVE, PAPERS, "CBN"]  # of which memory is measured
 # Of a layer: nothing but overhead; the stem's, the FPN's, two of the backbone's and the head's.
 SHAPES = "{0},8,8,3,4 {0},64,64,3,258 {0},256,256,3,129 {0},1024,256,1,65 {0},512,512,3,32"
 SHAPES += " {1},256,256,3,7"
@@ -93,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[Part]:
     """All parts, what tells most first."""
     gpu, toy, python, coco = args.device == "cuda", args.toy, sys.executable, args.work_dir / "coco"
-    norms, held, counts = (["CBN"], ["CBN"], [1]) if toy else (NORMS, HELD, [1, 2])
+    norms, counts = (["CBN"], [1]) if toy else (NORMS, [1, 2])
     needed = ["torchvision"] if args.torch_only else ["mmcv", "mmdet"]
     absent = " and ".join(f"there is no {each}" for each in needed if not find_spec(each))
     detector = ["--torchvision" if args.torch_only else "--digits" if toy else "--all-norms"]
@@ -116,7 +115,7 @@ def plan(args: argparse.Namespace) -> list[Part]:
         for what, expected, rows, options in (
             ("step", 40, norms, [*detector, str(n), *seconds["step"]]),
             ("layer", 25, norms, ["--shapes", *shapes, *seconds["layer"]]),
-            ("memory", 30, held, [*detector, str(n), "--repeats", "1"]),
+            ("memory", 35, norms, [*detector, str(n), "--repeats", "1"]),
         ):
             command = [*benchmark, what, "--device", args.device, "--dtype", dtype, *options]
             lacks = no_half or (what != "layer" and absent) or ""

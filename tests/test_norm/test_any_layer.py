@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from zoo import loss_of, stock_model, total
 
 import cbn_mmdet.norm.cbn
 from cbn_mmdet import CBN, diagnose, link, links, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm import kernels
 from cbn_mmdet.norm.reference import Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
@@ -496,6 +498,11 @@ class TestStatistics:
     @each_case
     def test_of_every_layer(self, case, kind):
         self.check(case, kind, "full")
+
+    @pytest.mark.parametrize("name", ["old weight norm", "transposed", "DCN"])
+    def test_the_ways_of_a_gpu(self, name, kind):
+        with mock.patch.object(kernels, "is_gpu", return_value=True):
+            self.check(CASES[name], kind, "mixed")
 
     @pytest.mark.parametrize("backward", ["own", "window", "current"])
     @pytest.mark.parametrize("name", ["weight norm", "a function", "transposed in groups", "DCNv2"])

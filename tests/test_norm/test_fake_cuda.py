@@ -16,6 +16,7 @@ from cbn_mmdet import BRN, CBN, MABN, SyncCBN, link, set_window, step
 PAPER = dict(window="sliding", window_size=4, backward="current")
 SETTINGS = {
     "default": dict(),
+    "full": dict(backward="full"),
     "own": dict(backward="own", window_size=8),
     "window": dict(backward="window", window_size=4),
     "current": dict(backward="current"),
@@ -23,6 +24,7 @@ SETTINGS = {
     "bfloat16": dict(window_dtype="bfloat16"),
     "stride 1": dict(derivative_stride=1),
     "stride 2": dict(derivative_stride=2, backward="own"),
+    "stride 4": dict(derivative_stride=4, compensate="where_possible"),
     "sliding": dict(PAPER, backward="full"),
     "sliding, own": dict(PAPER, backward="own"),
     "sliding, window": dict(PAPER, backward="window"),
@@ -104,6 +106,17 @@ class TestWaits:
             for _ in range(2):
                 # Records of both kinds are worked on apart.
                 assert_no_wait(*iterate(watch, model), of_step=2)
+
+    def test_of_plain_averages(self):
+        """Each layer reads its count of batches, as batch normalisation does."""
+        with fake_cuda(answer=1.0) as watch:
+            model, layers = build(CBN, momentum=None), 3
+            link(model)
+            for limit in (1, None, None):
+                set_window(model, limit)
+                forward, back, ended = iterate(watch, model)
+                assert back.waits == []
+                assert len(forward.waits) + len(ended.waits) == layers + 1
 
     def test_of_a_loss_scaler(self):
         with fake_cuda() as watch:
@@ -190,13 +203,15 @@ class TestLaunches:
         ("current", None): ((12.5, 8), (5, 34), (0, 23)),
         ("naive", None): ((4, 6), (3, 28), (0, 22)),
         ("bfloat16", None): ((12.5, 8), (10, 55), (8, 28)),
+        ("full", None): ((11.5, 8), (9, 55), (0, 28)),
         ("default", torch.float16): ((13.5, 8), (9, 55), (0, 28)),
+        ("default", torch.bfloat16): ((12.5, 8), (9, 55), (0, 28)),
         ("paper", None): ((26.5, 2), (3, 25), (8, 15)),
     }
     LAYERS = 61  # of a ResNet-50 with FPN
     BUDGET = 12, 10, 30 / LAYERS  # of each
 
-    @pytest.mark.parametrize("name", ["default", "stride 1", "own", "window"])
+    @pytest.mark.parametrize("name", ["default", "stride 1", "full", "own", "window"])
     def test_a_layers_budget(self, name):
         """What all layers of a detector have in common is shared by them."""
         parts = (zip(launches(name, n), launches("BN", n), strict=True) for n in (3, 12))

@@ -2,6 +2,7 @@
 
 import copy
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import CBN, SyncCBN, link, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm import kernels
 from cbn_mmdet.norm.reference import RATE, Reference
 
 WORLD = 2
@@ -33,6 +35,10 @@ CASES = {
     (name, recompute): dict(layer=layer, sizes=SIZES, recompute=recompute)
     for name, layer in LAYERS.items()
     for recompute in (False, True)
+}
+CASES |= {
+    (name, "as on a GPU"): dict(layer=layer, sizes=SIZES, as_gpu=True)
+    for name, layer in LAYERS.items()
 }
 FIRST_EMPTY = [(0, 2), (3, 0), (2, 2)]
 CASES |= {
@@ -99,8 +105,11 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def train(rank, layer, sizes, recompute=False, forget=None, limit=None):
+def train(rank, layer, sizes, recompute=False, forget=None, limit=None, as_gpu=False):
     """Of each iteration output, gradients, buffers, windows, and whether anything changed early."""
+    if as_gpu:
+        with mock.patch.object(kernels, "is_gpu", return_value=True):
+            return train(rank, layer, sizes)
     model = build(**layer)
     link(model)
     set_window(model, limit)
