@@ -478,7 +478,7 @@ class Layers:
         source_of = linking.source_of
 
         def watched(*args):
-            source, why_not = source_of(*args)
+            module, source, why_not = source_of(*args)
             if source is None:
                 way = "naive"
             elif source.weight is None:
@@ -486,7 +486,7 @@ class Layers:
             else:
                 way = "autograd" if source.input is None else "closed"
             self.ways[self.running] = way
-            return source, why_not
+            return module, source, why_not
 
         return mock.patch.object(linking, "source_of", watched)
 

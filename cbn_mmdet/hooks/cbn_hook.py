@@ -277,7 +277,13 @@ def _has_updated(wrapper: BaseOptimWrapper) -> bool:
 
 
 def _loss_scaler(runner) -> object:
-    return getattr(runner.optim_wrapper, "loss_scaler", None)
+    """That of mmengine's mixed precision; of several optimisers the first one's.
+
+    Theirs start alike and see the same overflows, if one loss goes into all of them.
+    """
+    wrapper = runner.optim_wrapper
+    each = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return next((one.loss_scaler for one in each if hasattr(one, "loss_scaler")), None)
 
 
 def _on_cpu(value: object) -> object:

@@ -272,7 +272,7 @@ class CBN(NormLayer):
                     if is_burn_in:
                         self._averaged(moments, call.repeats)
                     else:
-                        self._learn(record, y, call)
+                        self._derive(record, y, call)
             if moments is None:  # no region in the batch: nothing to learn or to record
                 return self._batch_norm(y, *self._copies(), 0.0)
             return self._normalize(y, record, call)
@@ -307,7 +307,7 @@ class CBN(NormLayer):
             record.running = record.mean, record.var
         return record
 
-    def _learn(self, record: Record, y: Tensor, call: Call) -> None:
+    def _derive(self, record: Record, y: Tensor, call: Call) -> None:
         """Adds what the window needs of this iteration."""
         record.window, source = call.window, call.source
         if source is None:

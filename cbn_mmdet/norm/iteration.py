@@ -152,7 +152,7 @@ class Iteration:
             if layer.window_in_force == 1:
                 continue
             for window in layer._windows:
-                window.known = None
+                window.cached = None
                 if window.seen == 0:
                     continue
                 conv = None if window.conv is None else window.conv()
@@ -173,7 +173,7 @@ class Iteration:
                 alike[key].append((window, weight, bias))
         for (_, dtype), together in alike.items():
             for each, past in zip(together, pasts(together, dtype), strict=True):
-                each[0].know(past, *each[1:])
+                each[0].cache(past, *each[1:])
 
     def _clear(self) -> None:
         for each in (self.records, self._calls, self._gammas, self._finished):
@@ -206,7 +206,7 @@ class Iteration:
             return Call(window, None, None, None, repeats)
         # A forward has been between, maybe of weights that were set through .data.
         if repeats and self._forwards > 1:
-            window.known = None
+            window.cached = None
         weight, bias = (None, None) if source is None else source[:2]
         past = window.past(weight, bias, statistics_dtype(y.dtype))
         gamma, version = self._gammas.get(layer, (None, None))
@@ -229,8 +229,16 @@ class Iteration:
 
     def _source(self, layer: CBN, y: Tensor, window: Window) -> Source | None:
         """What computed ``y``; refuses what cannot be told, and another one than before."""
-        found = linking.mark_of(y)
-        module = None if found is None else found.module
+        source, why_not = None, ""
+        if layer.compensate:
+            # What a module does may change, so it is checked again, more seldom.
+            seen = window.seen
+            is_due = seen > 0 and (seen & (seen - 1) == 0 or seen % _SELDOM == 0)
+            checked = None if is_due else window.rows_of
+            module, source, why_not = linking.source_of(y, self.name_of, checked)
+        else:
+            found = linking.mark_of(y)
+            module = None if found is None else found.module
         before = None if window.conv is None else window.conv()
         if layer.compensate and before is not module:
             if before is not None and module is not None and window.seen > 0:
@@ -250,11 +258,6 @@ class Iteration:
                 "was linked as a part of a model that is gone. Call cbn_mmdet.link on the model "
                 "that trains, and keep it."
             )
-        # What a module does may change, so it is checked again, more seldom.
-        seen = window.seen
-        is_due = seen > 0 and (seen & (seen - 1) == 0 or seen % _SELDOM == 0)
-        is_known = window.rows_of is not None and window.rows_of() is module and not is_due
-        source, why_not = linking.source_of(y, found, self.name_of, is_known)
         if source is not None and source.leaf:
             window.rows_of = None if module is None else weakref.ref(module)
         if source is None and layer.compensate is True:
@@ -309,18 +312,18 @@ class Iteration:
             scale = _scale_of(loss_scale, self._any_parameter())
             for record in self.records:
                 record.scale = scale
-        kept, spoilt, clamped = [], [], []
+        kept, dropped, clamped = [], [], []
         for records in _alike(self.records):
             keep, fraction = self._end(records)
             for record, is_kept in zip(records, keep, strict=True):
-                (kept if is_kept else spoilt).append(record)
+                (kept if is_kept else dropped).append(record)
             if fraction is not None:
                 clamped.append(fraction)
         _update_running_stats(kept)
         warning = None
-        if spoilt:
-            first = next(record for record in self.records if record in spoilt)
-            count = len({record.layer for record in spoilt})
+        if dropped:
+            first = next(record for record in self.records if record in dropped)
+            count = len({record.layer for record in dropped})
             warning = (
                 f"CBN layer '{self.path_of(first.layer)}' is the first of {count} that met NaN or "
                 "infinite values in this iteration, which is left out of their windows and running "
@@ -390,7 +393,7 @@ class Iteration:
             window, (now, product, _, last) = record.window, told[place :: len(records)]
             # Of a batch that is spread all processes learn, that their shares stay equal.
             if (is_kept or record.is_spread) and now * last > 0:
-                window.learn(product / math.sqrt(now * last))
+                window.adapt(product / math.sqrt(now * last))
             if is_kept and new is None:
                 window.push(record)
             if is_kept:

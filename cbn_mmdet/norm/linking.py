@@ -141,22 +141,33 @@ def is_plain(module: nn.Module | None) -> bool:
 
 
 def source_of(
-    y: Tensor, found: Mark | None, name_of: Callable[[nn.Module], str], is_known: bool = False
-) -> tuple[Source | None, str]:
+    y: Tensor,
+    name_of: Callable[[nn.Module], str],
+    checked: weakref.ref[nn.Module] | None = None,
+) -> tuple[nn.Module | None, Source | None, str]:
     """What computed ``y``, as a function of a weight.
 
     Args:
         y: What the layer was handed, ``(N, C, H, W)``.
-        found: Its mark.
         name_of: Names a module.
-        is_known: Whether the channels of this module are known to be rows of its weight.
+        checked: A module whose output's channels are known to be rows of its weight.
 
     Returns:
-        The source, or None and why there is none, as a part of a sentence.
+        The module that marked ``y``, if one has; the source, or None; and why there is none, as a
+        part of a sentence.
     """
+    found = mark_of(y)
     module = None if found is None else found.module
     if is_plain(module):
-        return Source.of(module, found.input), ""
+        return module, Source.of(module, found.input), ""
+    is_checked = checked is not None and checked() is module
+    return module, *_source_by_autograd(y, module, name_of, is_checked)
+
+
+def _source_by_autograd(
+    y: Tensor, module: nn.Module | None, name_of: Callable[[nn.Module], str], is_checked: bool
+) -> tuple[Source | None, str]:
+    """The source of what is no plain convolution's."""
     graph = y.grad_fn
     is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
     if module is None and not is_convolution:
@@ -189,7 +200,7 @@ def source_of(
         rows = groups * weight.shape[1]
     if rows == channels:
         source = Source.by_autograd(weight, bias, groups)
-        if is_known or _has_rows_of_channels(source, y):
+        if is_checked or _has_rows_of_channels(source, y):
             return source, ""
     return None, f"{fed}, whose weight has not one row for each of its {channels} channels"
 

@@ -87,11 +87,11 @@ def precise_statistics(
             layer.training = True
             if name not in done:
                 populations[name].restore()
-    spoilt = [name for name, population in populations.items() if population.spoilt]
-    if spoilt:
+    not_finite = [name for name, population in populations.items() if population.not_finite]
+    if not_finite:
         warnings.warn(
-            f"precise_statistics: '{spoilt[0]}' is the first of {len(spoilt)} layers that met NaN "
-            "or infinite values, which are left out.",
+            f"precise_statistics: '{not_finite[0]}' is the first of {len(not_finite)} layers that "
+            "met NaN or infinite values, which are left out.",
             stacklevel=2,
         )
     return done
@@ -111,7 +111,7 @@ class _Population:
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
-        self.spoilt = False
+        self.not_finite = False
         self._before = layer.running_mean.clone(), layer.running_var.clone()
         # Sums over many images: float32 would lose what the last ones add.
         zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
@@ -125,7 +125,7 @@ class _Population:
             return
         mean, var, *_ = batch_moments(x.reshape(*x.shape[:2], -1, 1))
         if not torch.cat((mean, var)).isfinite().all():  # which a GPU waits for once
-            self.spoilt = True
+            self.not_finite = True
             return
         self._moments = _union(self._moments, mean.double(), var.double(), count)
         self._use()

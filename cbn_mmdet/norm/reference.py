@@ -290,9 +290,9 @@ class Reference:
         mean_in_w = s * new.mean_in_w + (1 - s) * old.mean_in_w
         self.past = [Entry(mean, var, mean_in_w, var_in_w, new.weight, new.moves)]
         self.seen += 1
-        self.watch(d / (past.var + new.var + self.eps).sqrt())
+        self.set_share(d / (past.var + new.var + self.eps).sqrt())
 
-    def watch(self, surprise: Tensor) -> None:
+    def set_share(self, surprise: Tensor) -> None:
         """Sets the share by how the last two surprises agree."""
         if self.surprise is not None:
             sizes = surprise.norm() * self.surprise.norm()

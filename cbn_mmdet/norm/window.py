@@ -177,7 +177,7 @@ class Window:
         self.sums: Tensor | None = None
         self.m: Tensor | None = None
         self.h: Tensor | None = None
-        self.known: tuple | None = None  # the past at today's weight, and of which weight
+        self.cached: tuple | None = None  # the past at today's weight, and of which weight
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class Window:
             return
         if device.type == "meta":  # no values survive there, so there is nothing to come back to
             return self.clear()
-        self.known = None
+        self.cached = None
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device))
 
@@ -236,10 +236,10 @@ class Window:
             return weight is None and self.h is None
         return self.weight_size == weight.numel() and self.h.device == weight.device
 
-    def know(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
+    def cache(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
         """Keeps what was computed for today's weight."""
         ref = None if weight is None else weakref.ref(weight)
-        self.known = past, ref, kernels.version_of(weight), kernels.version_of(bias)
+        self.cached = past, ref, kernels.version_of(weight), kernels.version_of(bias)
 
     def past(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Past | None:
         """The past at today's weight, or None if there is none that fits.
@@ -251,8 +251,8 @@ class Window:
         """
         if self.seen == 0:
             return None
-        if self.known is not None:
-            past, ref, version, of_bias = self.known
+        if self.cached is not None:
+            past, ref, version, of_bias = self.cached
             is_it = ref is None if weight is None else ref is not None and ref() is weight
             is_it = (
                 is_it
@@ -268,7 +268,7 @@ class Window:
 
     _plain = ("seen", "lag")
 
-    def learn(self, correlation: float) -> None:
+    def adapt(self, correlation: float) -> None:
         """Takes note of how the last two surprises, as vectors over channels, agree.
 
         If the past is as good as it can be, surprises do not depend on one another. In a window too
@@ -318,9 +318,9 @@ class MovingWindow(Window):
         """
         return ((past.mean - self.recorded) / past.share)[:, None]
 
-    def learn(self, correlation: float) -> None:
+    def adapt(self, correlation: float) -> None:
         """Adapts the share to how the last two surprises agree, if it sets itself."""
-        super().learn(correlation)
+        super().adapt(correlation)
         if self.sets_itself and math.isfinite(correlation):
             changed = self.log_share + RATE * correlation
             self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
@@ -390,7 +390,7 @@ class SlidingWindow(Window):
             if self.dtype != torch.float32:
                 self.vectors[slot, 2] += _left_out(record.weight, of.var, self.h[:, slot])
         self.seen += 1
-        self.known = None
+        self.cached = None
 
     def past_at(
         self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
@@ -579,7 +579,7 @@ def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     grown, mixed = [], []  # of these the past has a share
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):
         window, of = record.window, record.derivative
-        window.known = None
+        window.cached = None
         if not is_kept:
             continue
         if record.past is None:

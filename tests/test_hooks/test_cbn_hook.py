@@ -502,6 +502,26 @@ def test_a_loss_scaler_changes_nothing(tmp_path, norm):
     assert_equal(ends["plain"], ends["parts"])
 
 
+def test_a_loss_scaler_of_several_optimisers(tmp_path):
+    class One(Net):
+        def train_step(self, data, optim_wrapper):
+            loss = self(**self.data_preprocessor(data, True), mode="loss")["loss"]
+            optim_wrapper["all"].update_params(loss)
+            return dict(loss=loss.detach())
+
+    torch.manual_seed(0)
+    model, ends = One(CBN(4)), []
+    for kind in (OptimWrapper, ScaledOptimWrapper):
+        run, _ = runner(tmp_path / kind.__name__, dict(type="CBNHook", burn_in=0))
+        run.model = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01)
+        run.optim_wrapper = OptimWrapperDict(all=kind(optimizer=optimizer))
+        run.train()
+        ends.append((run.model.state_dict(), window_state(run.model)))
+    assert ends[0][1]["body.1"][0]["sums"].abs().max() > 0
+    assert_equal(*ends)
+
+
 def test_what_is_logged(tmp_path):
     run, _ = runner(
         tmp_path,

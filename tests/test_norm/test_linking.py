@@ -538,7 +538,7 @@ class TestHowMuchRuns:
         finally:
             sys.setprofile(None)
         assert 10 < len(functions) <= 39
-        assert into_linking == 2 * self.LAYERS  # for the mark, and for what it stands for
+        assert into_linking == self.LAYERS
         # With the marks of the convolutions and what is done for all layers at once.
         assert everything / self.LAYERS <= 74  # a sliding window; a moving one has fewer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cbn_mmdet.norm import moments
-from cbn_mmdet.norm.linking import Mark, source_of
+from cbn_mmdet.norm.linking import mark, source_of
 from cbn_mmdet.norm.moments import Source, batch_derivative, batch_moments, stride_for
 
 TOLERANCE = {
@@ -217,7 +217,8 @@ def test_a_convolution_that_pads_by_itself(stride, kernel, size):
     conv = Conv2dAdaptivePadding(2, 3, kernel, stride).double()
     x = torch.randn(2, 2, size, size + 1, dtype=torch.float64) + 1
     y = conv(x)
-    source, why_not = source_of(y, Mark(conv, x, y._version), str)
+    mark(conv, x, y)
+    _, source, why_not = source_of(y, str)
     assert not why_not and source.weight is conv.weight and source.bias is conv.bias
     derivative = batch_derivative(source, y, batch_moments(y.detach()), 1)
     expected = autograd_derivatives(conv, x, 1)

@@ -173,19 +173,19 @@ def test_the_share_follows_the_surprises():
     """It falls where they turn, rises where they point the same way, within its bounds."""
     reference = Reference(conv_of())
     surprise = torch.randn(4, dtype=torch.float64)
-    reference.watch(surprise)
+    reference.set_share(surprise)
     widest = -math.log(LARGEST)
     assert reference.log_share == widest
     for number in range(3):
-        reference.watch(surprise * (1 + number))
+        reference.set_share(surprise * (1 + number))
     assert reference.log_share == pytest.approx(widest + 0.06)
-    reference.watch(-surprise)
+    reference.set_share(-surprise)
     assert reference.log_share == pytest.approx(widest + 0.04)
     for number in range(300):
-        reference.watch(surprise * (-1) ** number)
+        reference.set_share(surprise * (-1) ** number)
     assert reference.log_share == pytest.approx(widest)
     for _ in range(300):
-        reference.watch(surprise)
+        reference.set_share(surprise)
     assert reference.log_share == 0
 
 

@@ -172,7 +172,7 @@ class Rank(Reference):
         super().forget()
         self.last = None
 
-    def watch(self, surprise):
+    def set_share(self, surprise):
         """Keeps the last two surprises."""
         self.last, self.surprise = self.surprise, surprise
 

@@ -67,7 +67,7 @@ def test_the_past_is_in_full_precision_under_autocast(kind):
     expected = past_of(window, conv)
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 9, 9))
-    found = model[1]._windows[0].known[0]
+    found = model[1]._windows[0].cached[0]
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-6, atol=1e-6)
 
 
@@ -239,12 +239,12 @@ def test_what_is_known_is_of_the_weight_as_it_is(kind):
     conv = nn.Conv2d(2, 4, 3)
     window = iterate(model_of(conv, kind), torch.randn(2, 2, 6, 5))
     past = past_of(window, conv)
-    window.know(past, conv.weight, conv.bias)
+    window.cache(past, conv.weight, conv.bias)
     assert past_of(window, conv) is past
     assert window.past(conv.weight.detach().clone(), conv.bias, torch.float32) is not past
     assert window.past(conv.weight, conv.bias, torch.float64) is not past
     for parameter in conv.parameters():
-        window.know(past, conv.weight, conv.bias)
+        window.cache(past, conv.weight, conv.bias)
         with torch.no_grad():
             parameter.add_(1)
         found = past_of(window, conv)
@@ -268,13 +268,13 @@ class TestShare:
         window = MovingWindow(LARGEST, True, torch.float32)
         window.seen = 1000
         assert window.share == pytest.approx(1 / LARGEST)
-        window.learn(1)
+        window.adapt(1)
         assert window.share == pytest.approx(math.exp(0.02) / LARGEST)
         for _ in range(300):
-            window.learn(1)
+            window.adapt(1)
         assert window.share == 1
         for _ in range(300):
-            window.learn(-1)
+            window.adapt(-1)
         assert window.share == pytest.approx(1 / LARGEST)
 
     def test_the_past_fills_as_a_plain_mean(self):
@@ -290,7 +290,7 @@ class TestShare:
     def test_is_forgotten_with_the_past(self):
         window = MovingWindow(LARGEST, True, torch.float32)
         for _ in range(20):
-            window.learn(1)
+            window.adapt(1)
         assert window.lag > 0.3
         window.clear()
         window.seen = 1000
@@ -298,9 +298,9 @@ class TestShare:
 
     def test_what_is_no_number_teaches_nothing(self):
         window = MovingWindow(LARGEST, True, torch.float32)
-        window.learn(1)
+        window.adapt(1)
         before = window.log_share
-        window.learn(math.nan)
+        window.adapt(math.nan)
         assert window.log_share == before
 
     def test_a_size_that_is_given_is_not_learnt(self):
