@@ -45,7 +45,7 @@ GPUS = {
     "V100": (900, 15.7, 125),  # SXM2; NVIDIA's data sheet
     "2080 Ti": (616, 13.4, 53.8),  # sums in float32; NVIDIA's Turing whitepaper, reference card
 }
-HOST_US = 9.4  # a launch, by docs/benchmarks.md's host time: BN's 7 take 65 µs, CBN's 56 take 531
+HOST_US = 9.4  # a launch of BN's, by docs/benchmarks.md's host time: 7 take 65 µs
 
 # What a row is called: its norm, and the GB/s in one direction and µs to the next GPU (assumed).
 BROADCAST = "BN, broadcast_buffers=True"

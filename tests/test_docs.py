@@ -66,6 +66,12 @@ def test_links_between_pages():
             assert not anchor or anchor in headings[target], f"{page.name}: {path}#{anchor}"
 
 
+def test_each_page_is_listed():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert {name for name in pages if f"({name})" not in index} == set()
+
+
 # What runs each command of the README and the pages: a script that is kept, or a test with
 # another config, or fewer images, than the page has.
 RUN_BY = {

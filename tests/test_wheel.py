@@ -142,7 +142,8 @@ def test_files(source, wheel, tree, tmp_path):
     for room in ("norm", "hooks"):
         expected |= {f"cbn_mmdet/{room}/{name}" for name in files_of(tree / "cbn_mmdet" / room)}
     for name in ("configs", "tools"):
-        expected |= {f"{MIM}/{name}/{each}" for each in files_of(tree / name)}
+        files = {each for each in files_of(tree / name) if not each.startswith("photos/")}
+        expected |= {f"{MIM}/{name}/{each}" for each in files}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
 
@@ -195,6 +196,31 @@ def installed(wheel, coco, tmp_path_factory):
     code = "from importlib.util import find_spec; print(find_spec('cbn_mmdet').origin)"
     assert run(python, "-c", code, cwd=folder).strip() == str(site / "cbn_mmdet" / "__init__.py")
     return folder, python, site
+
+
+# Those whose package is there.
+READ = """
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from mmengine.config import Config
+
+needed = {"imagenet": "mmpretrain", "cityscapes": "mmseg"}
+count = 0
+for path in sorted(Path(sys.argv[1]).glob("[!_]*/*.py")):
+    if find_spec(needed.get(path.parent.name, "mmdet")):
+        assert "cbn_mmdet" in Config.fromfile(path).custom_imports.imports, path
+        count += 1
+print(count)
+"""
+
+
+def test_each_config_is_read(installed):
+    """By its path in the package, from any folder."""
+    folder, python, site = installed
+    configs = site / MIM / "configs"
+    said = run(python, "-W", "ignore", "-c", READ, configs, cwd=folder)
+    assert int(said.splitlines()[-1]) >= 58
 
 
 @pytest.mark.parametrize("tool", ["mmdet's train.py", "dist_train.sh"])

@@ -1,12 +1,12 @@
 # Licensed under the Apache License, Version 2.0.
 """An iteration of a linked model, and what a training loop calls.
 
-One rule: a linked layer changes nothing before :func:`step`. A training forward of the linked model
-begins an iteration: what an earlier forward left is dropped, and the pasts of all layers are
-computed from today's weights in one pass. (Where the model's parts or methods are called instead of
-itself, the first layer that runs after a ``step`` begins it.) A layer asks once for what it needs
-from outside, by :meth:`Iteration.call`, and what it learns is one record in one list, which
-``step`` reads once.
+One rule: a linked layer changes nothing before :func:`step`, but for its note of what feeds it. A
+training forward of the linked model begins an iteration: what an earlier forward left is dropped,
+and the pasts of all layers are computed from today's weights in one pass. (Where the model's parts
+or methods are called instead of itself, the first layer that runs after a ``step`` begins it.) A
+layer asks once for what it needs from outside, by :meth:`Iteration.call`, and what it learns is one
+record in one list, which ``step`` reads once.
 """
 
 from __future__ import annotations

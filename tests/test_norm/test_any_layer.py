@@ -592,7 +592,8 @@ class TestStatistics:
     def test_in_half_precision(self, kind):
         """Convolution and activations in bfloat16, statistics and window in float32."""
         for name, case in CASES.items():
-            if name.startswith("DCN") or "Deform" in name:  # mmcv's operator does without bfloat16 here
+            # mmcv's operator does without bfloat16 here
+            if name.startswith("DCN") or "Deform" in name:
                 continue
             torch.manual_seed(0)
             full, half = (model_of(case.build(), torch.float32, window=kind) for _ in "ab")
