@@ -185,7 +185,7 @@ def test_the_burn_in_of_the_segmentor():
 
 def test_which_there_are():
     found = {path.stem for path in IMAGENET.glob("*.py")}
-    assert found == {f"{name}_8xb32_in1k" for name in LEAVES}
+    assert found == {f"{name}_8xb32_in1k" for name in LEAVES} | {"resnet18_cbn_8xb1_in1k"}
     page = (ROOT / "docs/beyond-detection.md").read_text()
     for path in (*IMAGENET.glob("*.py"), CITYSCAPES):
         assert f"](../{path.relative_to(ROOT)})" in page
@@ -231,6 +231,18 @@ def test_config_trains_and_evaluates(name, classifier, tmp_path):
     assert len(losses) == 3 and all(np.isfinite(losses))
     (top1,) = logged(tmp_path / "work", "accuracy/top1")
     assert 0 <= top1 <= 100
+
+
+@outside
+def test_the_config_of_one_image():
+    """What the page says of one image, and nothing else."""
+    one, of_32 = (
+        Config.fromfile(IMAGENET / f"resnet18_cbn_8xb{images}_in1k.py") for images in (1, 32)
+    )
+    of_32.merge_from_dict(
+        {"model.backbone.norm_cfg.momentum": 0.02, "train_dataloader.batch_size": 1}
+    )
+    assert one.to_dict() == of_32.to_dict()
 
 
 @outside
