@@ -29,7 +29,8 @@ CXX := $(or $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name
 endif
 
 RUN := .venv/bin/python
-PIP := $(RUN) -m pip install --disable-pip-version-check
+# torch looks for ninja on PATH, and compiles on one core where it finds none.
+PIP := PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) -m pip install --disable-pip-version-check
 # Written last, so that an interrupted set-up is taken up again.
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }

@@ -62,13 +62,20 @@ def test_no_compiler(project):
 
 
 def test_operators_do_not_import(project):
-    """As after a build that did not see torch: pip is content, the import is not."""
+    """As after a build that did not see torch: pip is content, the import is not.
+
+    What pip builds finds the environment's ninja.
+    """
     (project / ".venv/bin").mkdir(parents=True)
     script(
         project / ".venv/bin/python",
         f'case "$*" in *mmcv.ops*) echo "No module named mmcv._ext" >&2; exit 1;;\n'
         f'*sysconfig*) exec {sys.executable} "$@";;\n'
+        f'*"pip install"*) echo "$PATH" >> {project}/paths; exit 0;;\n'
         "*) exit 0;; esac",
     )
     error = make(project, ".venv")
     assert error.startswith("error: mmcv.ops does not import (No module named mmcv._ext)")
+    paths = (project / "paths").read_text().splitlines()
+    assert len(paths) == 3
+    assert {path.split(":")[0] for path in paths} == {str(project / ".venv/bin")}
