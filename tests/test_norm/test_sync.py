@@ -331,10 +331,12 @@ def assert_union(seen, union, sizes, forget=None):
             torch.testing.assert_close(total, expected, **gradients_tolerance)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize(
+    "what", [False, True, "as on a GPU"], ids=["", "checkpointed", "as on a GPU"]
+)
 @pytest.mark.parametrize("name", LAYERS)
-def test_equals_the_union(ranks, name, recompute):
-    assert_union([each[name, recompute] for each in ranks], Union(**LAYERS[name]), SIZES)
+def test_equals_the_union(ranks, name, what):
+    assert_union([each[name, what] for each in ranks], Union(**LAYERS[name]), SIZES)
 
 
 @pytest.mark.parametrize("name", [name for name, what in CASES if what == "first empty"])
