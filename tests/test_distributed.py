@@ -97,17 +97,17 @@ def launch(root, script, *args, status=0, limit=300, **kwargs):
     return finish(start(root, script, *args, **kwargs), status, limit)
 
 
-def on_two_ranks(tool, root, *args, cwd, limit=300):
-    """Trains in two processes as torchrun would start them, but without waiting for imports."""
+def on_two_ranks(tool, root, *args, cwd, limit=300, name="train.py"):
+    """Runs a tool in two processes as torchrun would start them, without waiting for imports."""
     torchrun = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     torchrun.update(CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(root / "tests"))
 
-    def train(rank):
+    def start(rank):
         env = {**os.environ, **torchrun, "RANK": rank, "LOCAL_RANK": rank}
-        return tool("train.py", *args, "--launcher", "pytorch", cwd=cwd, env=env, limit=limit)
+        return tool(name, *args, "--launcher", "pytorch", cwd=cwd, env=env, limit=limit)
 
     with ThreadPoolExecutor(2) as pool:
-        ranks = [pool.submit(train, rank) for rank in "01"]
+        ranks = [pool.submit(start, rank) for rank in "01"]
         for rank in as_completed(ranks):
             rank.result()  # of the first to fail, and not of one that waited for it
         return "".join(rank.result().stdout for rank in ranks)

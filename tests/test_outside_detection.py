@@ -131,7 +131,7 @@ def classifier(imagenet):
     """Writes a config of ``configs/imagenet`` for the small images."""
 
     def write(folder, name, extra=THIN):
-        base = IMAGENET / f"{name}_8xb32_in1k.py"
+        base = IMAGENET / f"{name if 'xb' in name else f'{name}_8xb32_in1k'}.py"
         return small(folder, base, imagenet, IMAGENET_TRAIN, IMAGENET_VAL, extra)
 
     return write
@@ -250,7 +250,7 @@ def test_the_config_of_one_image():
 def test_images_per_gpu(images, tool, classifier, tmp_path):
     """One option sets them, and the learning rate of the first step follows."""
     extra = f"{THIN}\ntrain_cfg = dict(max_epochs=2, val_begin=3)"
-    config = classifier(tmp_path, "resnet18_cbn", extra)
+    config = classifier(tmp_path, f"resnet18_cbn_8xb{1 if images == 1 else 32}_in1k", extra)
     option = f"train_dataloader.batch_size={images}"
     done = tool("preflight.py", config, "--no-run", "--gpus", 8, "--cfg-options", option)
     ok = lines_of(done, "OK")
@@ -414,8 +414,9 @@ def test_two_processes(tool, classifier, tmp_path):
     assert len(logged(work_dir, "accuracy/top1")) == 2
     on_two_ranks(tool, ROOT, *arguments, "train_cfg.max_epochs=3", "--resume", cwd=tmp_path)
     assert logged(work_dir, "cbn/window_size")[4:] == [4, 4]
-    done = tool("test.py", config, work_dir / "epoch_3.pth", "--work-dir", tmp_path / "test")
-    assert re.search(r"accuracy/top1: \d+\.\d+", done.stdout)
+    arguments = config, work_dir / "epoch_3.pth", "--work-dir", tmp_path / "test"
+    said = on_two_ranks(tool, ROOT, *arguments, cwd=tmp_path, name="test.py")
+    assert re.search(r"accuracy/top1: \d+\.\d+", said)
     tool("publish.py", work_dir / "epoch_3.pth", tmp_path / "published.pth")
     outputs = evaluate_both(tmp_path / "published.pth", config, work_dir / "epoch_3.pth")
     assert torch.equal(*outputs)

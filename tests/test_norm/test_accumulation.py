@@ -9,7 +9,18 @@ from layers import KINDS, linked, reference, state_of
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, MABN, CmBN, link, load_window_state, set_window, step, window_state
+from cbn_mmdet import (
+    BRN,
+    CBN,
+    MABN,
+    CmBN,
+    SyncCBN,
+    link,
+    load_window_state,
+    set_window,
+    step,
+    window_state,
+)
 
 
 @KINDS
@@ -60,7 +71,8 @@ MABN_AT_ONCE = partial(MABN, warmup=1, r_warmup=2)
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN_AT_ONCE, MABN_AT_ONCE, CBN, CmBN]
+    "norm",
+    [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN_AT_ONCE, MABN_AT_ONCE, CBN, SyncCBN, CmBN],
 )
 def test_what_each_norm_does_of_accumulation(norm):
     """All but CmBN: what they do, and count, in as many forwards of steps of their own."""
