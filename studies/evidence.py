@@ -174,6 +174,10 @@ def main() -> None:
         check_continued(args)
     if args.device == "cuda" and study.figure != "ap":
         raise UsageError(f"--device cuda: {args.study} trains a small network, on the CPU alone")
+    if args.device == "cuda" and osp.normpath(args.folder) == KEPT:
+        raise UsageError(
+            "--device cuda: needs a --folder of its own, as that has the CPU's figures"
+        )
     check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")
     settings = dict(study.settings, shorten=args.shorten)
@@ -272,8 +276,10 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
             workers, context, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool,
     ):
-        runs = RUNS if osp.normpath(args.folder) == KEPT else osp.join(args.folder, "runs")
-        work_dir = osp.join(runs, args.study, f"{args.shorten:g}")
+        is_kept = f"{osp.normpath(args.folder)}{os.sep}".startswith(f"{KEPT}{os.sep}")
+        runs = RUNS if is_kept else osp.join(args.folder, "runs")
+        device = "" if args.device == "cpu" else f"-{args.device}"
+        work_dir = osp.join(runs, args.study + device, f"{args.shorten:g}")
         options = dict(settings, work_dir=work_dir, data=args.data)
         running = {pool.submit(study.train, job, options): job for job in missing}
         try:

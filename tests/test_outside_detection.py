@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import cv2
@@ -441,8 +442,8 @@ def test_plot_of_several(tool_module, tmp_path):
     from common.runs import Run
     from matplotlib.figure import Figure
 
-    def run(config, images, value, step=2, key="accuracy/top1", depth=18):
-        norm_cfg = [dict(type="BN", momentum=0.02 * images)]
+    def run(config, images, value, step=2, key="accuracy/top1", depth=18, momentum=0.02):
+        norm_cfg = [dict(type="BN", momentum=momentum * images)]
         settings = dict(train_cfg=dict(max_epochs=2), train_dataloader=dict(batch_size=images))
         settings.update(model=dict(depth=depth, norm_cfg=norm_cfg))
         return Run(f"{config}_{images}", None, config, settings, [], [{key: value, "step": step}])
@@ -456,10 +457,12 @@ def test_plot_of_several(tool_module, tmp_path):
     assert lines["resnet18_cbn_in1k"] == [[1, 61], [4, 70]]
     assert lines["resnet18_bn_in1k"] == [[4, 50]]
     axes = Figure().subplots()  # another depth, by --cfg-options
-    tables.plot_top1(axes, [*runs, run(cbn, 4, 80.0, depth=50)])
+    others = run(cbn, 4, 80.0, depth=50), replace(run(cbn, 4, 30.0, momentum=0.1), work_dir="a")
+    tables.plot_top1(axes, [*runs, *others])
     lines = {each.get_label(): each.get_xydata().tolist() for each in axes.get_lines()}
     assert lines[f"resnet18_cbn_in1k ({cbn}_1)"] == [[1, 61], [4, 70]]
     assert lines[f"resnet18_cbn_in1k ({cbn}_4)"] == [[4, 80]]
+    assert lines["resnet18_cbn_in1k (a)"] == [[4, 30]]
     with pytest.raises(UsageError, match="is a classifier's and faster_1 a detector's"):
         tables.plot([*runs, run("faster", 1, 0.3, key="coco/bbox_mAP")], tmp_path / "a.png")
     with pytest.raises(UsageError, match="none of the classifiers' runs has finished"):

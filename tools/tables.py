@@ -9,7 +9,6 @@ import argparse
 import json
 import os.path as osp
 import re
-from collections import defaultdict
 from glob import glob
 from statistics import mean, median
 
@@ -386,26 +385,31 @@ def plot(runs: list[Run], path: str) -> None:
 def plot_top1(axes: Axes, runs: list[Run]) -> None:
     """Plot top-1 of the runs that finished over images per GPU, and its mean as a line.
 
-    A line is of one config and model. (Momentum and learning rate follow the images.)
+    A line is of one config and model, whose momentum may differ from batch to batch.
     """
     lines = []
     for run in runs:
         value, images = run.evaluations[-1].get(METRICS["top-1"]), images_per_gpu(run)
         if not run.finished or None in (value, images):
             continue
-        work_dir = osp.basename(osp.abspath(run.work_dir))
         name = re.sub(r"_\d+xb\d+(?=_|$)", "", run.config or split_name(run.work_dir)[0])
-        key = name, without_momentum(run.settings.get("model"))
-        line = next((line for known, _, line in lines if known == key), None)
-        if line is None:
-            line = defaultdict(list)
-            lines.append((key, work_dir, line))
-        line[images].append(value)
+        model = run.settings.get("model")
+        key = name, without_momentum(model)
+        for known, _, line in lines:
+            if known == key and line.get(images, (model,))[0] == model:
+                break
+        else:
+            line = {}
+            lines.append((key, osp.normpath(run.work_dir), line))
+        line.setdefault(images, (model, []))[1].append(value)
     if not lines:
         raise UsageError("--plot: none of the classifiers' runs has finished")
     names = [name for (name, _), *_ in lines]
     lines = [
-        (name if names.count(name) == 1 else f"{name} ({work_dir})", line)
+        (
+            name if names.count(name) == 1 else f"{name} ({work_dir})",
+            {images: values for images, (_, values) in line.items()},
+        )
         for (name, _), work_dir, line in lines
     ]
     for number, (label, line) in enumerate(sorted(lines, key=lambda each: each[0])):

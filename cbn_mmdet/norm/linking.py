@@ -150,7 +150,8 @@ def source_of(
     Args:
         y: What the layer was handed, ``(N, C, H, W)``.
         name_of: Names a module.
-        checked: A module whose output's channels are known to be rows of its weight.
+        checked: A reference to the module whose output's channels are known to be rows of its
+            weight, if one is.
 
     Returns:
         The module that marked ``y``, if one has; the source, or None; and why there is none, as a
@@ -160,7 +161,7 @@ def source_of(
     module = None if found is None else found.module
     if is_plain(module):
         return module, Source.of(module, found.input), ""
-    is_checked = checked is not None and checked() is module
+    is_checked = module is not None and checked is not None and checked() is module
     return module, *_source_by_autograd(y, module, name_of, is_checked)
 
 

@@ -515,7 +515,8 @@ def test_a_loss_scaler_of_several_optimisers(tmp_path):
         run, _ = runner(tmp_path / kind.__name__, dict(type="CBNHook", burn_in=0))
         run.model = copy.deepcopy(model)
         optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01)
-        run.optim_wrapper = OptimWrapperDict(all=kind(optimizer=optimizer))
+        other = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.01))
+        run.optim_wrapper = OptimWrapperDict(other=other, all=kind(optimizer=optimizer))
         run.train()
         ends.append((run.model.state_dict(), window_state(run.model)))
     assert ends[0][1]["body.1"][0]["sums"].abs().max() > 0

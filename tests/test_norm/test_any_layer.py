@@ -501,8 +501,9 @@ class TestStatistics:
 
     @pytest.mark.parametrize("name", ["old weight norm", "transposed", "DCN"])
     def test_the_ways_of_a_gpu(self, name, kind):
-        with mock.patch.object(kernels, "is_gpu", return_value=True):
+        with mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu:
             self.check(CASES[name], kind, "mixed")
+        assert is_gpu.called
 
     @pytest.mark.parametrize("backward", ["own", "window", "current"])
     @pytest.mark.parametrize("name", ["weight norm", "a function", "transposed in groups", "DCNv2"])

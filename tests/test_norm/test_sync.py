@@ -108,8 +108,10 @@ def worker(rank, folder):
 def train(rank, layer, sizes, recompute=False, forget=None, limit=None, as_gpu=False):
     """Of each iteration output, gradients, buffers, windows, and whether anything changed early."""
     if as_gpu:
-        with mock.patch.object(kernels, "is_gpu", return_value=True):
-            return train(rank, layer, sizes)
+        with mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu:
+            seen = train(rank, layer, sizes)
+        assert is_gpu.called
+        return seen
     model = build(**layer)
     link(model)
     set_window(model, limit)
