@@ -198,7 +198,7 @@ def installed(wheel, coco, tmp_path_factory):
     return folder, python, site
 
 
-# Those whose package is there.
+# The first and the last of each folder whose package is there.
 READ = """
 import sys
 from importlib.util import find_spec
@@ -207,20 +207,23 @@ from mmengine.config import Config
 
 needed = {"imagenet": "mmpretrain", "cityscapes": "mmseg"}
 count = 0
-for path in sorted(Path(sys.argv[1]).glob("[!_]*/*.py")):
-    if find_spec(needed.get(path.parent.name, "mmdet")):
+for folder in Path(sys.argv[1]).glob("[!_]*"):
+    paths = sorted(folder.glob("*.py"))
+    for path in {*paths[:1], *paths[-1:]}:
+        if not find_spec(needed.get(folder.name, "mmdet")):
+            continue
         assert "cbn_mmdet" in Config.fromfile(path).custom_imports.imports, path
         count += 1
 print(count)
 """
 
 
-def test_each_config_is_read(installed):
-    """By its path in the package, from any folder."""
+def test_configs_are_read(installed):
+    """By their path in the package, from any folder."""
     folder, python, site = installed
     configs = site / MIM / "configs"
     said = run(python, "-W", "ignore", "-c", READ, configs, cwd=folder)
-    assert int(said.splitlines()[-1]) >= 58
+    assert int(said.splitlines()[-1]) >= 4
 
 
 @pytest.mark.parametrize("tool", ["mmdet's train.py", "dist_train.sh"])

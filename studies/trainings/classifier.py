@@ -75,7 +75,7 @@ def train_classifier(job: Job, options: dict) -> dict:
     )
     torch.manual_seed(job.seed)
     parts = accumulated(job)
-    steps = round(options["images_seen"] * options["shorten"]) // (job.batch * parts)
+    steps = max(1, round(options["images_seen"] * options["shorten"]) // (job.batch * parts))
     settings = with_defaults(norm_cfg(job.norm), job.batch, steps)
     model = classifier(settings, options.get("centred", False))
     rate = options["lr_at_32"] * job.batch * parts / 32
