@@ -112,15 +112,15 @@ def plan(args: argparse.Namespace) -> list[Part]:
     for dtype, n in ((dtype, n) for dtype in ("float32", "float16") for n in counts):
         no_half = "" if gpu or dtype == "float32" else NO_HALF
         shapes = SHAPES.format(n, 512 * n).split()[: 1 if toy else None]
-        for what, expected, rows, options in (
-            ("step", 40, norms, [*detector, str(n), *seconds["step"]]),
-            ("layer", 25, norms, ["--shapes", *shapes, *seconds["layer"]]),
-            ("memory", 35, norms, [*detector, str(n), "--repeats", "1"]),
+        for what, expected, options in (
+            ("step", 40, [*detector, str(n), *seconds["step"]]),
+            ("layer", 25, ["--shapes", *shapes, *seconds["layer"]]),
+            ("memory", 35, [*detector, str(n), "--repeats", "1"]),
         ):
             command = [*benchmark, what, "--device", args.device, "--dtype", dtype, *options]
             lacks = no_half or (what != "layer" and absent) or ""
             part = Part(
-                f"{what}, {dtype}, {n} image(s)", expected, [*command, "--norms", *rows], lacks
+                f"{what}, {dtype}, {n} image(s)", expected, [*command, "--norms", *norms], lacks
             )
             (parts if what == "step" else later).append(part)
     rows = [each for each in norms if each != "SyncBN"]  # which the CPU has not

@@ -272,7 +272,7 @@ class CBNHook(Hook):
 
 def _has_updated(wrapper: BaseOptimWrapper) -> bool:
     """Whether the optimiser stepped in this iteration; of several, all; of others it is assumed."""
-    each = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    each = _each_of(wrapper)
     return all(one.should_update() for one in each if hasattr(one, "should_update"))
 
 
@@ -281,9 +281,13 @@ def _loss_scaler(runner) -> object:
 
     Theirs start alike and see the same overflows, if one loss goes into all of them.
     """
-    wrapper = runner.optim_wrapper
-    each = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    each = _each_of(runner.optim_wrapper)
     return next((one.loss_scaler for one in each if hasattr(one, "loss_scaler")), None)
+
+
+def _each_of(wrapper: BaseOptimWrapper) -> list[BaseOptimWrapper]:
+    """Each optimiser's, if it is of several."""
+    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _on_cpu(value: object) -> object:

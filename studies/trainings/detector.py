@@ -66,10 +66,11 @@ def digits_config(options: dict) -> tuple[Config, int]:
     )
     folder = osp.join(options["data"], f"digits_{count}_{held_out}")
     root = f"{build_digits(folder, num_train=count, num_val=held_out, progress=False)}/"
-    cfg = Config.fromfile(DIGITS)
     if "head" in options:
         cfg = Config.fromfile(RETINA)
         cfg.model.bbox_head.update(HEADS[options["head"]])
+    else:
+        cfg = Config.fromfile(DIGITS)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
