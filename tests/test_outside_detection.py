@@ -250,7 +250,7 @@ def test_the_config_of_one_image():
 @pytest.mark.parametrize("images", [32, 4, 1])
 def test_images_per_gpu(images, tool, classifier, tmp_path):
     """One option sets them, and the learning rate of the first step follows."""
-    extra = f"{THIN}\ntrain_cfg = dict(max_epochs=2, val_begin=3)"
+    extra = f"{THIN}\ntrain_cfg = dict(max_epochs=2, val_begin=2)"
     config = classifier(tmp_path, f"resnet18_cbn_8xb{1 if images == 1 else 32}_in1k", extra)
     option = f"train_dataloader.batch_size={images}"
     done = tool("preflight.py", config, "--no-run", "--gpus", 8, "--cfg-options", option)
@@ -266,6 +266,7 @@ def test_images_per_gpu(images, tool, classifier, tmp_path):
     assert logged(tmp_path / "work", "lr") == pytest.approx(
         [0.1 * images / 256] * (8 // images) * 2
     )
+    assert len(logged(tmp_path / "work", "accuracy/top1")) == 1
 
 
 @outside

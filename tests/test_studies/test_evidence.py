@@ -422,6 +422,12 @@ def test_a_gpu_that_is_not_there(evidence, tmp_path, monkeypatch):
     evidence.main()
 
 
+def test_figures_of_a_gpu_have_a_folder_of_their_own(evidence, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "photos", "--device", "cuda"])
+    with pytest.raises(UsageError, match="--device cuda: needs a --folder of its own"):
+        evidence.main()
+
+
 @pytest.mark.parametrize("device, hidden", [("cpu", ""), ("cuda", None)])
 def test_what_a_training_sees_of_the_gpus(device, hidden, monkeypatch):
     from trainings import detector
@@ -458,8 +464,6 @@ def test_one_command_at_a_time(evidence, tmp_path):
 
 
 KEPT = Path(__file__).parents[2] / "docs" / "evidence"
-
-
 ALL_KEPT = sorted([*KEPT.glob("*.json"), *KEPT.glob("h100/*.json")])
 
 
