@@ -30,7 +30,17 @@ from .layer import check_count, is_number, is_recomputation
 from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
-from .window import MovingWindow, Past, Surprise, Window, add_distances, grow, growth, pasts
+from .window import (
+    Growth,
+    MovingWindow,
+    Past,
+    Surprise,
+    Window,
+    add_distances,
+    grow,
+    growth,
+    pasts,
+)
 
 _MANY = 10  # forwards without a step
 _SELDOM = 64  # iterations from one check of what a module does to the next
@@ -313,9 +323,10 @@ class Iteration:
             for record in self.records:
                 record.scale = scale
         kept, dropped, clamped = [], [], []
-        for records in _alike(self.records):
-            keep, fraction = self._end(records)
-            for record, is_kept in zip(records, keep, strict=True):
+        endings = [self._ending(records) for records in _alike(self.records)]
+        for ending, told in zip(endings, _read([each.asked for each in endings]), strict=True):
+            keep, fraction = ending.end(told)
+            for record, is_kept in zip(ending.records, keep, strict=True):
                 (kept if is_kept else dropped).append(record)
             if fraction is not None:
                 clamped.append(fraction)
@@ -345,9 +356,9 @@ class Iteration:
                 layer._forget()
         return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
 
-    def _end(self, records: list[Record]) -> tuple[list[bool], float | None]:
-        """Adds records that are alike to their windows; tells which were, and the part clamped."""
-        first, figures, vectors, new, sums = records[0], [], None, None, None
+    def _ending(self, records: list[Record]) -> _Ending:
+        """What records that are alike add to their windows, and what is asked about it."""
+        first, figures, vectors, surprise, new, sums = records[0], [], None, None, None, None
         if first.window is None:
             running = [tensor for record in records for tensor in record.running]
             checked = [torch.cat(running).float()]
@@ -374,40 +385,8 @@ class Iteration:
         if positives:
             figures.append(torch.cat(positives).mean(dtype=checked[0].dtype))
         # Norms, which NaN and infinity come through.
-        told = torch.hstack((*figures, *torch._foreach_norm(checked)))
-        told = told.tolist()  # the one wait for the device
-
-        norms = told[-len(checked) :]
-        del told[-len(checked) :]
-        are_sums_finite = sums is None or math.isfinite(norms.pop())
-        is_finite = all(map(math.isfinite, norms))
-        clamped = 1 - told.pop() if positives else None
-        keep = [True] * len(records)
-        if not is_finite:
-            values = [None] * len(records) if new is None else vectors.split(new.values)
-            keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
-        if vectors is None:
-            return keep, clamped
-        of_each = zip(records, keep, vectors.split(surprise.values.float()), strict=True)
-        for place, (record, is_kept, values) in enumerate(of_each):
-            window, (now, product, _, last) = record.window, told[place :: len(records)]
-            # Of a batch that is spread all processes learn, that their shares stay equal.
-            if (is_kept or record.is_spread) and now * last > 0:
-                window.adapt(product / math.sqrt(now * last))
-            if is_kept and new is None:
-                window.push(record)
-            if is_kept:
-                window.surprise = None if record.past is None else values
-        if new is not None:
-            grow(vectors, new, keep)
-        if sums is not None:
-            averages = vectors.split(sums.float())
-            for record, is_kept, average in zip(records, keep, averages, strict=True):
-                # An overflow is for the loss scaler to mend.
-                is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
-                if record.sums is not None and is_kept:
-                    record.window.sums = average
-        return keep, clamped
+        asked = torch.hstack((*figures, *torch._foreach_norm(checked)))
+        return _Ending(records, vectors, surprise, new, sums, asked, len(checked), bool(positives))
 
     # Names, for messages.
 
@@ -444,6 +423,78 @@ class Iteration:
                 stacklevel=2,
             )
         self._version = version
+
+
+class _Ending(NamedTuple):
+    """Records that are alike, at the end of their iteration.
+
+    Attributes:
+        records: The records.
+        vectors: What they have in one number per channel, and their surprises; None in a burn-in.
+        surprise: Likewise.
+        new: What their windows become, if these are moving ones.
+        sums: What the averages of the backward pass's sums become, if there are any.
+        asked: What is asked of the device: agreements of surprises, the part of variances that was
+            cut, and norms of what must be finite.
+        checked: The number of the latter.
+        has_cut: Whether the part is there.
+    """
+
+    records: list[Record]
+    vectors: Vectors | None
+    surprise: Surprise | None
+    new: Growth | None
+    sums: Tensor | None
+    asked: Tensor
+    checked: int
+    has_cut: bool
+
+    def end(self, told: list[float]) -> tuple[list[bool], float | None]:
+        """Adds the records to their windows; tells which were, and the part that was cut."""
+        records, vectors, new = self.records, self.vectors, self.new
+        norms = told[-self.checked :]
+        del told[-self.checked :]
+        are_sums_finite = self.sums is None or math.isfinite(norms.pop())
+        is_finite = all(map(math.isfinite, norms))
+        cut = 1 - told.pop() if self.has_cut else None
+        keep = [True] * len(records)
+        if not is_finite:
+            values = [None] * len(records) if new is None else vectors.split(new.values)
+            keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
+        if vectors is None:
+            return keep, cut
+        of_each = zip(records, keep, vectors.split(self.surprise.values.float()), strict=True)
+        for place, (record, is_kept, values) in enumerate(of_each):
+            window, (now, product, _, last) = record.window, told[place :: len(records)]
+            # Of a batch that is spread all processes learn, that their shares stay equal.
+            if (is_kept or record.is_spread) and now * last > 0:
+                window.adapt(product / math.sqrt(now * last))
+            if is_kept and new is None:
+                window.push(record)
+            if is_kept:
+                window.surprise = None if record.past is None else values
+        if new is not None:
+            grow(vectors, new, keep)
+        if self.sums is not None:
+            averages = vectors.split(self.sums.float())
+            for record, is_kept, average in zip(records, keep, averages, strict=True):
+                # An overflow is for the loss scaler to mend.
+                is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
+                if record.sums is not None and is_kept:
+                    record.window.sums = average
+        return keep, cut
+
+
+def _read(asked: list[Tensor]) -> list[list[float]]:
+    """The values of vectors, each device of which is waited for once."""
+    on_device = defaultdict(list)
+    for each in asked:
+        on_device[each.device].append(each)
+    read = {
+        device: iter(torch.cat(each).tolist() if len(each) > 1 else each[0].tolist())
+        for device, each in on_device.items()
+    }
+    return [list(itertools.islice(read[each.device], len(each))) for each in asked]
 
 
 def _is_within_itself(model: nn.Module) -> bool:
