@@ -53,6 +53,7 @@ KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
 FULL, OWN = (f"CBN(window_size=8, backward='{backward}')" for backward in ("full", "own"))
+FIXED = "CBN(window_size=8)"  # the default gradient with a share that stays
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
 STUDIES = {
@@ -71,6 +72,14 @@ STUDIES = {
     ),
     "even": Study(
         ALL, [1, 2], {1: 5}, dict(CLASSIFIER, even=True), train_classifier, "accuracy", plot_batches
+    ),
+    "frames": Study(
+        ["BN", "BRN", "MABN", SLIDING, "CBN", FIXED, SMALL_GN],
+        [1, 2],
+        {1: 5},
+        dict(CLASSIFIER, frames=8),
+        train_classifier,
+        "accuracy",
     ),
     "centred": Study(
         ["BN", "MABN", "CmBN", SLIDING, SMALL_GN],

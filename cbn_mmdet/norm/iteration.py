@@ -44,6 +44,7 @@ from .window import (
 
 _MANY = 10  # forwards without a step
 _SELDOM = 64  # iterations from one check of what a module does to the next
+_NARROW, _LONG = 1.5, 100  # a mean window size, and iterations below it in a row, to be told of
 
 
 class Call(NamedTuple):
@@ -92,6 +93,8 @@ class Iteration:
         self._forwards = 0  # that began since the last step
         self._version: int | None = None
         self._has_stepped = False
+        self._narrow_for = 0  # iterations in a row
+        self._has_told = False  # of windows that stay narrow
 
     # A copied or unpickled model has no iteration.
 
@@ -331,15 +334,7 @@ class Iteration:
             if fraction is not None:
                 clamped.append(fraction)
         _update_running_stats(kept)
-        warning = None
-        if dropped:
-            first = next(record for record in self.records if record in dropped)
-            count = len({record.layer for record in dropped})
-            warning = (
-                f"CBN layer '{self.path_of(first.layer)}' is the first of {count} that met NaN or "
-                "infinite values in this iteration, which is left out of their windows and running "
-                "statistics."
-            )
+        told = list(filter(None, (self._of_dropped(dropped), self._of_narrow(kept))))
         self._scaler = loss_scale
         self._has_stepped = True
         self.scale = 1.0
@@ -354,7 +349,40 @@ class Iteration:
             layer._was_reset = False
             if updated and layer.window == "step":
                 layer._forget()
-        return (torch.tensor(sum(clamped) / len(clamped)) if clamped else None), warning
+        fraction = torch.tensor(sum(clamped) / len(clamped)) if clamped else None
+        return fraction, " ".join(told) or None
+
+    def _of_dropped(self, dropped: list[Record]) -> str | None:
+        """A warning of records that were left out."""
+        if not dropped:
+            return None
+        first = next(record for record in self.records if record in dropped)
+        count = len({record.layer for record in dropped})
+        return (
+            f"CBN layer '{self.path_of(first.layer)}' is the first of {count} that met NaN or "
+            "infinite values in this iteration, which is left out of their windows and running "
+            "statistics."
+        )
+
+    def _of_narrow(self, kept: list[Record]) -> str | None:
+        """A warning, once, of windows that set their size to hardly more than the batch."""
+        sizes = [
+            1 / record.share
+            for record in kept
+            if record.past is not None and record.window.sets_itself and record.window.size > 1
+        ]
+        size = sum(sizes) / len(sizes) if sizes else math.inf
+        self._narrow_for = self._narrow_for + 1 if size < _NARROW else 0
+        if self._has_told or self._narrow_for < _LONG:
+            return None
+        self._has_told = True
+        return (
+            f"windows have averaged {size:.1f} batches, the current one included, for {_LONG} "
+            "iterations: CBN does what batch normalisation does. They narrow where the last batch "
+            "tells more of the next one than the average of several: images that come in an order "
+            "(shuffle them, or set window_size=8), weights that move fast (a lower learning rate, "
+            "clipped gradients), or batches that are large enough for BN, which is cheaper."
+        )
 
     def _ending(self, records: list[Record]) -> _Ending:
         """What records that are alike add to their windows, and what is asked about it."""

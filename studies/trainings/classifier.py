@@ -85,7 +85,8 @@ def train_classifier(job: Job, options: dict) -> dict:
         link(model)
     held_images = options["burn_in_images"] * burn_in(job, 1)  # it counts eighths
     opens = round(held_images * options["shorten"]) // job.batch
-    for number, chosen in enumerate(shuffled(len(images), job.batch, steps * parts)):
+    order = shuffled(len(images), job.batch, steps * parts, options.get("frames", 1))
+    for number, chosen in enumerate(order):
         if windows and number in (0, opens):
             set_window(model, 1 if number < opens else None)
         is_last = (number + 1) % parts == 0

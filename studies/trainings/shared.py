@@ -90,9 +90,13 @@ def one_cycle(
     return optimizer, schedule
 
 
-def shuffled(count: int, batch: int, steps: int) -> Iterator[Tensor]:
-    """The indices of each step's images, of ``count`` in one random order after another."""
-    order = torch.cat([torch.randperm(count) for _ in range(steps * batch // count + 1)])
+def shuffled(count: int, batch: int, steps: int, frames: int = 1) -> Iterator[Tensor]:
+    """The indices of each step's images, of ``count`` in one random order after another.
+
+    Each comes ``frames`` times in a row, as from a camera before which little moves.
+    """
+    order = torch.cat([torch.randperm(count) for _ in range(steps * batch // (count * frames) + 1)])
+    order = order.repeat_interleave(frames)
     for start in range(0, steps * batch, batch):
         yield order[start : start + batch]
 

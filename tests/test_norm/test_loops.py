@@ -55,6 +55,23 @@ def test_a_search_on_a_line_is_not_told_of():
             model(torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize(("frames", "size", "count"), [(20, "auto", 1), (1, "auto", 0), (20, 8, 0)])
+def test_windows_that_stay_narrow_are_told_of_once(frames, size, count):
+    """Images in an order, as a film has: the last is the best guess of the next."""
+    model, told = linked(size=size), []
+    for number in range(500):
+        if number % frames == 0:
+            x = torch.randn(1, 3, 8, 8) * torch.rand(3, 1, 1) + torch.randn(3, 1, 1)
+        model(x).square().sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(model)
+        told += [str(each.message) for each in caught]
+    assert len(told) == count
+    for message in told:
+        assert "windows have averaged 1." in message and "for 100 iterations" in message
+
+
 @KINDS
 def test_the_first_iterations_may_run_in_inference_mode(kind):
     model = linked(kind)
