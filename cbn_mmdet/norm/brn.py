@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import NormLayer, check_count, check_tracking, check_values, is_number, is_recomputation
+from .layer import (
+    NormLayer,
+    check_count,
+    check_tracking,
+    check_values,
+    is_number,
+    is_recomputation,
+    outside_graphs,
+)
 from .moments import batch_moments
 
 
@@ -123,7 +131,7 @@ class BRN(NormLayer):
             return super().forward(input)
         return self._train(input)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _train(self, input: Tensor) -> Tensor:
         self._refuse_graphs(input)
         self._refuse_without_statistics()

@@ -13,9 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sync
-from .layer import NormLayer, check_choice, check_count, check_values, is_momentum, is_number
+from .layer import (
+    NormLayer,
+    check_choice,
+    check_count,
+    check_values,
+    is_momentum,
+    is_number,
+    outside_graphs,
+)
 from .moments import Moments, batch_derivative, batch_moments, full_precision
-from .normalize import AVERAGES, normalize
+from .normalize import AVERAGES, Normalize
 from .record import Record
 from .window import ENDLESS, LARGEST, WINDOW_DTYPES, MovingWindow, Past, SlidingWindow, Window
 
@@ -101,7 +109,10 @@ class CBN(NormLayer):
         dtype: Dtype of parameters and buffers.
 
     Attributes:
-        window_limit: The largest window size in force, or None for the layer's own.
+        own_window_size: The largest window size that the layer can have in force.
+        window_limit: What :meth:`set_window` was given, None for the layer's own.
+        window_in_force: The largest window size in force: 1 in a burn-in; 8 where the window sets
+            its own.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -167,23 +178,15 @@ class CBN(NormLayer):
         self.derivative_stride = derivative_stride
         self.sync = sync
         self.window_dtype = window_dtype
+        own = window_size
+        if window_size == "auto":
+            own = ENDLESS if window == "step" else LARGEST
+        self.own_window_size: int = own
         self.window_limit: int | None = None
+        self.window_in_force = own
         self.__dict__.update(_FRESH, _windows=[])
 
     # The window in force.
-
-    @property
-    def window_in_force(self) -> int:
-        """The largest window size in force: 1 in a burn-in; 8 where the window sets its own."""
-        own = self.own_window_size if self.window_size == "auto" else self.window_size
-        return own if self.window_limit is None else min(self.window_limit, own)
-
-    @property
-    def own_window_size(self) -> int:
-        """The largest window size that the layer can have in force."""
-        if self.window_size != "auto":
-            return self.window_size
-        return ENDLESS if self.window == "step" else LARGEST
 
     @property
     def mean_window_size(self) -> float:
@@ -203,8 +206,8 @@ class CBN(NormLayer):
         """Sets the largest window size in force, None for the layer's own; a change forgets."""
         if size is not None:
             check_count("CBN", "size", size, "the window size to put in force, or None")
-        before = self.window_in_force
-        self.window_limit = size
+        own, before = self.own_window_size, self.window_in_force
+        self.window_limit, self.window_in_force = size, own if size is None else min(size, own)
         if self.window_in_force != before:
             self._forget()
             for window in self._windows:
@@ -255,7 +258,7 @@ class CBN(NormLayer):
         return self._train(input)
 
     # What is known of past iterations is for Python to look up: a compiled graph ends here.
-    @torch.compiler.disable
+    @outside_graphs
     def _train(self, y: Tensor) -> Tensor:
         self._refuse_graphs(y)
         if self._is_plain():
@@ -337,7 +340,7 @@ class CBN(NormLayer):
         kind = type(record.window)
         record.kind = record.mean.device, dtype, kind, record.backward, record.is_spread
         self._iteration.add(record, call.repeats)
-        return normalize(y, gamma, beta, record, self.eps, weight, bias)
+        return Normalize.apply(y, gamma, beta, weight, bias, record, self.eps)
 
     # Batch normalisation.
 
@@ -348,7 +351,7 @@ class CBN(NormLayer):
         running statistics, which resets them and sets ``momentum`` to None, and then runs forwards
         that no ``step`` follows.
         """
-        if self.is_reset_by_torch():
+        if self._was_reset and self.is_reset_by_torch():
             return True
         if "_is_replica" in self.__dict__:
             raise self.refusal(

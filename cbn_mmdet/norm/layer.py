@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
+
+# Whether code is being traced by torch.compile or torch.export; torch 2.1 has it elsewhere.
+is_compiling = getattr(torch.compiler, "is_compiling", None) or (
+    lambda: torch._dynamo.is_compiling()
+)
 
 
 class NormLayer(nn.BatchNorm2d):
@@ -74,11 +81,17 @@ class NormLayer(nn.BatchNorm2d):
         )
 
 
-def is_compiling() -> bool:
-    """Whether this code is being traced by torch.compile or torch.export."""
-    if hasattr(torch.compiler, "is_compiling"):
-        return torch.compiler.is_compiling()
-    return torch._dynamo.is_compiling()  # torch 2.1
+def outside_graphs(function: Callable) -> Callable:
+    """``torch.compiler.disable``, whose import of a compiler takes a second, at the first call."""
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        disabled = function.__dict__.get("disabled")
+        if disabled is None:
+            disabled = function.disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 def is_recomputation() -> bool:

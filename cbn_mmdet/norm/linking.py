@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .layer import NormLayer, is_recomputation
+from .layer import NormLayer, is_recomputation, outside_graphs
 from .moments import Source
 
 _MARK = "_cbn_mark"  # the attribute of a tensor
@@ -57,7 +57,7 @@ class Hook:
     def __init__(self, iteration: object, method: str) -> None:
         self.iteration, self.method = iteration, method
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, *args: object) -> None:
         """What torch calls."""
         if self.iteration is not None:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .layer import NormLayer, check_count, check_tracking, check_values, is_number, is_recomputation
+from .layer import (
+    NormLayer,
+    check_count,
+    check_tracking,
+    check_values,
+    is_number,
+    is_recomputation,
+    outside_graphs,
+)
 from .moments import batch_moments
 
 
@@ -111,7 +119,7 @@ class MABN(NormLayer):
         self._check_input_dim(input)
         return self._train(input) if self.training else super().forward(input)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _train(self, x: Tensor) -> Tensor:
         self._refuse_graphs(x)
         self._refuse_without_statistics()

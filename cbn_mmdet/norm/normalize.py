@@ -66,34 +66,6 @@ AVERAGES = ("full", "mixed")  # the gradients that keep them
 GIVES_BACK = (*AVERAGES, "own")
 
 
-def normalize(
-    y: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    record: Record,
-    eps: float,
-    conv_weight: Tensor | None = None,
-    conv_bias: Tensor | None = None,
-) -> Tensor:
-    """Normalises ``y`` with the window's statistics.
-
-    Args:
-        y: Output of the convolution, ``(N, C, H, W)``.
-        gamma: Scale, ``(C,)``, or None for 1.
-        beta: Shift, ``(C,)``, or None for 0.
-        record: What the forward found, and which gradient is asked for. The backward pass adds its
-            sums to it.
-        eps: Added to the variance.
-        conv_weight: The convolution's weight if it is to receive the gradient through the past,
-            which is a function of it, else None.
-        conv_bias: The convolution's bias, likewise.
-
-    Returns:
-        The normalised tensor, in the dtype and memory format of ``y``.
-    """
-    return _Normalize.apply(y, gamma, beta, conv_weight, conv_bias, record, eps)
-
-
 class Coefficients(NamedTuple):
     """What a record's backward pass makes of its sums.
 
@@ -216,9 +188,27 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     return [Coefficients(*each) for each in zip(*parts, strict=True)]
 
 
-class _Normalize(Function):
+class Normalize(Function):
+    """Normalises with the window's statistics.
+
+    ``apply`` takes
+
+    - ``y``, the output of the convolution, ``(N, C, H, W)``;
+    - ``gamma``, the scale, ``(C,)``, or None for 1;
+    - ``beta``, the shift, ``(C,)``, or None for 0;
+    - ``conv_weight``, the convolution's weight if it is to receive the gradient through the past,
+      which is a function of it, else None;
+    - ``conv_bias``, the convolution's bias, likewise;
+    - ``record``, what the forward found, and which gradient is asked for; the backward pass adds
+      its sums to it;
+    - ``eps``, which is added to the variance;
+
+    and returns the normalised tensor, in the dtype and memory format of ``y``.
+    """
+
     @staticmethod
     def forward(ctx, y, gamma, beta, conv_weight, conv_bias, record, eps):
+        """The normalised tensor."""
         ctx.record, ctx.eps = record, eps
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
         ctx.save_for_backward(y)
@@ -226,6 +216,7 @@ class _Normalize(Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients in what ``apply`` takes."""
         # Turning off gradients that are off takes as long as a kernel.
         return (once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, grad)
 
