@@ -71,7 +71,7 @@ def count_step(name: str, images: int, half: bool) -> dict[str, object]:
             model = build_backbone(name)
         if has_cbn(model):
             link(model)
-        for _ in range(4):
+        for _ in range(4 if has_cbn(model) else 1):
             x = torch.empty(images, 3, *SIZE, device="cuda")
             watch.take()
             with torch.autocast("cuda", torch.float16, enabled=half):

@@ -1,20 +1,24 @@
 # Licensed under the Apache License, Version 2.0.
 """Compare norms at small batches: what CBN gains, and which of its settings matter.
 
-photos and cells train the Faster R-CNN of configs/photos, with a pretrained backbone, on varied and
-on uniform photographs, with the norm in FPN and box head; photos-all and cells-all train the
-backbone's, too. detector trains the Faster R-CNN of digits/configs at 1, 2 and 4 images per step,
-and ablation does with other windows and burn-ins. levels trains a RetinaNet, whose head runs on
-four levels, and levels-apart one whose head has a norm for each. classifier trains a plain CNN on
-handwritten digits of varied tone and contrast with batches of 1 to 32 images; even does so on
-digits that are alike in both, centred with MABN's convolutions for all norms, and momentum with
-other momenta of CBN's running statistics. continued goes on with a ResNet-18 that batch
-normalisation has trained, at one image per step: its mean loss, and the accuracies on the way.
-continued-clipped clips the norm of its gradients at 10.
+photos, cells           configs/photos: a pretrained backbone, varied or uniform photographs; the
+                        norm is in FPN and box head
+photos-all, cells-all   the same, and the backbone's norm trains, too
+detector                the Faster R-CNN of digits/configs, at 1, 2 and 4 images per step
+ablation                the same, with other windows and burn-ins
+levels, levels-apart    a RetinaNet whose head runs on four levels, with one norm or one for each
+classifier              a plain CNN on handwritten digits of varied tone, at 1 to 32 images per step
+even                    the same, on digits that are alike in tone and contrast
+frames                  the same, with each digit eight times in a row
+centred                 the same, with MABN's convolutions for all norms
+momentum                the same, with other momenta of CBN's running statistics
+continued               a ResNet-18 that BN has trained goes on at one image per step: its mean
+                        loss, and the accuracies on the way
+continued-clipped       the same, with the norm of the gradients clipped at 10
 
-Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for centred,
-continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an interrupted
-command goes on where it stopped, and one with more --seeds adds to what is there.
+Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for frames,
+centred, continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an
+interrupted command goes on where it stopped, and one with more --seeds adds to what is there.
 
 A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
@@ -157,7 +161,9 @@ def parse_args() -> argparse.Namespace:
     add("--folder", default=KEPT, help=text)
     add("--norms", nargs="+", type=norm, metavar="NORM", help="the norms to compare")
     add("--batches", nargs="+", type=positive, metavar="N", help="images per step")
-    text = "seeds of each (classifier, even, centred: 5; detector at 2 images: 2, at 4: 1; else 3)"
+    text = (
+        "seeds of each (3; with the classifier but for momentum 5; detector at 2 images 2, at 4 1)"
+    )
     add("--seeds", type=positive, metavar="N", help=text)
     text = "epochs before windows open, of the classifier's studies eighths of the run (1)"
     add("--burn-in", type=int, metavar="N", help=text)

@@ -1,5 +1,6 @@
 """studies/evidence.py: short studies, resumed and reported."""
 
+import itertools
 import json
 import re
 from argparse import Namespace
@@ -158,6 +159,33 @@ def test_each_step_has_its_images():
     assert [len(each) for each in steps] == [2] * 6
     drawn = sum(steps, [])
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_frames_come_in_a_row(batch, evidence, monkeypatch):
+    """Each image as often as the study says, and then another; without frames, once."""
+    from trainings import classifier
+
+    def images_of(study):
+        seen, descend = [], classifier.descend
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                classifier,
+                "descend",
+                lambda model, optimizer, x, *args: (
+                    seen.extend(x) or descend(model, optimizer, x, *args)
+                ),
+            )
+            options = dict(evidence.STUDIES[study].settings, shorten=0.02)
+            evidence.train_classifier(evidence.Job("GN(num_groups=8)", batch, 0), options)
+        return seen
+
+    def runs(seen):
+        new = [0] + [n for n in range(1, len(seen)) if not torch.equal(seen[n], seen[n - 1])]
+        return {later - first for first, later in itertools.pairwise(new)}
+
+    assert runs(images_of("classifier")) == {1}
+    assert runs(images_of("frames")) == {8}
 
 
 @pytest.mark.parametrize("batch, momentum", [(1, 0.02), (4, 0.08), (8, 0.1)])
