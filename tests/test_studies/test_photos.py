@@ -426,9 +426,9 @@ def test_photos(data, tool, tmp_path):
 @pytest.mark.slow
 def test_all_of_it_trains(data, tool, tmp_path):
     args = ["--folder", tmp_path, "--data", data, "--jobs", 1, "--seeds", 1, "--batches", 2]
-    args += ["--norms", "CBN", "GN(num_groups=8)", "--shorten", 0.4]
+    args += ["--norms", "CBN", "--shorten", 0.4]
     tool("evidence.py", "photos-all", *args)
-    rows = json.loads((tmp_path / "photos-all.json").read_text())["runs"]
-    assert len(rows) == 2 and all(0 <= row["ap"] <= 1 for row in rows)
+    (row,) = json.loads((tmp_path / "photos-all.json").read_text())["runs"]
+    assert 0 <= row["ap"] <= 1
     log = next(tmp_path.glob("runs/photos-all/0.4/CBN_2_None_0/run/*/*.log")).read_text()
     assert "58 CBN layers" in log
