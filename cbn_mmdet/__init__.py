@@ -1,10 +1,10 @@
 # Licensed under the Apache License, Version 2.0.
 """Cross-Iteration Batch Normalization for MMDetection.
 
-Importing the package registers the layers ``CBN``, ``SyncCBN``, ``CmBN``, ``BRN`` and ``MABN`` in
-mmengine's root ``MODELS`` registry, where mmdet and the rest of the OpenMMLab family find them as
-``norm_cfg=dict(type='CBN')``, the convolution ``CenConv2d`` that goes with ``MABN``, and
-``CBNHook``, ``DiagnoseHook`` and ``PreciseStatsHook`` in ``HOOKS``. Without mmengine, the layers
+Importing the package registers the layers ``CBN``, ``SyncCBN``, ``CmBN``, ``BRN`` and ``MABN``, and
+the convolution ``CenConv2d`` that goes with ``MABN``, in mmengine's root ``MODELS`` registry. There
+mmdet and the rest of the OpenMMLab family find them: ``norm_cfg=dict(type='CBN')``. ``CBNHook``,
+``DiagnoseHook`` and ``PreciseStatsHook`` are registered in ``HOOKS``. Without mmengine, the layers
 and their functions work in any torch training loop.
 """
 

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""mmengine hooks."""
+"""The hooks for mmengine's runner."""
 
 from .cbn_hook import CBNHook
 from .diagnose_hook import DiagnoseHook

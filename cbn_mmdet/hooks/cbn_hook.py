@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Cross-Iteration Batch Normalization in an mmengine run."""
+"""The hook that runs Cross-Iteration Batch Normalization in mmengine."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from ..norm.diagnostics import LARGE_APART, LARGE_CLAMPED, diagnose
 from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
 
-_KEY = "cbn_windows"  # in a checkpoint
+_KEY = "cbn_windows"  # of the windows in a checkpoint
 
 
 @HOOKS.register_module()
 class CBNHook(Hook):
     """Links every CBN to its convolution, holds the burn-in, and ends each iteration.
 
-    Early in training the weights move too fast for a first-order compensation, so the window is
-    held at 1 first, which is batch normalisation: 3 epochs on COCO in the paper.
+    Early in training the weights move too fast for a first-order compensation. So the hook first
+    holds the window at 1, which is batch normalisation: for 3 epochs on COCO in the paper.
 
-    In distributed training windows stay with their process. Running statistics are averaged over
-    the processes where they are read, before an evaluation and a checkpoint (with ``EMAHook``,
-    which reads them in each iteration, as often), so that every process evaluates with the same.
-    (Which layers train must not differ between processes.)
+    In distributed training, each process keeps its own windows. Running statistics are averaged
+    over the processes before they are read: before an evaluation or a checkpoint, and with
+    ``EMAHook`` in each iteration. So every process evaluates with the same statistics. (Which
+    layers train must not differ between processes.)
 
-    The windows are part of the checkpoint, and a resume goes on with them: on one process as if it
-    had not been interrupted, on several all with those of rank 0, which writes checkpoints. A
-    resume under another ``window``, ``window_size`` or ``compensate``, or from a checkpoint without
-    windows, starts with empty ones and says so.
+    Checkpoints contain the windows, and a resumed run continues with them: on one process as if it
+    had not been interrupted; on several, all take those of rank 0, which writes checkpoints. A run
+    resumed with another ``window``, ``window_size`` or ``compensate``, or from a checkpoint without
+    windows, starts with empty windows and says so.
 
-    It logs, beside the losses,
+    The hook logs, beside the losses,
 
-    - ``cbn/window_size``: the window size, in the mean over the layers: 1 in a burn-in, else the
-      one in force, or what the windows that set their own have found;
+    - ``cbn/window_size``: the mean window size of the layers: 1 in a burn-in, else the size in
+      force, or the sizes found by windows that set their own;
     - ``cbn/clamped``: the fraction of compensated past variances in this iteration that came out
       negative and were cut to zero. Much above 0 means that the weights move too fast for the
-      window, of which it warns once: lengthen the burn-in or narrow the window.
+      window: lengthen the burn-in or narrow the window. The hook warns of this once.
 
-    In distributed training these figures are those of rank 0; of NaN or infinite values each
-    process tells by itself. A loss scaler is found where mmengine's ``AmpOptimWrapper`` has it.
+    In distributed training these figures are those of rank 0, but each process reports its own NaN
+    or infinite values. A loss scaler is found where mmengine's ``AmpOptimWrapper`` has it.
 
     Args:
-        burn_in: Length of the burn-in, at least 0, less than the run.
-        by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False), which are
-            forwards: with ``accumulative_counts`` several to an update.
-        save_window: Whether checkpoints have the windows: a moving one has the size of the weight
-            that it follows, a sliding one ``window_size - 1`` times that.
+        burn_in: Length of the burn-in, at least 0 and shorter than the run.
+        by_epoch: Whether ``burn_in`` counts epochs (True) or iterations (False). An iteration is a
+            forward: with ``accumulative_counts``, several make one update.
+        save_window: Whether checkpoints contain the windows. A moving window has the size of the
+            weight that it follows, a sliding one ``window_size - 1`` times that.
 
     Raises:
-        ValueError: An argument is not of its kind, or (at the start of training) ``burn_in`` is
-            not shorter than the run.
+        ValueError: An argument has a wrong type or value, or (at the start of training)
+            ``burn_in`` is not shorter than the run.
     """
 
-    # Before whatever reads the running statistics after an iteration, EMAHook for one.
+    # Runs before hooks that read the running statistics after an iteration, such as EMAHook.
     priority = "ABOVE_NORMAL"
 
     def __init__(self, burn_in: int = 3, by_epoch: bool = True, save_window: bool = True) -> None:
@@ -72,13 +72,13 @@ class CBNHook(Hook):
         self.burn_in = burn_in
         self.by_epoch = by_epoch
         self.save_window = save_window
-        self._loaded: dict | None = None  # windows of a checkpoint
+        self._loaded: dict | None = None  # windows from a checkpoint
         self._has_checked_modes = False
         self._has_checked_calls = False
         self._has_told_links = False
         self._has_warned = False
         self._is_read_each_time = False
-        self._differs = False  # running statistics between the processes
+        self._differs = False  # whether running statistics differ between the processes
 
     # Link.
 
@@ -95,7 +95,7 @@ class CBNHook(Hook):
             return
         self.check_length(runner.max_epochs, runner.max_iters)
         self._hold(runner)
-        # An iteration of nothing: the first one of the run is to know the scale of its gradients.
+        # Ends an empty iteration, so that the run's first one knows the scale of its gradients.
         end_iteration(model, _loss_scaler(runner))
         unit = "epochs" if self.by_epoch else "iterations"
         sizes = sorted({str(layer.window_size) for layer in cbn_layers(model).values()})
@@ -109,10 +109,10 @@ class CBNHook(Hook):
             self._fill(runner, windows)
 
     def check_length(self, epochs: int, iterations: int | None) -> None:
-        """Checks that the window opens within a run of this length; of None it is not known.
+        """Checks that the window opens within a run of this length (None: unknown, no check).
 
         Raises:
-            ValueError: ``burn_in`` is not shorter.
+            ValueError: ``burn_in`` is not shorter than the run.
         """
         unit, length = ("epochs", epochs) if self.by_epoch else ("iterations", iterations)
         if length is not None and self.burn_in >= length:
@@ -123,7 +123,7 @@ class CBNHook(Hook):
             )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Tells of layers that the model keeps in evaluation mode, as detectors do by default."""
+        """Warns of layers that the model keeps in evaluation mode, as detectors do by default."""
         if not self.by_epoch:
             self._hold(runner)
         if self._has_checked_modes:
@@ -165,12 +165,12 @@ class CBNHook(Hook):
     # Step, and log.
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Ends the iteration and logs it."""
+        """Ends the iteration and logs its figures."""
         model = unwrapped(runner.model)
         updated = _has_updated(runner.optim_wrapper)
         clamped, warning = end_iteration(model, _loss_scaler(runner), updated)
         if warning:
-            # mmengine keeps what is no error of the other processes to itself.
+            # On processes other than rank 0, mmengine shows errors only.
             log = runner.logger.warning if get_rank() == 0 else runner.logger.error
             log(f"CBNHook: {warning}")
         self._differs = get_world_size() > 1
@@ -192,7 +192,7 @@ class CBNHook(Hook):
             )
 
     def _tell_links(self, runner, model) -> None:
-        """Tells which layers compensate='where_possible' left out, as of the first iteration."""
+        """Warns of layers that compensate='where_possible' left out in the first iteration."""
         self._has_told_links = True
         left_out = [f"'{name}'" for name, by in links(model).items() if by == "(not compensated)"]
         if left_out:
@@ -202,17 +202,17 @@ class CBNHook(Hook):
             )
 
     def after_train_epoch(self, runner) -> None:
-        """Averages the running statistics of all processes for what reads them after an epoch."""
+        """Averages running statistics over processes for hooks that read them after an epoch."""
         self._average(runner)
 
     def before_val_epoch(self, runner) -> None:
-        """Averages the running statistics of all processes for an evaluation in training."""
+        """Averages running statistics over processes for an evaluation during training."""
         self._average(runner)
         if not self._has_checked_calls:
             self._check_calls(runner)
 
     def _check_calls(self, runner) -> None:
-        """Tells of a layer on several levels that differ, which are evaluated with one average."""
+        """Warns of a layer whose calls differ in their means: evaluation averages them."""
         found = diagnose(unwrapped(runner.model))
         self._has_checked_calls = bool(found)
         worst = max(found, key=lambda name: found[name].apart, default=None)
@@ -225,11 +225,11 @@ class CBNHook(Hook):
             )
 
     def _average(self, runner) -> None:
-        """Averages what layers learnt of their process's images, if they did since the last time.
+        """Averages running statistics over processes, if they changed since the last average.
 
-        (An average of equal numbers may differ from them in its last bit.) Doing so at any time
-        leaves the same average as doing it once, since running statistics are linear in what they
-        average. A process whose batch was empty counts as one that did not change them.
+        (Averaging equal numbers may change their last bit.) When and how often this is done does
+        not change the final average, since running statistics are linear in what they average. A
+        process whose batch was empty counts as one that did not change them.
         """
         if not self._differs:
             return
@@ -246,7 +246,7 @@ class CBNHook(Hook):
     # Windows in checkpoints.
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Adds the windows. Only the process of rank 0 gets here."""
+        """Adds the windows to the checkpoint. Only the process of rank 0 gets here."""
         if self.save_window:
             state = window_state(unwrapped(runner.model))
             checkpoint[_KEY] = {
@@ -255,15 +255,15 @@ class CBNHook(Hook):
             }
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keeps the windows until the model is linked."""
+        """Keeps the checkpoint's windows until the model is linked."""
         self._loaded = checkpoint.get(_KEY)
 
     def _fill(self, runner, windows: dict | None) -> None:
-        """Fills the windows of a resumed run, or tells why they start empty."""
+        """Fills the windows of a resumed run, or warns why they start empty."""
         try:
             if windows is None:
                 if self._done(runner) <= self.burn_in:
-                    return  # they would have been empty
+                    return  # in a burn-in, they would have been empty
                 raise ValueError("the checkpoint has none (save_window=False, or another norm).")
             load_window_state(unwrapped(runner.model), windows)
         except ValueError as error:
@@ -271,22 +271,22 @@ class CBNHook(Hook):
 
 
 def _has_updated(wrapper: BaseOptimWrapper) -> bool:
-    """Whether the optimiser stepped in this iteration; of several, all; of others it is assumed."""
+    """Whether all optimisers stepped in this iteration; assumed for wrappers that cannot tell."""
     each = _each_of(wrapper)
     return all(one.should_update() for one in each if hasattr(one, "should_update"))
 
 
 def _loss_scaler(runner) -> object:
-    """That of mmengine's mixed precision; of several optimisers the first one's.
+    """The loss scaler of mmengine's mixed precision; with several optimisers, the first one's.
 
-    Theirs start alike and see the same overflows, if one loss goes into all of them.
+    Their scalers start alike and see the same overflows, if one loss goes into all of them.
     """
     each = _each_of(runner.optim_wrapper)
     return next((one.loss_scaler for one in each if hasattr(one, "loss_scaler")), None)
 
 
 def _each_of(wrapper: BaseOptimWrapper) -> list[BaseOptimWrapper]:
-    """Each optimiser's, if it is of several."""
+    """The wrapper of each optimiser, if ``wrapper`` holds several; else ``wrapper`` alone."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
@@ -308,12 +308,12 @@ def _is_saved(hook: CBNHook, runner) -> bool:
 
 
 def log_scalar(name: str, value: float) -> None:
-    """Logs a figure of CBN beside the losses."""
+    """Logs one of CBN's figures beside the losses."""
     MessageHub.get_current_instance().update_scalar(f"train/cbn/{name}", value)
 
 
 def plain_batch_norms(model) -> list[str]:
-    """The names of the batch norms of a model that train and are none of this package's."""
+    """The names of a model's batch norms that train and are not layers of this package."""
     return [
         f"'{name}' ({type(module).__name__})"
         for name, module in model.named_modules()
@@ -322,7 +322,7 @@ def plain_batch_norms(model) -> list[str]:
 
 
 def unwrapped(model):
-    """The model inside of any wrapper, DDP's say."""
+    """The model inside any wrappers, such as DDP."""
     while is_model_wrapper(model):
         model = model.module
     return model

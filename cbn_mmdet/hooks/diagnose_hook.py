@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Figures of each layer's window, logged in a run."""
+"""The hook that logs figures of the layers' windows during a run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .cbn_hook import log_scalar, unwrapped
 
 @HOOKS.register_module()
 class DiagnoseHook(Hook):
-    """Logs what :func:`cbn_mmdet.diagnose` tells of each layer, beside ``CBNHook``.
+    """Logs the figures of :func:`cbn_mmdet.diagnose`; to be used beside ``CBNHook``.
 
     - ``cbn/correction`` and ``cbn/worst_correction``: by how many standard deviations the
-      compensation moves past means, in the mean over the layers and in the worst of them, whose
-      name the log has;
+      compensation moves past means, as the mean over the layers and in the worst layer, which the
+      log names;
     - ``cbn/noise``: how many standard deviations the last batch's means were from the past's;
-    - ``cbn/lag``: whether they are off in the same direction time after time, from -1 to 1, in the
-      mean over the layers: well above 0 the past lags behind what earlier layers do.
+    - ``cbn/lag``: whether batches deviate in the same direction time after time, from -1 to 1, as
+      the mean over the layers: well above 0, the past lags behind what earlier layers do.
 
-    The log also names the layers with the narrowest and the widest window, where they differ. A
-    warning names the worst layer, once, when more than 5 % of a layer's past variances are cut to
+    The log also names the layers with the narrowest and the widest window, if their sizes differ.
+    One warning names the worst layer when more than 5 % of a layer's past variances are cut to
     zero, or its correction is above 0.3. In distributed training the figures are those of rank 0.
 
     Args:
-        interval: Iterations from one diagnosis to the next. Each reads all windows once.
+        interval: Iterations between two diagnoses, each of which reads all windows once.
 
     Raises:
-        ValueError: ``interval`` is no whole number of at least 1.
+        ValueError: ``interval`` is not a whole number of at least 1.
     """
 
-    # After CBNHook, which ends the iteration.
+    # Runs after CBNHook, which ends the iteration.
     priority = "NORMAL"
 
     def __init__(self, interval: int = 50) -> None:
@@ -45,7 +45,7 @@ class DiagnoseHook(Hook):
         self._has_warned = False
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Logs a diagnosis, if it is time."""
+        """Logs a diagnosis every ``interval`` iterations."""
         if self.every_n_train_iters(runner, self.interval):
             found = diagnose(unwrapped(runner.model))
             if found:

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Statistics for evaluation, estimated anew from training images."""
+"""The hook that re-estimates the statistics for evaluation from training images."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from .cbn_hook import unwrapped
 
 @HOOKS.register_module()
 class PreciseStatsHook(Hook):
-    """Replaces running statistics by those of training images, with the weights at rest.
+    """Replaces running statistics by those of training images, computed with fixed weights.
 
     It does so after the last iteration before an evaluation, so that the checkpoint of that time
-    has the same statistics, and works for every batch normalisation that trains: CBN, BRN, BN and
+    has the same statistics. It covers every batch normalisation that trains: CBN, BRN, BN and
     SyncBN (see :func:`cbn_mmdet.precise_statistics`). Training goes on as if nothing had happened,
-    but for BRN, which corrects towards the running statistics, and for a head that counts its
-    forwards outside of buffers, as Dynamic R-CNN's does. The averaged model of ``EMAHook``, which
-    is what is evaluated then, keeps its own statistics: a warning says so.
+    except for BRN, which corrects towards the running statistics, and for heads that count their
+    forwards outside buffers, such as Dynamic R-CNN's. With ``EMAHook``, evaluation uses the
+    averaged model, which keeps its own statistics: a warning says so.
 
     Args:
-        num_images: Number of training images, over all processes, each of which takes the same
-            number (down to one); fewer if the data set has fewer. They are the same each time,
-            evenly spread over the data set, and pass through the training's own pipeline, in
-            batches of its size. Each costs a forward pass.
-        every_evaluation: Whether to do it before each evaluation in the training, or (False) only
-            at its end.
+        num_images: Number of training images over all processes, each of which takes the same
+            number (at least one); fewer if the data set has fewer. The images are the same each
+            time, evenly spread over the data set, and pass through the training pipeline in batches
+            of the training's size. Each costs a forward pass.
+        every_evaluation: Whether to do so before each evaluation during training (True), or only
+            at the end of training (False).
 
     Raises:
-        ValueError: An argument is not of its kind, or (at the start of training) the data set has
-            no length, or no batch normalisation trains.
+        ValueError: An argument has a wrong type or value, or (at the start of training) the data
+            set has no length, or no batch normalisation trains.
     """
 
-    # After CBNHook, which ends the iteration, and before what writes checkpoints.
+    # Runs after CBNHook, which ends the iteration, and before hooks that write checkpoints.
     priority = "NORMAL"
 
     def __init__(self, num_images: int = 300, every_evaluation: bool = True) -> None:
@@ -63,7 +63,7 @@ class PreciseStatsHook(Hook):
         self.every_evaluation = every_evaluation
 
     def before_train(self, runner) -> None:
-        """Checks that there are images to pick, and layers to gain from them."""
+        """Checks that images can be picked from the data set, and that there are layers to fill."""
         dataset = runner.train_loop.dataloader.dataset
         if not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -71,7 +71,7 @@ class PreciseStatsHook(Hook):
                 f"{type(dataset).__name__} has no length. Remove the hook, or train on a data set "
                 "that has one."
             )
-        unwrapped(runner.model).train()  # as the loop is about to do: it tells what is frozen
+        unwrapped(runner.model).train()  # as the loop is about to do: the modes show what is frozen
         _check_layers(runner.model)
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
             runner.logger.warning(
@@ -80,23 +80,23 @@ class PreciseStatsHook(Hook):
             )
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """In a loop that counts iterations, estimates if an evaluation, or the end, follows."""
+        """Estimates before an evaluation and at the end, in a loop that counts iterations."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             self._estimate_if_due(runner, runner.iter + 1, runner.max_iters)
 
     def after_train_epoch(self, runner) -> None:
-        """In a loop that counts epochs, likewise."""
+        """Estimates before an evaluation and at the end, in a loop that counts epochs."""
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
             self._estimate_if_due(runner, runner.epoch + 1, runner.max_epochs)
 
     def estimate(self, runner) -> None:
-        """Estimates now, in a runner whose train loop was built."""
+        """Estimates the statistics now; the runner's train loop must have been built."""
         started = time.monotonic()
         _check_layers(runner.model)
         model = unwrapped(runner.model)
         loader = runner.train_loop.dataloader
         length = len(loader.dataset)
-        # As many for each process: the losses of some heads wait for the other processes.
+        # The same number for each process: the losses of some heads wait for the other processes.
         world = get_world_size()
         count = max(min(self.num_images, length) // world, 1) * world
         chosen = [i * length // count for i in range(count)][get_rank() :: world]
@@ -134,13 +134,13 @@ def _check_layers(model) -> None:
 
 
 def _is_evaluated(runner, done: int) -> bool:
-    """Whether the loop evaluates after so many epochs, or iterations."""
+    """Whether the loop evaluates after ``done`` epochs, or iterations."""
     loop = runner.train_loop
     if runner.val_loop is None or done < loop.val_begin:
         return False
     interval = loop.val_interval
     if loop.dynamic_milestones:
-        # As the loop does itself, once it counts this epoch or iteration.
+        # The loop itself does the same once it has counted this epoch or iteration.
         interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, done + 1) - 1]
     return done % interval == 0
 
@@ -155,7 +155,7 @@ def _forward(model, batch) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leaves the generators of random numbers, which pipelines and samplers use, as they were."""
+    """Restores the random number generators, which pipelines and samplers use, on exit."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

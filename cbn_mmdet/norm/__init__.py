@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""The layers and what a training loop calls; depends on torch alone."""
+"""The layers and the functions that a training loop calls; depends on torch alone."""
 
 from .brn import BRN
 from .cbn import CBN, CmBN, SyncCBN

@@ -47,70 +47,70 @@ _BACKWARDS = {
 class CBN(NormLayer):
     """Batch normalisation with the statistics of past iterations.
 
-    The mean and variance of past iterations are moved to the current weights of the convolution
-    that feeds the layer by a first-order Taylor expansion (section 3.2, equations 5 to 9), and
-    united with those of the current batch. In evaluation mode the layer *is* ``nn.BatchNorm2d``,
-    whose parameters, buffers and names it has: checkpoints load either way.
+    A first-order Taylor expansion moves the mean and variance of past iterations to the current
+    weights of the convolution that feeds the layer (section 3.2, equations 5 to 9). The layer
+    then unites them with those of the current batch. In evaluation mode it *is* ``nn.BatchNorm2d``,
+    with the same parameters, buffers and names: checkpoints load either way.
 
-    The layer finds its convolution by itself once the model was given to
-    :func:`cbn_mmdet.link`; :func:`cbn_mmdet.step` ends an iteration and
-    :func:`cbn_mmdet.set_window` narrows the window for a burn-in. In mmengine, ``CBNHook`` calls
-    the three. A linked layer changes nothing before ``step``: until then its forward can be
-    repeated. With a window of 1 in force its output is ``nn.BatchNorm2d``'s.
+    After :func:`cbn_mmdet.link` was called on the model, the layer finds its convolution by itself.
+    :func:`cbn_mmdet.step` ends an iteration, and :func:`cbn_mmdet.set_window` narrows the window
+    for a burn-in. In mmengine, ``CBNHook`` calls all three. A linked layer changes nothing before
+    ``step``: until then its forward can be repeated. With a window of 1 in force, its output is
+    that of ``nn.BatchNorm2d``.
 
-    Past statistics are kept in float32, on the layer's device, and are not part of
-    ``state_dict``, but :func:`cbn_mmdet.window_state` has them. A copied or unpickled layer starts
-    with an empty window and without a link.
-    Called several times in one forward of the model, the layer keeps a window for each call.
+    Past statistics stay in float32 on the layer's device. They are not part of ``state_dict``, but
+    :func:`cbn_mmdet.window_state` returns them. A copied or unpickled layer has an empty window and
+    no link. A layer called several times in one forward of the model keeps a window for each call.
 
     Args:
         num_features: Number of channels ``C`` of the input, which is ``(N, C, H, W)``.
         eps: Added to the variance.
         momentum: Weight of the new value in the running statistics; None for their plain average.
-            Batches of one or two images want less than the default, 0.02 say.
+            Batches of one or two images need less than the default, 0.02 say.
         affine: Whether to learn a scale and a shift per channel.
         track_running_stats: Whether to keep running statistics for evaluation.
-        window: ``'moving'`` keeps the past as one first-order function of the weight, which is
-            averaged exponentially; its cost does not depend on its size. ``'sliding'`` is the
-            paper's, the last iterations one by one. ``'step'`` averages the forwards of one step of
-            the optimiser, between which gradients accumulate: it is emptied when the optimiser
+        window: ``'moving'`` keeps the past as one first-order function of the weight, averaged
+            exponentially; its cost does not depend on the window size. ``'sliding'`` is the paper's
+            window and keeps the last iterations one by one. ``'step'`` averages the forwards of one
+            optimiser step, over which gradients accumulate, and is emptied when the optimiser
             steps.
-        window_size: The paper's ``k``: a sliding window averages so many iterations, the current
-            one included, and in a moving one the current one's share is ``1 / k``. 1 is batch
-            normalisation. ``'auto'``, for a moving window: the share sets itself, between 1 and
-            1/8, at which it begins, so that what the past says of the next batch is as likely too
-            high as too low. For the forwards of a step: all of them.
+        window_size: The paper's ``k``. A sliding window averages ``k`` iterations, including the
+            current one; in a moving window, the current iteration has the share ``1 / k``. 1 is
+            batch normalisation. With ``'auto'``, a moving window sets its share itself, between 1/8
+            (where it starts) and 1, so that the past predicts the next batch too high as often as
+            too low; ``window='step'`` then averages all forwards of the step.
         compensate: Whether to move past statistics to the current weights. False is the paper's
             *naive CBN*, which needs no convolution; its gradient takes the past as a constant.
-            ``'where_possible'`` is naive where what the layer is handed is no function of a weight
-            that can be found, with a warning, where True refuses.
-        backward: The gradient. ``'current'`` is the paper's: past statistics are constants, and
-            running statistics those of the current batch. In the others, which batches of one or
-            two images need, it flows to the convolution's weight and bias through the past as well,
-            and running statistics are the window's. They differ in what goes on to the layer's
-            input: ``'window'`` leaves in it what many images want alike of the common statistics,
-            ``'full'`` takes that off by averages over past iterations, ``'mixed'`` by averages in
-            which the batch is as well, ``'own'`` by the batch's own, as batch normalisation does.
+            Where no weight is found that the layer's input is a function of, True refuses, and
+            ``'where_possible'`` warns and is naive.
+        backward: Which gradient to compute. ``'current'`` is the paper's: past statistics are
+            constants, and running statistics are those of the current batch. With the others, which
+            batches of one or two images need, the gradient also flows through the past to the
+            convolution's weight and bias, and running statistics are the window's. These differ in
+            the gradient of the layer's input: ``'window'`` leaves in the part that many images have
+            in common through the statistics; ``'full'`` subtracts this part by averages over past
+            iterations, ``'mixed'`` by averages that include the batch, and ``'own'`` by the batch's
+            own values, as batch normalisation does.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
             of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions. None
-            for the largest of 1, 2 and 4 that leaves 256 positions of the batch or more.
-        sync: Whether the current statistics, and hence those that enter the window, are those of
-            the batches of all processes together, as in ``nn.SyncBatchNorm``, which this is with a
-            window of 1. Each process moves the past to today's weights with the derivative of its
-            own batch, so their running statistics differ slightly unless they are averaged, as
-            ``CBNHook`` does. All processes of the default group must call the layer and ``step``
-            equally often, forward and backward; a batch may be empty. Without distributed training
-            it changes nothing.
-        window_dtype: ``'float32'`` or ``'bfloat16'``: how the window holds the derivatives of past
-            variances, which are nearly all of it. Everything else stays in float32. Their rounding
-            touches the small correction, and by 2^-9 their share of the weight's gradient.
-            ``'bfloat16'`` halves the memory.
+            takes the largest of 1, 2 and 4 that leaves at least 256 positions of the batch.
+        sync: Whether the current statistics, and hence those that enter the window, are computed
+            over the batches of all processes, as in ``nn.SyncBatchNorm``; with a window of 1 the
+            layer is the latter. Each process moves the past to today's weights with the derivative
+            of its own batch, so running statistics differ slightly between processes unless they
+            are averaged, as ``CBNHook`` does. All processes of the default group must call the
+            layer and ``step`` equally often, forward and backward; a batch may be empty. Without
+            distributed training, this has no effect.
+        window_dtype: ``'float32'`` or ``'bfloat16'``: the dtype in which the window holds the
+            derivatives of past variances, which are nearly all of it. Everything else stays in
+            float32. ``'bfloat16'`` halves the memory. Its rounding affects the small correction,
+            and, by 2^-9, these derivatives' share of the weight's gradient.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
 
     Attributes:
         own_window_size: The largest window size that the layer can have in force.
-        window_limit: What :meth:`set_window` was given, None for the layer's own.
+        window_limit: The size last given to :meth:`set_window`; None for the layer's own.
         window_in_force: The largest window size in force: 1 in a burn-in; 8 where the window sets
             its own.
 
@@ -190,7 +190,7 @@ class CBN(NormLayer):
 
     @property
     def mean_window_size(self) -> float:
-        """The window size as it is: of windows that set their own the mean, 1 if there is none."""
+        """The actual window size: the mean over windows that set their own, 1 if all are empty."""
         is_fixed = self.window_size != "auto" and self.window != "step"
         if is_fixed or self.window_in_force == 1:
             return float(self.window_in_force)
@@ -203,7 +203,7 @@ class CBN(NormLayer):
         return sum(window.nbytes for window in self._windows)
 
     def set_window(self, size: int | None) -> None:
-        """Sets the largest window size in force, None for the layer's own; a change forgets."""
+        """Sets the largest window size in force (None: layer's own); a change drops the past."""
         if size is not None:
             check_count("CBN", "size", size, "the window size to put in force, or None")
         own, before = self.own_window_size, self.window_in_force
@@ -214,13 +214,13 @@ class CBN(NormLayer):
                 window.size = self.window_in_force
 
     def new_window(self) -> Window:
-        """An empty window, of the size in force."""
+        """Creates an empty window of the size in force."""
         kind = SlidingWindow if self.window == "sliding" else MovingWindow
         sets_itself = self.window_size == "auto" and self.window == "moving"
         return kind(self.window_in_force, sets_itself, WINDOW_DTYPES[self.window_dtype])
 
     def is_reset_by_torch(self) -> bool:
-        """Whether torch's ``update_bn`` gathers running statistics, as far as a layer can tell."""
+        """Whether ``update_bn`` is gathering running statistics, as far as a layer can tell."""
         return self._was_reset and self.momentum is None
 
     def is_spread(self) -> bool:
@@ -235,7 +235,7 @@ class CBN(NormLayer):
             self._was_reset = True
 
     def _forget(self) -> None:
-        """Empties the windows, and drops what the running iteration learnt."""
+        """Empties the windows, and drops what the layer learnt in the current iteration."""
         for window in self._windows:
             window.clear()
         if self._iteration is not None:
@@ -257,7 +257,7 @@ class CBN(NormLayer):
             return super().forward(input)
         return self._train(input)
 
-    # What is known of past iterations is for Python to look up: a compiled graph ends here.
+    # Looking up past iterations is left to Python, so a compiled graph ends here.
     @outside_graphs
     def _train(self, y: Tensor) -> Tensor:
         self._refuse_graphs(y)
@@ -276,7 +276,7 @@ class CBN(NormLayer):
                         self._averaged(moments, call.repeats)
                     else:
                         self._derive(record, y, call)
-            if moments is None:  # no region in the batch: nothing to learn or to record
+            if moments is None:  # an empty batch, of no regions say: nothing to learn or record
                 return self._batch_norm(y, *self._copies(), 0.0)
             return self._normalize(y, record, call)
 
@@ -286,11 +286,11 @@ class CBN(NormLayer):
         has_positions = moments.count > 0
         if self.is_spread():
             moments = sync.joint_moments(moments)
-        # Where this process has positions the sum need not be read, which a GPU would wait for.
+        # If this process has positions, the joint count is not read: that would wait for the GPU.
         return moments if has_positions or moments.count > 0 else None
 
     def _unite(self, moments: Moments, past: Past | None) -> Record:
-        """The statistics of the past and the current batch together."""
+        """Unites the statistics of the past and of the current batch in a record."""
         record = Record(self, moments, past)
         record.mean, record.var = moments.mean, moments.var
         if past is None:
@@ -311,7 +311,7 @@ class CBN(NormLayer):
         return record
 
     def _derive(self, record: Record, y: Tensor, call: Call) -> None:
-        """Adds what the window needs of this iteration."""
+        """Adds to the record what the window needs of this iteration."""
         record.window, source = call.window, call.source
         if source is None:
             return
@@ -329,7 +329,7 @@ class CBN(NormLayer):
             record.backward, record.scale = self.backward, self._iteration.scale
             if self.backward in AVERAGES and record.past is not None:
                 record.averages = record.window.sums
-            # Of a convolution that ran without gradients the weight gets none this way either.
+            # If the convolution ran without gradients, its weight gets none from the past either.
             if record.past is not None and self.backward != "current" and y.requires_grad:
                 weight, bias = call.source[:2]
         gamma, beta = self._parameters["weight"], self._parameters["bias"]
@@ -347,9 +347,9 @@ class CBN(NormLayer):
     def _is_plain(self) -> bool:
         """Whether the layer is ``nn.BatchNorm2d`` at present, running statistics included.
 
-        It is if it was not linked and has a window of 1, and while torch's ``update_bn`` gathers
-        running statistics, which resets them and sets ``momentum`` to None, and then runs forwards
-        that no ``step`` follows.
+        It is if it was not linked and has a window of 1. It also is while torch's ``update_bn``
+        gathers running statistics: that function resets them, sets ``momentum`` to None, and then
+        runs forwards that no ``step`` follows.
         """
         if self._was_reset and self.is_reset_by_torch():
             return True
@@ -371,9 +371,9 @@ class CBN(NormLayer):
     def _averaged(
         self, moments: Moments | None, repeats: bool
     ) -> tuple[Tensor | None, Tensor | None, float]:
-        """Copies of the running statistics, which are the record of a burn-in, and the momentum.
+        """Records copies of the running statistics for a burn-in; returns them and the momentum.
 
-        Batch normalisation averages the batch into them itself, unless its ``moments`` are given.
+        If ``moments`` are given, averages them into the copies; else ``F.batch_norm`` is to do it.
         """
         if repeats or not self.track_running_stats:
             return *self._copies(), 0.0
@@ -395,10 +395,10 @@ class CBN(NormLayer):
         return [None if buffer is None else buffer.clone() for buffer in buffers]
 
     def _batch_norm(self, y: Tensor, mean, var, momentum: float) -> Tensor:
-        """Batch normalisation in training that averages into ``mean`` and ``var``."""
+        """Batch normalisation in training mode, which averages the batch into ``mean``, ``var``."""
         return F.batch_norm(y, mean, var, self.weight, self.bias, True, momentum, self.eps)
 
-    # What nn.Module does with a layer.
+    # Overrides of nn.Module's methods.
 
     @property
     def title(self) -> str:
@@ -434,18 +434,18 @@ class CBN(NormLayer):
         )
 
 
-# The state of a layer that has not run, beside its windows, one for each call in a forward.
+# The state of a layer that has not run, apart from its windows (one per call in a forward).
 _FRESH = dict(_iteration=None, _was_reset=False)
 
 
 class CmBN(CBN):
     """Cross mini-batch normalisation: ``norm_cfg=dict(type='CmBN')``.
 
-    Bochkovskiy et al. 2020, "YOLOv4", https://arxiv.org/abs/2004.10934, section 3.3, figure 4. Of a
-    step of the optimiser that accumulates the gradients of several mini-batches, each is normalised
-    with the statistics of all those up to it, and the next step begins anew. As weights stay the
-    same within a step there is nothing to compensate, and it stands behind any layer. It is
-    :class:`CBN` with other defaults.
+    Bochkovskiy et al. 2020, "YOLOv4", https://arxiv.org/abs/2004.10934, section 3.3, figure 4. When
+    an optimiser step accumulates the gradients of several mini-batches, each one is normalised with
+    the statistics of all those up to and including it; the next step begins anew. Weights stay the
+    same within a step, so there is nothing to compensate, and the layer works behind any layer. It
+    is :class:`CBN` with other defaults.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Between batch normalisation and this package's layers, which have its parameters and buffers."""
+"""Turns batch normalisation into CBN, and this package's layers into batch normalisation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from . import linking
 from .cbn import CBN
 from .layer import NormLayer
 
-# What a layer has already, and passes on as it is.
+# Settings that the new layer takes from the old one, so that they cannot be options.
 _KEPT = ("num_features", "affine", "track_running_stats", "device", "dtype")
 
 
 def to_batchnorm(model: nn.Module) -> nn.Module:
     """Turns every CBN, SyncCBN, CmBN, BRN and MABN of ``model`` into ``nn.BatchNorm2d``, in place.
 
-    That is what these layers are in evaluation mode: the outputs there stay the same, bit for bit.
-    The new layers take over parameters and buffers themselves (so an optimiser keeps working), the
-    mode and the names. What :func:`cbn_mmdet.link` has put on the model goes, so that a saved or
-    pickled model needs this package no more. (But for the :class:`cbn_mmdet.CenConv2d` before a
-    MABN, which centralises its weight.)
+    In evaluation mode, these layers are batch normalisation, so outputs stay the same, bit for bit.
+    The new layers take over the very parameters and buffers (so an optimiser keeps working), the
+    mode and the names. Everything that :func:`cbn_mmdet.link` put on the model is removed, so that
+    a saved or pickled model no longer needs this package. (The exception is a
+    :class:`cbn_mmdet.CenConv2d` before a MABN: it stays, and centralises its weight.)
 
     Args:
         model: Any module, a single layer included.
@@ -39,13 +39,13 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 def from_batchnorm(model: nn.Module, **options) -> nn.Module:
     """Turns every ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` of ``model`` into a CBN, in place.
 
-    The new layers take over parameters and buffers themselves, whether these train, the mode and
-    the names: a layer that is frozen, or kept in evaluation mode, stays so, and does what it did.
-    Link the model next, or add ``CBNHook`` in mmengine. A layer that is not fed by a convolution,
-    as the first ones of a DenseNet's blocks, is refused by name in the first training step:
-    ``compensate=False`` takes them all.
+    The new layers take over the very parameters and buffers, whether these train, the mode and the
+    names: a layer that is frozen, or kept in evaluation mode, stays so, and does what it did. Link
+    the model next, or add ``CBNHook`` in mmengine. The first training step refuses, by name, a
+    layer that no convolution feeds, such as the first ones of a DenseNet's blocks;
+    ``compensate=False`` accepts all layers.
 
-    Other kinds of batch normalisation stay as they are, and a warning names them:
+    Other kinds of batch normalisation stay as they are, and a warning names the first of them:
     ``nn.BatchNorm1d`` and ``nn.BatchNorm3d``, for which there is no CBN, and subclasses, which may
     do more than normalise.
 
@@ -58,7 +58,7 @@ def from_batchnorm(model: nn.Module, **options) -> nn.Module:
         The model; the new layer if ``model`` is itself a layer to turn.
 
     Raises:
-        TypeError: An option is none of CBN's, or what each layer has already (``affine``, say).
+        TypeError: An option is none of CBN's, or one that each layer keeps (``affine``, say).
         ValueError: An option is out of its range, or a ``nn.SyncBatchNorm`` synchronises a process
             group of its own, which CBN cannot.
     """
@@ -118,14 +118,14 @@ def _from_batchnorm(name: str, layer: _BatchNorm, options: dict) -> CBN:
 
 
 def _taking_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    """``new`` with all that every module has of ``old``: parameters, buffers, mode, hooks."""
+    """Gives ``new`` all state of ``old`` that any module has: parameters, buffers, mode, hooks."""
     for attribute in vars(nn.Module()):
         setattr(new, attribute, getattr(old, attribute))
     return new
 
 
 def _replace(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Puts the values of ``layers`` in the places of its keys; a layer may have several."""
+    """Replaces each key of ``layers`` by its value, in every place of the model that holds it."""
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child in layers:

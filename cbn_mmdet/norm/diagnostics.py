@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Whether compensation and window suit a training, in figures of each layer."""
+"""Figures of each layer that show whether compensation and window suit the training."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .linking import is_plain
 from .moments import statistics_dtype
 from .window import Past, Window
 
-# Above these the first-order compensation is no longer to be relied on: an expansion whose mean
-# moved by a third of the standard deviation misses some tenth of the variance, delta squared.
+# Above these values, the first-order compensation is unreliable: an expansion that moves the mean
+# by a third of the standard deviation misses about a tenth of the variance, delta squared.
 LARGE_CORRECTION = 0.3
 LARGE_CLAMPED = 0.05
 LARGE_APART = 0.3
 
 
 class Diagnosis(NamedTuple):
-    """What the window of one CBN layer tells of the training.
+    """What the window of one CBN layer says about the training.
 
     Attributes:
-        correction: By how much the compensation moves the past's mean, in standard deviations of
-            the channel, in the mean over channels. Of a sliding window ``|m . (w_t - w_{t-tau})|``,
-            in the mean over iterations; of a moving one how far the last step of the weights moved
-            it, times the window size, which is the past's mean age. 0 without compensation.
+        correction: How far the compensation moves the past's mean, in standard deviations of the
+            channel, averaged over channels. For a sliding window: ``|m . (w_t - w_{t-tau})|``,
+            averaged over iterations. For a moving window: how far the last step of the weights
+            moved the mean, times the window size (the past's mean age). 0 without compensation.
         clamped: The fraction of past variances that came out negative and were cut to zero.
         noise: How far the last batch's mean was from the past's, in standard deviations of the
-            channel; the root of the mean square over channels. NaN before the second iteration.
-        window_size: The window size as it is, the current iteration included.
-        lag: Whether batches are off from the past in the same direction time after time, from -1 to
-            1: the correlation of consecutive ones over channels, averaged over some fifty
-            iterations. As the layer's own weight is compensated, it shows what earlier layers do
-            (or images in an order): well above 0 the past lags behind them, and a narrower window
-            or a lower learning rate helps; below 0 a wider window would be less noisy.
-        apart: Of a layer that is called several times in a forward, how far the calls' means are
-            from each other, in standard deviations of the channel; the root of the mean square.
-            They have a window each, but one set of running statistics for evaluation.
+            channel; root mean square over channels. NaN before the second iteration.
+        window_size: The actual window size, including the current iteration.
+        lag: Whether batches deviate from the past in the same direction time after time, from -1 to
+            1: the correlation over channels of consecutive deviations, averaged over some fifty
+            iterations. The layer's own weight is compensated, so the lag shows what earlier layers
+            do (or images in an order). Well above 0, the past lags behind them, and a narrower
+            window or a lower learning rate helps; below 0, a wider window would be less noisy.
+        apart: If a layer is called several times in a forward, how far the calls' means are from
+            each other, in standard deviations of the channel; root mean square. Each call has its
+            own window, but all share one set of running statistics for evaluation.
     """
 
     correction: float
@@ -52,31 +52,31 @@ class Diagnosis(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether the weights move too fast for the window, or are no numbers any more."""
+        """Whether the weights move too fast for the window, or have become NaN."""
         return not (self.correction <= LARGE_CORRECTION and self.clamped <= LARGE_CLAMPED)
 
 
 @torch.no_grad()
 def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
-    """Looks into the windows of a model, at its weights as they are.
+    """Diagnoses each layer of a model from its windows, at the current weights.
 
-    It reads each window once, which costs a small part of a training step, and changes nothing.
+    This reads each window once, which costs a small part of a training step, and changes nothing.
 
     Args:
         model: A linked model, between two iterations.
 
     Returns:
-        By the name of the layer, in order of the narrowest window to the widest. Layers whose
-        window is empty (in a burn-in, or with a ``window_size`` of 1) are left out; of a layer with
-        several windows (one for each call in a forward), the means over them are given. Layers
-        whose weight only a forward tells (a normalised one, say, or FSDP's) are left out, too.
+        The diagnoses by layer name, ordered from the narrowest window to the widest. If a layer has
+        several windows (one for each call in a forward), its figures are means over them. Layers
+        whose window is empty (in a burn-in, or with a ``window_size`` of 1) are left out, as are
+        layers whose weight is known only in a forward (a normalised weight, say, or FSDP's).
     """
     figures = {}
     for name, layer in cbn_layers(model).items():
         pasts = [(each, _past(each)) for each in layer._windows if _can_tell(each)]
         if pasts:
             of_windows = torch.stack([_figures(*each, layer.eps) for each in pasts])
-            together = of_windows.nanmean(0)  # the noise, of those that can tell
+            together = of_windows.nanmean(0)  # the noise of some windows may be NaN
             figures[name] = torch.cat((together, _apart([past for _, past in pasts], layer.eps)))
     if not figures:
         return {}
@@ -88,7 +88,7 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
 
 
 def _can_tell(window: Window) -> bool:
-    """Whether it holds something, and the weight that it belongs to can be read, and is whole."""
+    """Whether the window is not empty, and its weight, if it has one, can be read whole."""
     if window.seen == 0:
         return False
     if window.h is None:
@@ -98,14 +98,14 @@ def _can_tell(window: Window) -> bool:
 
 
 def _past(window: Window) -> Past:
-    """The past at today's weight, without the bias."""
+    """The window's past at today's weight, without the bias."""
     weight = None if window.h is None else window.conv().weight
     dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
     return window.past(weight, None, dtype)
 
 
 def _figures(window: Window, past: Past, eps: float) -> Tensor:
-    """The figures of a :class:`Diagnosis` that each window has, ``(5,)``."""
+    """The figures of a :class:`Diagnosis` for one window, all but ``apart``, ``(5,)``."""
     scale = (past.var + eps).rsqrt()
     correction = clamped = torch.zeros_like(scale[0])
     noise = torch.full_like(correction, math.nan)
@@ -119,7 +119,7 @@ def _figures(window: Window, past: Past, eps: float) -> Tensor:
 
 
 def _apart(pasts: list[Past], eps: float) -> Tensor:
-    """How far the means of one layer's calls are from each other, ``(1,)``."""
+    """The figure ``apart``: how far the means of a layer's calls are from each other, ``(1,)``."""
     means, variances = (torch.stack([past[i] for past in pasts]) for i in (0, 1))
     spread = means.var(0, correction=0) / (variances.mean(0) + eps)
     return spread.mean().sqrt().float().view(1)

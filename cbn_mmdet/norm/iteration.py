@@ -1,12 +1,12 @@
 # Licensed under the Apache License, Version 2.0.
-"""An iteration of a linked model, and what a training loop calls.
+"""One iteration of a linked model, and the functions that a training loop calls.
 
-One rule: a linked layer changes nothing before :func:`step`, but for its note of what feeds it. A
-training forward of the linked model begins an iteration: what an earlier forward left is dropped,
-and the pasts of all layers are computed from today's weights in one pass. (Where the model's parts
-or methods are called instead of itself, the first layer that runs after a ``step`` begins it.) A
-layer asks once for what it needs from outside, by :meth:`Iteration.call`, and what it learns is one
-record in one list, which ``step`` reads once.
+One rule: before :func:`step`, a linked layer changes nothing but its note of what feeds it. A
+training forward of the linked model begins an iteration: it drops what an earlier forward left, and
+computes the pasts of all layers at today's weights in one pass. (If the loop calls parts or methods
+of the model instead, the first layer that runs after a ``step`` begins the iteration.) A layer asks
+once for what it needs from outside, by :meth:`Iteration.call`. What it learns is one record in one
+list, which ``step`` reads once.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from .window import (
     pasts,
 )
 
-_MANY = 10  # forwards without a step
-_SELDOM = 64  # iterations from one check of what a module does to the next
-_NARROW, _LONG = 1.5, 100  # a mean window size, and iterations below it in a row, to be told of
+_MANY = 10  # forwards without a step that lead to a warning
+_SELDOM = 64  # iterations between two checks of what a module does
+_NARROW, _LONG = 1.5, 100  # to warn of: a mean window size, and iterations in a row below it
 
 
 class Call(NamedTuple):
-    """What a layer needs to know of one of its calls in a forward.
+    """What a layer needs to know about one of its calls in a forward.
 
     Attributes:
         window: The window of this call.
         source: What computed the layer's input; None if nothing is compensated.
-        past: What the window tells at today's weight, or None if it is empty.
-        gamma: A copy of the layer's scale at the beginning of the iteration, if it was there whole.
-        repeats: Whether activation checkpointing repeats a call, which records nothing.
+        past: The past at today's weight, or None if the window is empty.
+        gamma: Copy of the layer's scale from the iteration's start; None if it cannot be used.
+        repeats: Whether activation checkpointing repeats an earlier call, and records nothing.
     """
 
     window: Window
@@ -66,14 +66,14 @@ class Call(NamedTuple):
 
 
 class Iteration:
-    """What a linked model knows of the iteration that runs.
+    """The state of a linked model's current iteration.
 
     Args:
         model: The model whose forward is one iteration.
 
     Attributes:
         records: What the layers learnt, in the order of their forwards.
-        scale: What a loss scaler multiplies the loss by.
+        scale: The factor by which a loss scaler multiplies the loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,16 +85,16 @@ class Iteration:
         self._calls: dict[CBN, int] = {}
         self._gammas: dict[CBN, tuple[Tensor, int]] = {}
         self._marked: list[weakref.ref[Tensor]] = []
-        self._made: list[weakref.ref[Record]] = []  # since the last step
-        self._trains = False  # whether the model's forward runs, with a layer that trains
-        self._depth = 0  # of the model's forward, which may call itself
+        self._made: list[weakref.ref[Record]] = []  # made since the last step
+        self._trains = False  # whether the model's forward is running, with a layer that trains
+        self._depth = 0  # nesting depth of the model's forward, which may call itself
         self._finished: list[Vectors] = []
         self._lock = threading.Lock()
-        self._forwards = 0  # that began since the last step
+        self._forwards = 0  # begun since the last step
         self._version: int | None = None
         self._has_stepped = False
-        self._narrow_for = 0  # iterations in a row
-        self._has_told = False  # of windows that stay narrow
+        self._narrow_for = 0  # iterations in a row with narrow windows
+        self._has_told = False  # whether the warning of narrow windows was given
 
     # A copied or unpickled model has no iteration.
 
@@ -104,41 +104,41 @@ class Iteration:
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    # What the hooks of the linked model call.
+    # Methods that the hooks of the linked model call.
 
     def enter(self, model: nn.Module, args: tuple) -> None:
-        """Before a forward of the model."""
+        """Begins an iteration if a layer trains; called before a forward of the model."""
         if is_recomputation():
             return
         self._trains = any(layer.training for layer in self.living())
         if not self._trains:
             return
         if self._depth > 0 and not _is_within_itself(model):
-            self._depth = 0  # a KeyboardInterrupt ended it, of which torch tells no hook
+            self._depth = 0  # a KeyboardInterrupt ended the last one, and torch called no hook
         self._depth += 1
         if self._depth == 1:
             self.begin()
 
     def leave(self, model: nn.Module, args: tuple, output: object) -> None:
-        """After a forward of the model, or where it failed."""
+        """Removes all marks; called after a forward of the model, even if the forward failed."""
         self._depth = max(self._depth - 1, 0)
         if self._depth > 0:
             return
         if self._trains and output is None and not is_recomputation():
-            self._clear()  # torch hands no output over where the forward failed
+            self._clear()  # no output: the forward failed
         self._trains = False
         if self._marked:
             linking.unmark(self._marked)
 
     def mark(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """After a forward of a module with a weight."""
+        """Marks the output of a module with a weight; called after the module's forward."""
         root = self.root()
         if not self._trains and (root is None or not root.training):
             return
         input = args[0] if args else next(iter(kwargs.values()), None)
         self._marked += linking.mark(module, input, output)
 
-    # In order of an iteration.
+    # The stages of an iteration, in order.
 
     def begin(self) -> None:
         """Drops what an earlier forward left, and computes all pasts at today's weights."""
@@ -147,7 +147,7 @@ class Iteration:
         self._clear()
         self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
-        # Of a model that has trained they may be a closure's, which is repeated.
+        # If the model has trained, an optimiser may be repeating a closure that runs the forward.
         may_be_closure = self._has_stepped and torch.is_grad_enabled()
         is_gathering = self._forwards == (10 * _MANY if may_be_closure else _MANY)
         if is_gathering and not any(each.is_reset_by_torch() for each in layers):
@@ -171,9 +171,9 @@ class Iteration:
                 conv = None if window.conv is None else window.conv()
                 weight, bias, is_plain = None, None, linking.is_plain(conv)
                 if window.h is not None:
-                    # A hook may set weight.data first, which nothing would tell of.
+                    # A hook may still set weight.data, which could not be noticed later.
                     if not is_plain or conv._forward_pre_hooks:
-                        continue  # left to its own layer
+                        continue  # the layer computes this past itself
                     weight = conv._parameters["weight"]
                     if not window.fits(weight):
                         continue
@@ -193,11 +193,11 @@ class Iteration:
             each.clear()
 
     def call(self, layer: CBN, y: Tensor) -> Call:
-        """What a layer needs to know of a call in training, which this counts.
+        """Counts a layer's call in training, and returns what the layer needs to know about it.
 
         Raises:
             RuntimeError: The layer's statistics cannot follow the weight that computed ``y``, or
-                activation checkpointing repeats what cannot be told apart.
+                activation checkpointing repeats calls that cannot be told apart.
         """
         repeats = is_recomputation()
         number = self._calls.get(layer, 0)
@@ -217,7 +217,7 @@ class Iteration:
         source = self._source(layer, y, window)
         if layer.window_in_force == 1:
             return Call(window, None, None, None, repeats)
-        # A forward has been between, maybe of weights that were set through .data.
+        # Another forward ran in between, maybe with weights that were set through .data.
         if repeats and self._forwards > 1:
             window.cached = None
         weight, bias = (None, None) if source is None else source[:2]
@@ -228,7 +228,7 @@ class Iteration:
         return Call(window, source, past, gamma, repeats)
 
     def _check_repetition(self, layer: CBN, calls: int) -> None:
-        if calls > 1 and layer.window_size != 1:  # in a burn-in, too, before its time is lost
+        if calls > 1 and layer.window_size != 1:  # even in a burn-in: to fail before it, not after
             raise layer.refusal(
                 f"was called {calls} times in one forward, and activation checkpointing repeats "
                 "the calls in another order, so they cannot be told apart. Turn checkpointing off "
@@ -241,10 +241,10 @@ class Iteration:
             )
 
     def _source(self, layer: CBN, y: Tensor, window: Window) -> Source | None:
-        """What computed ``y``; refuses what cannot be told, and another one than before."""
+        """Finds what computed ``y``; refuses if that is unknown, or another module than before."""
         source, why_not = None, ""
         if layer.compensate:
-            # What a module does may change, so it is checked again, more seldom.
+            # A module may change what it does, so it is checked again, but ever less often.
             seen = window.seen
             is_due = seen > 0 and (seen & (seen - 1) == 0 or seen % _SELDOM == 0)
             checked = None if is_due else window.rows_of
@@ -260,7 +260,7 @@ class Iteration:
                     "in the same place of the model's forward. Past statistics of one convolution "
                     "say nothing of another: give each its own CBN."
                 )
-            if before is None and window.conv is not None:  # another has taken its place
+            if before is None and window.conv is not None:  # another module has taken its place
                 window.clear()
         if before is not module:
             window.conv = None if module is None else weakref.ref(module)
@@ -287,7 +287,7 @@ class Iteration:
 
     @torch.no_grad()
     def finish(self, record: Record) -> None:
-        """The forward is over: finds what the backward passes need, for all records together."""
+        """Computes what the backward passes need, for all records, once the forward is over."""
         is_listed = any(each is record for each in self.records)
         with self._lock:  # backward passes may run in several threads
             for records in _alike(self.records if is_listed else [record]):
@@ -301,7 +301,7 @@ class Iteration:
                         each.coefficients = of
 
     def add(self, record: Record, repeats: bool) -> None:
-        """Takes what a forward learnt; of a repeated one the first forward's record counts."""
+        """Adds a forward's record; if a forward is repeated, the first one's record counts."""
         self._made.append(weakref.ref(record))
         if repeats:
             of_layer = (each for each in self.records if each.layer is record.layer)
@@ -317,11 +317,11 @@ class Iteration:
     def step(
         self, loss_scale: object = None, updated: bool = True
     ) -> tuple[Tensor | None, str | None]:
-        """Ends the iteration, as :func:`step` does; returns its warning with its result."""
+        """Ends the iteration as :func:`step` does; returns the result and the warning."""
         self._depth = 0
         linking.unmark(self._marked)
         if loss_scale is not None and (self._scaler is None or is_number(loss_scale)):
-            # Told for the first time: what this iteration's forward took for 1.
+            # The first time a scale is given, this iteration's forward has assumed a scale of 1.
             scale = _scale_of(loss_scale, self._any_parameter())
             for record in self.records:
                 record.scale = scale
@@ -353,7 +353,7 @@ class Iteration:
         return fraction, " ".join(told) or None
 
     def _of_dropped(self, dropped: list[Record]) -> str | None:
-        """A warning of records that were left out."""
+        """The warning about records that were dropped, or None."""
         if not dropped:
             return None
         first = next(record for record in self.records if record in dropped)
@@ -365,7 +365,7 @@ class Iteration:
         )
 
     def _of_narrow(self, kept: list[Record]) -> str | None:
-        """A warning, once, of windows that set their size to hardly more than the batch."""
+        """The warning, given once, about windows that set their size to hardly more than 1."""
         sizes = [
             1 / record.share
             for record in kept
@@ -385,7 +385,7 @@ class Iteration:
         )
 
     def _ending(self, records: list[Record]) -> _Ending:
-        """What records that are alike add to their windows, and what is asked about it."""
+        """Computes what records of one kind add to their windows, and what to read back of it."""
         first, figures, vectors, surprise, new, sums = records[0], [], None, None, None, None
         if first.window is None:
             running = [tensor for record in records for tensor in record.running]
@@ -412,7 +412,7 @@ class Iteration:
         positives = [each.reshape(-1) for each in positives if each is not None]
         if positives:
             figures.append(torch.cat(positives).mean(dtype=checked[0].dtype))
-        # Norms, which NaN and infinity come through.
+        # Norms, as one NaN or infinite value makes its norm NaN or infinite.
         asked = torch.hstack((*figures, *torch._foreach_norm(checked)))
         return _Ending(records, vectors, surprise, new, sums, asked, len(checked), bool(positives))
 
@@ -430,7 +430,7 @@ class Iteration:
         return f"'{name}' ({kind})" if name else kind
 
     def living(self) -> list[CBN]:
-        """The layers that are still there."""
+        """The layers that still exist."""
         return [layer for ref in self.layers if (layer := ref()) is not None]
 
     def _any_parameter(self) -> Tensor:
@@ -439,7 +439,7 @@ class Iteration:
         return next(iter(of_root), torch.empty(0))
 
     def _warn_if_not_stepped(self, layers: list[CBN]) -> None:
-        """Tells a loop that trains but never ends an iteration: its windows would stay empty."""
+        """Warns if a loop trains but never ends an iteration: its windows would stay empty."""
         weights = (layer.weight for layer in layers if layer.weight is not None)
         weight = next((weight for weight in weights if weight.requires_grad), None)
         version = None if weight is None else kernels.version_of(weight)
@@ -454,18 +454,18 @@ class Iteration:
 
 
 class _Ending(NamedTuple):
-    """Records that are alike, at the end of their iteration.
+    """Records of one kind, at the end of their iteration.
 
     Attributes:
         records: The records.
-        vectors: What they have in one number per channel, and their surprises; None in a burn-in.
-        surprise: Likewise.
-        new: What their windows become, if these are moving ones.
-        sums: What the averages of the backward pass's sums become, if there are any.
-        asked: What is asked of the device: agreements of surprises, the part of variances that was
-            cut, and norms of what must be finite.
-        checked: The number of the latter.
-        has_cut: Whether the part is there.
+        vectors: Their per-channel values; None in a burn-in.
+        surprise: Their surprises; None in a burn-in.
+        new: The new values of their windows, if these are moving windows.
+        sums: The new averages of the backward pass's sums, if there are any.
+        asked: Figures to read from the device: agreements of surprises, the fraction of variances
+            that was not cut to zero, and norms of what must be finite.
+        checked: The number of these norms.
+        has_cut: Whether ``asked`` contains that fraction.
     """
 
     records: list[Record]
@@ -478,7 +478,7 @@ class _Ending(NamedTuple):
     has_cut: bool
 
     def end(self, told: list[float]) -> tuple[list[bool], float | None]:
-        """Adds the records to their windows; tells which were, and the part that was cut."""
+        """Adds records to their windows; returns which it added, and the fraction cut to zero."""
         records, vectors, new = self.records, self.vectors, self.new
         norms = told[-self.checked :]
         del told[-self.checked :]
@@ -494,7 +494,7 @@ class _Ending(NamedTuple):
         of_each = zip(records, keep, vectors.split(self.surprise.values.float()), strict=True)
         for place, (record, is_kept, values) in enumerate(of_each):
             window, (now, product, _, last) = record.window, told[place :: len(records)]
-            # Of a batch that is spread all processes learn, that their shares stay equal.
+            # If the batch is spread, every process adapts, so that their shares stay equal.
             if (is_kept or record.is_spread) and now * last > 0:
                 window.adapt(product / math.sqrt(now * last))
             if is_kept and new is None:
@@ -506,7 +506,7 @@ class _Ending(NamedTuple):
         if self.sums is not None:
             averages = vectors.split(self.sums.float())
             for record, is_kept, average in zip(records, keep, averages, strict=True):
-                # An overflow is for the loss scaler to mend.
+                # An overflow here drops the average alone: the loss scaler deals with it.
                 is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
                 if record.sums is not None and is_kept:
                     record.window.sums = average
@@ -514,7 +514,7 @@ class _Ending(NamedTuple):
 
 
 def _read(asked: list[Tensor]) -> list[list[float]]:
-    """The values of vectors, each device of which is waited for once."""
+    """Reads the values of vectors, and waits for each device once."""
     on_device = defaultdict(list)
     for each in asked:
         on_device[each.device].append(each)
@@ -526,24 +526,24 @@ def _read(asked: list[Tensor]) -> list[list[float]]:
 
 
 def _is_within_itself(model: nn.Module) -> bool:
-    """Whether the forward of a module, about to run, was called by the same module's forward."""
+    """Whether the model's forward, about to run, was called by a forward of the same model."""
     frame, calls = sys._getframe(), 0
     while frame is not None:
         calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
         frame = frame.f_back
-    return calls != 1  # none is found in compiled code, which is not to tell
+    return calls != 1  # in compiled code no call is found, which proves nothing
 
 
 def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, tuple[Tensor, int]]:
-    """Copies of the layers' scales, of all together, and the versions that they are of.
+    """Copies the scales of all layers together; returns each copy with the scale's version.
 
-    An optimiser moves the scales before ``step``.
+    Copies are needed because an optimiser changes the scales before ``step``.
     """
     alike = defaultdict(list)
     for layer in layers:
         gamma = layer._parameters.get("weight")
         is_whole = type(gamma) is nn.Parameter and gamma.shape[0] == layer.num_features
-        if is_whole and layer.training:  # else FSDP's, which comes and goes
+        if is_whole and layer.training:  # FSDP gathers a scale only at times
             alike[gamma.device, gamma.dtype].append(layer)
     copies = {}
     for of in alike.values():
@@ -555,7 +555,7 @@ def _copies_of_gammas(layers: list[CBN]) -> dict[CBN, tuple[Tensor, int]]:
 
 
 def _alike(records: list[Record]) -> list[list[Record]]:
-    """The records that can be worked on together: of one device, dtype, window and gradient."""
+    """Groups records to be processed together: of one device, dtype, window and gradient."""
     alike = defaultdict(list)
     for record in records:
         alike[record.kind].append(record)
@@ -569,7 +569,7 @@ def _is_finite(record: Record, values: Tensor | None) -> bool:
 
 
 def _scale_of(loss_scale: object, like: Tensor) -> float | Tensor:
-    """What a loss scaler, or a number, multiplies a loss by."""
+    """The factor by which a loss scaler multiplies a loss; a number is the factor itself."""
     if is_number(loss_scale):
         return float(loss_scale)
     return loss_scale.scale(torch.ones((), device=like.device))
@@ -577,7 +577,7 @@ def _scale_of(loss_scale: object, like: Tensor) -> float | Tensor:
 
 def _update_running_stats(records: list[Record]) -> None:
     """Averages records into the running statistics of their layers."""
-    by_call = defaultdict(list)  # none has a layer twice
+    by_call = defaultdict(list)  # no list has a layer twice
     calls: dict[CBN, int] = defaultdict(int)
     for record in records:
         layer = record.layer
@@ -590,7 +590,7 @@ def _update_running_stats(records: list[Record]) -> None:
         alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record, count in zip(together, counts, strict=True):
             weight = record.layer.momentum
-            if record.window is None:  # a burn-in has averaged copies of them
+            if record.window is None:  # in a burn-in, the record has averaged copies
                 weight = 1.0
             elif weight is None:
                 weight = 1.0 / float(count)
@@ -607,16 +607,16 @@ def _update_running_stats(records: list[Record]) -> None:
                 torch._foreach_lerp_(running, new, weight)
 
 
-# What a training loop calls.
+# The functions that a training loop calls.
 
 
 def link(model: nn.Module) -> int:
-    """Makes every CBN of ``model`` know the convolution whose output it receives.
+    """Lets every CBN of ``model`` find the convolution whose output it receives.
 
     From then on each training forward of ``model`` is an iteration, which :func:`step` ends. Call
     it on the model whose forward is one iteration (inside any wrapper), before training. Calling it
-    again is harmless, and takes in modules that are new; of a model and a part of it the last call
-    counts.
+    again is harmless and includes new modules. If it is called on a model and on a part of it, the
+    last call counts.
 
     Args:
         model: Any module, a single layer included.
@@ -633,7 +633,7 @@ def link(model: nn.Module) -> int:
     for module in model.modules():
         if linking.marks(module):
             hook = linking.Hook(iteration, "mark")
-            # First of all hooks: what another one makes of the output is no convolution's.
+            # Before all other hooks: an output that they replace is not the convolution's.
             module.register_forward_hook(hook, with_kwargs=True, prepend=True)
     model.register_forward_pre_hook(linking.Hook(iteration, "enter"), prepend=True)
     model.register_forward_hook(linking.Hook(iteration, "leave"), always_call=True)
@@ -650,7 +650,7 @@ def link(model: nn.Module) -> int:
 
 
 def _iteration_of(model: nn.Module) -> Iteration | None:
-    """The iteration of a linked model itself, if it is one."""
+    """The iteration of ``model``, or None if :func:`link` was not called on the model itself."""
     for _, _, hook in linking.hooks_of(model):
         if hook.method == "enter" and hook.iteration is not None:
             return hook.iteration
@@ -658,15 +658,16 @@ def _iteration_of(model: nn.Module) -> Iteration | None:
 
 
 def links(model: nn.Module) -> dict[str, str]:
-    """The convolution that feeds each CBN, as of the layer's last run in training.
+    """Names the convolution that fed each CBN in the layer's last forward in training.
 
     Args:
         model: A linked model. Its module names are the keys and values.
 
     Returns:
-        CBN name to feeding module's name, for each CBN that has run. (For naive CBN it may be any
-        module with a weight.) Of a convolution that no module returned it is ``'(a function)'``,
-        and of a layer that ``compensate='where_possible'`` left out ``'(not compensated)'``.
+        The feeding module's name by the CBN's name, for each CBN that has run. (Naive CBN may be
+        fed by any module with a weight.) Instead of a name, ``'(a function)'`` stands for a
+        convolution that no module returned, ``'(not compensated)'`` for a layer left out by
+        ``compensate='where_possible'``.
     """
     names = {module: name for name, module in model.named_modules()}
     found = {}
@@ -685,16 +686,16 @@ def links(model: nn.Module) -> dict[str, str]:
 def set_window(model: nn.Module, size: int | None) -> None:
     """Sets the largest window size in force, as a burn-in does.
 
-    A change forgets the past, so that a window that opens again starts empty.
+    A change drops the past, so that a window that opens again starts empty.
 
     Args:
         model: A model with CBN layers.
         size: From 1, which is batch normalisation, to the layers' ``window_size``. A layer whose
-            own is smaller, 8 at most with ``'auto'``, keeps to that. None for each layer's own.
+            own size is smaller (with ``'auto'``, 8 at most) keeps it. None for each layer's own.
 
     Raises:
-        ValueError: ``size`` is no whole number, below 1, or above every layer's ``window_size``,
-            none of which is ``'auto'``.
+        ValueError: ``size`` is not a whole number, is below 1, or is above every layer's
+            ``window_size`` and none of these is ``'auto'``.
     """
     layers = cbn_layers(model).values()
     if not layers:
@@ -713,28 +714,27 @@ def set_window(model: nn.Module, size: int | None) -> None:
 
 
 def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> Tensor | None:
-    """Ends an iteration: what its forward recorded becomes part of the windows.
+    """Ends an iteration: adds what its forward recorded to windows and running statistics.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
     without changing windows or running statistics; of several forwards the last one counts.
 
-    What came from a batch with NaN or infinite values is dropped, with a warning: windows and
-    running statistics stay as they were before it. To know, it waits for the device once.
+    If a batch has NaN or infinite values, its records are dropped, with a warning: windows and
+    running statistics stay as they were. To check this, ``step`` waits for the device once.
 
     Args:
         model: A linked model. (For a part of one, the iteration of the whole ends.)
-        loss_scale: What the loss is multiplied by before its backward pass, where
-            ``backward='mixed'`` and ``'full'`` average gradients: a number that stays the same, or
-            a ``torch.amp.GradScaler``. Pass it in every iteration, or in none. (The backward pass
-            needs it before ``step`` tells it: it takes the number that was told last, and asks the
-            scaler.)
-        updated: Whether the optimiser has stepped after this iteration's backward pass. Where
-            gradients accumulate, False after each forward but the last one of a group: it matters
-            to ``window='step'`` alone.
+        loss_scale: The factor of the loss in its backward pass: a number that stays the same, or a
+            ``torch.amp.GradScaler``. ``backward='mixed'`` and ``'full'`` need it, as they average
+            gradients. Pass it in every iteration, or in none. (The backward pass runs before this
+            ``step``, so it uses the number given last, or asks the scaler given last.)
+        updated: Whether the optimiser has stepped after this iteration's backward pass. If
+            gradients accumulate, pass False after each forward of a group but the last. Only
+            ``window='step'`` uses it.
 
     Returns:
         The fraction of compensated past channel variances that the maximum cut to zero in this
-        iteration, a tensor without dimensions; None if nothing was compensated.
+        iteration, as a 0-dimensional tensor; None if nothing was compensated.
 
     Raises:
         ValueError: ``loss_scale`` is neither a number above 0 nor a scaler.
@@ -750,7 +750,7 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
 def end_iteration(
     model: nn.Module, loss_scale: object = None, updated: bool = True
 ) -> tuple[Tensor | None, str | None]:
-    """Does what :func:`step` does; returns the warning, if there is one, with the fraction."""
+    """Does what :func:`step` does; returns the fraction, and the warning or None."""
     is_scale = is_number(loss_scale) and loss_scale > 0
     if not (loss_scale is None or is_scale or hasattr(loss_scale, "scale")):
         raise ValueError(
@@ -758,7 +758,7 @@ def end_iteration(
             f"{loss_scale!r}."
         )
     own = _iteration_of(model)
-    if own is None:  # a wrapper, or a part
+    if own is None:  # a wrapper or a part of the linked model
         layers = cbn_layers(model).values()
     else:
         layers = own.living()
@@ -774,7 +774,7 @@ def end_iteration(
 
 
 def _warn_without_layers(model: nn.Module, caller: str) -> None:
-    """Tells whoever calls a function of a model without CBN layers, and why, if it shows."""
+    """Warns that a function was called on a model without CBN layers, and why, if that shows."""
     why = "Build it with norm_cfg=dict(type='CBN'), or convert it by cbn_mmdet.from_batchnorm."
     if any(linking.hooks_of(module) for module in model.modules()):
         why = (
@@ -787,17 +787,17 @@ def _warn_without_layers(model: nn.Module, caller: str) -> None:
 
 
 def window_state(model: nn.Module) -> dict:
-    """What the windows hold: the one thing that ``model.state_dict()`` leaves out.
+    """Returns what the windows hold, the one thing that ``model.state_dict()`` leaves out.
 
-    A training that resumes with it goes on as if it had not been interrupted; without it the
-    windows start empty. Each process of a distributed training has its own.
+    Training that resumes with it continues as if it had not been interrupted; without it, the
+    windows start empty. Each process of a distributed training has a state of its own.
 
     Args:
         model: A linked model, between two iterations.
 
     Returns:
-        Plain values and copies of tensors, for ``torch.save``: by the layer's name a list with an
-        entry for each of its calls in a forward.
+        Plain values and copies of tensors, for ``torch.save``: for each layer's name a list, with
+        one entry per call of the layer in a forward.
     """
     names = {module: name for name, module in model.named_modules()}
     return {
@@ -813,8 +813,8 @@ def load_window_state(model: nn.Module, state: dict) -> None:
     """Fills the windows with what :func:`window_state` returned.
 
     Args:
-        model: The same model with the weights of that time, linked, and with the same window in
-            force.
+        model: The same model, linked, with the weights that it had when the state was taken, and
+            with the same window in force.
         state: What :func:`window_state` returned.
 
     Raises:
@@ -845,7 +845,7 @@ def load_window_state(model: nn.Module, state: dict) -> None:
 
 
 def _check_fit(name: str, layer: CBN, saved: dict, modules: dict[str, nn.Module]) -> None:
-    """Refuses a window that a layer cannot use, as far as kinds and shapes tell."""
+    """Refuses a saved window that a layer cannot use, as far as its kind and shapes show."""
     new, h, conv = layer.new_window(), saved.get("h"), modules.get(saved["conv"])
     if saved["kind"] != new.kind:
         raise ValueError(
@@ -857,7 +857,7 @@ def _check_fit(name: str, layer: CBN, saved: dict, modules: dict[str, nn.Module]
     fits = channels == layer.num_features
     if h is not None:
         fits &= bool(layer.compensate) and h.dtype == new.dtype
-    if linking.is_plain(conv):  # of others only a forward tells the weight
+    if linking.is_plain(conv):  # other modules' weights show only in a forward
         if h is None:
             fits &= not (layer.compensate and conv.weight.requires_grad)
         else:

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What this package's norm layers share: how messages name them, and what is refused alike."""
+"""What this package's norm layers share: their names in messages, and checks of their use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-# Whether code is being traced by torch.compile or torch.export; torch 2.1 has it elsewhere.
+# Whether torch.compile or torch.export is tracing; torch 2.1 has this function elsewhere.
 is_compiling = getattr(torch.compiler, "is_compiling", None) or (
     lambda: torch._dynamo.is_compiling()
 )
@@ -20,8 +20,8 @@ is_compiling = getattr(torch.compiler, "is_compiling", None) or (
 class NormLayer(nn.BatchNorm2d):
     """Batch normalisation of the maps that a convolution returns.
 
-    It is an ``nn.BatchNorm2d`` for whoever looks for one: other people's precise statistics, groups
-    of parameters, freezing and test-time adaptation.
+    It subclasses ``nn.BatchNorm2d`` for code that looks for one: other packages' precise
+    statistics, parameter groups, freezing and test-time adaptation.
 
     Attributes:
         kind: What messages call the layer.
@@ -39,7 +39,7 @@ class NormLayer(nn.BatchNorm2d):
         return RuntimeError(f"{self.title}: {why}")
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, fx.Proxy):  # it has no shape yet
+        if isinstance(input, fx.Proxy):  # a proxy has no shape
             return
         if input.dim() != 4:
             raise ValueError(
@@ -54,9 +54,9 @@ class NormLayer(nn.BatchNorm2d):
             )
 
     def _refuse_graphs(self, input: Tensor) -> None:
-        """Refuses to put a training step into a graph, which would repeat one iteration for ever.
+        """Refuses to trace a training step: its graph would repeat one iteration for ever.
 
-        torch.compile is welcome: it leaves these layers to Python.
+        Under torch.compile training works, since these layers are left to Python.
         """
         if torch.jit.is_tracing() or is_compiling() or isinstance(input, fx.Proxy):
             raise self.refusal(
@@ -66,7 +66,7 @@ class NormLayer(nn.BatchNorm2d):
             )
 
     def _refuse_without_statistics(self) -> None:
-        """Refuses to train where somebody has taken the running statistics away."""
+        """Refuses to train if the running statistics have been removed."""
         if self.running_mean is None:
             raise self.refusal(
                 f"{self.kind} needs its running statistics in training, and running_mean is None, "
@@ -74,7 +74,7 @@ class NormLayer(nn.BatchNorm2d):
             )
 
     def __prepare_scriptable__(self) -> None:
-        # Which would stumble over the first line that is too much for it.
+        # Otherwise torch.jit.script would fail at the first line that it cannot compile.
         raise self.refusal(
             "torch.jit.script does not know it. Turn it into the batch normalisation that it is in "
             "evaluation first: cbn_mmdet.to_batchnorm(model)."
@@ -82,7 +82,7 @@ class NormLayer(nn.BatchNorm2d):
 
 
 def outside_graphs(function: Callable) -> Callable:
-    """``torch.compiler.disable``, whose import of a compiler takes a second, at the first call."""
+    """``torch.compiler.disable`` at the first call: it imports a compiler, which takes a second."""
 
     @functools.wraps(function)
     def call(*args: object, **kwargs: object) -> object:
@@ -95,12 +95,12 @@ def outside_graphs(function: Callable) -> Callable:
 
 
 def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does it."""
+    """Whether this forward runs inside a backward pass, as under activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
 def check_count(kind: str, name: str, value: object, meaning: str, least: int = 1) -> None:
-    """Refuses what is no whole number of at least ``least``."""
+    """Refuses a value that is not a whole number of at least ``least``."""
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < least:
         raise ValueError(
@@ -109,14 +109,14 @@ def check_count(kind: str, name: str, value: object, meaning: str, least: int = 
 
 
 def check_choice(kind: str, name: str, value: object, choices: dict[str, str]) -> None:
-    """Refuses what is none of ``choices``, which say what each means."""
+    """Refuses a value that is none of ``choices``, whose values say what each choice means."""
     if not isinstance(value, str) or value not in choices:
         known = " or ".join(f"{choice!r} ({what})" for choice, what in choices.items())
         raise ValueError(f"{kind}: {name} must be {known}, got {value!r}.")
 
 
 def check_values(kind: str, *rows: tuple[str, object, bool, str]) -> None:
-    """Refuses arguments: each a name, a value, whether it is right, and what is."""
+    """Refuses wrong values. Each row: name, value, whether it is right, what would be right."""
     for name, value, is_right, right in rows:
         if not is_right:
             raise ValueError(f"{kind}: {name} must be {right}, got {value!r}.")
@@ -125,7 +125,7 @@ def check_values(kind: str, *rows: tuple[str, object, bool, str]) -> None:
 def check_tracking(
     kind: str, num_features: object, eps: object, momentum: object, affine: object, tracks: object
 ) -> None:
-    """Refuses arguments of a norm that needs running statistics in training."""
+    """Refuses wrong arguments of a norm that needs running statistics in training."""
     check_count(kind, "num_features", num_features, "the number of channels")
     tracked = "True (type='BN' does without running statistics)"
     check_values(
@@ -143,6 +143,6 @@ def is_momentum(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number; True and False are none here."""
+    """Whether ``value`` is a finite number; True and False do not count as numbers."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and abs(value) <= sys.float_info.max

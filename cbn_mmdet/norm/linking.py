@@ -1,16 +1,16 @@
 # Licensed under the Apache License, Version 2.0.
-"""Which module's output a tensor is, and of which weight it is a function.
+"""Finds the module that returned a tensor, and the weight that the tensor is a function of.
 
-A norm layer is handed a tensor and must know the convolution that computed it. Neither the order of
-registration nor names tell: some blocks keep convolutions and norms in separate lists. So every
+A norm layer receives a tensor and must know the convolution that computed it. Neither the order of
+registration nor names show it: some blocks keep convolutions and norms in separate lists. So every
 module of a linked model that has a weight marks the tensor it returns, and the norm layer reads the
-mark of the very tensor that it is handed. A mark changes no value, rides on its tensor alone, and
-is taken off when the model's forward ends.
+mark of the very tensor that it receives. A mark changes no value, belongs to its tensor alone, and
+is removed when the model's forward ends.
 
-Which weight the output is a function of, the module tells if it is a plain ``nn.Conv2d``. Of all
-others (weights that are normalised, standardised or gated on the way, modules that call
-``F.conv2d`` themselves) autograd's graph does: it has the weight that was used, and with which
-input. Both are asked in each forward, as what a module does may change.
+If the module is a plain ``nn.Conv2d``, the output is a function of its weight. For all others
+(weights that are normalised, standardised or gated on the way, modules that call ``F.conv2d``
+themselves), the autograd graph holds the weight and the input that were used. Mark and graph are
+read in each forward, as a module may change what it does.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from . import kernels
 from .layer import NormLayer, is_recomputation, outside_graphs
 from .moments import Source
 
-_MARK = "_cbn_mark"  # the attribute of a tensor
+_MARK = "_cbn_mark"  # the attribute of a tensor that holds its mark
 
 
 class Mark:
-    """Who computed a tensor.
+    """A note on a tensor of what computed it.
 
     Attributes:
-        module: The innermost module with a weight that returned it.
+        module: The innermost module with a weight that returned the tensor.
         input: That module's input.
-        version: The tensor's version when it was returned: an operation in place raises it.
+        version: The tensor's version when it was returned; each in-place operation raises it.
     """
 
     __slots__ = ("input", "module", "version")
@@ -47,11 +47,11 @@ class Mark:
 class Hook:
     """A hook that :func:`cbn_mmdet.link` puts on a model: it calls a method of the iteration.
 
-    A copied or unpickled model's hooks have no iteration, and do nothing.
+    The hooks of a copied or unpickled model have no iteration, and do nothing.
 
     Args:
-        iteration: Of the linked model.
-        method: The name of its method.
+        iteration: The iteration of the linked model.
+        method: The name of the iteration's method.
     """
 
     def __init__(self, iteration: object, method: str) -> None:
@@ -59,15 +59,15 @@ class Hook:
 
     @outside_graphs
     def __call__(self, *args: object) -> None:
-        """What torch calls."""
+        """Calls the method with what torch hands to the hook."""
         if self.iteration is not None:
             getattr(self.iteration, self.method)(*args)
 
 
 def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[Tensor]]:
-    """Marks what a module returned, unless a module within has; returns references to it.
+    """Marks a module's output, unless an inner module has; returns references to what it marked.
 
-    Of lists and tuples, as TridentNet's convolution returns, it marks each tensor.
+    In a list or tuple, such as TridentNet's convolution returns, it marks each tensor.
     """
     if not isinstance(output, Tensor):
         parts = output if isinstance(output, list | tuple) else ()
@@ -82,13 +82,13 @@ def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[T
 
 
 def mark_of(tensor: Tensor) -> Mark | None:
-    """The mark of a tensor, or None if no marking module returned it as it is now."""
+    """The mark of a tensor; None if it has none, or was changed in place since."""
     there = getattr(tensor, _MARK, None)
     return there if there is not None and there.version == kernels.version_of(tensor) else None
 
 
 def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
-    """Takes marks off the tensors that are still there."""
+    """Removes the marks of those tensors that still exist."""
     for ref in tensors:
         tensor = ref()
         if tensor is not None:
@@ -97,7 +97,7 @@ def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
 
 
 def marks(module: nn.Module) -> bool:
-    """Whether a module is one whose output is to be marked."""
+    """Whether to mark a module's output: it has a weight, and is no norm layer of this package."""
     if isinstance(module, NormLayer):
         return False
     # Reading a parametrized weight would compute it.
@@ -107,7 +107,7 @@ def marks(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[tuple[dict, int, Hook]]:
-    """This package's hooks on a module: where each is, its key, and itself."""
+    """This package's hooks on a module: for each the dict that holds it, its key, and the hook."""
     return [
         (hooks, key, hook)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
@@ -117,7 +117,7 @@ def hooks_of(module: nn.Module) -> list[tuple[dict, int, Hook]]:
 
 
 def unhook(model: nn.Module) -> None:
-    """Takes everything that :func:`cbn_mmdet.link` put on ``model`` away."""
+    """Removes everything that :func:`cbn_mmdet.link` put on ``model``."""
     for module in model.modules():
         for hooks, key, _ in hooks_of(module):
             del hooks[key]
@@ -125,11 +125,11 @@ def unhook(model: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
-# The weight.
+# Finding the weight.
 
 
 def is_plain(module: nn.Module | None) -> bool:
-    """Whether a module's output is the convolution of its input with its parameter, by its code."""
+    """Whether a module, by its code, merely convolves its input with its weight parameter."""
     kind = type(module)
     return (
         isinstance(module, nn.Conv2d)
@@ -145,17 +145,17 @@ def source_of(
     name_of: Callable[[nn.Module], str],
     checked: weakref.ref[nn.Module] | None = None,
 ) -> tuple[nn.Module | None, Source | None, str]:
-    """What computed ``y``, as a function of a weight.
+    """Finds what computed ``y`` as a function of a weight.
 
     Args:
-        y: What the layer was handed, ``(N, C, H, W)``.
-        name_of: Names a module.
-        checked: A reference to the module whose output's channels are known to be rows of its
-            weight, if one is.
+        y: The tensor that the layer received, ``(N, C, H, W)``.
+        name_of: A function that names a module, for messages.
+        checked: A reference to a module whose output channels are known to be rows of its weight,
+            if there is one.
 
     Returns:
-        The module that marked ``y``, if one has; the source, or None; and why there is none, as a
-        part of a sentence.
+        The module that marked ``y``, or None; the source, or None; and, as a part of a sentence,
+        why there is no source.
     """
     found = mark_of(y)
     module = None if found is None else found.module
@@ -168,7 +168,7 @@ def source_of(
 def _source_by_autograd(
     y: Tensor, module: nn.Module | None, name_of: Callable[[nn.Module], str], is_checked: bool
 ) -> tuple[Source | None, str]:
-    """The source of what is no plain convolution's."""
+    """The source of a tensor that no plain convolution returned, or why there is none."""
     graph = y.grad_fn
     is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
     if module is None and not is_convolution:
@@ -179,8 +179,8 @@ def _source_by_autograd(
         )
     fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
     if module is not None and not any(each.requires_grad for each in module.parameters()):
-        return Source(None, None), ""  # it never changes
-    # What a checkpoint repeats ran without gradients, and did not know the source either.
+        return Source(None, None), ""  # the weight never changes
+    # A checkpoint's first forward ran without gradients, so its source was unknown as well.
     if graph is None or is_recomputation() or _is_checkpointed():
         return None, (
             f"{fed}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, and "
@@ -195,7 +195,7 @@ def _source_by_autograd(
     channels, groups = y.shape[1], graph._saved_groups if is_convolution else None
     bias = None if module is None else module._parameters.get("bias")
     if bias is not None and bias.shape != (channels,):
-        bias = None  # taken as a constant
+        bias = None  # the bias counts as a constant
     rows = 0 if weight.dim() == 0 else len(weight)
     if groups is not None:
         rows = groups * weight.shape[1]
@@ -207,15 +207,15 @@ def _source_by_autograd(
 
 
 def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
-    """Whether each channel is a function of its own row alone: that of ``Linear`` is no channel."""
+    """Whether each channel depends on its own row of the weight alone (not so after ``Linear``)."""
     with torch.no_grad():
         channels = y.shape[1]
         number = torch.arange(1, channels + 1, device=y.device).view(-1, 1, 1) / channels + 1
-        # So that sums stay in the range of half precision, and numbers out of its subnormal one.
+        # Keeps sums within half precision's range, and numbers above its subnormal range.
         least = max(channels / max(y.numel(), 1), 2.0**-12)
         one, each = (
             source.rows(
-                # A bias may be there and not be used.
+                # The module may have a bias that it does not use.
                 torch.autograd.grad(y, source.leaf, grad, retain_graph=True, materialize_grads=True)
             ).double()
             for grad in (
@@ -224,11 +224,11 @@ def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
             )
         )
         expected = one * number.flatten(1).double()
-        return not bool((each - expected).norm() > 1e-2 * each.norm())  # NaN tells nothing
+        return not bool((each - expected).norm() > 1e-2 * each.norm())  # NaN proves nothing
 
 
 def _convolution(graph: torch.autograd.graph.Node) -> Source:
-    """The convolution that autograd recorded."""
+    """The source that a convolution's node in the autograd graph describes."""
     _, weight, bias = (_parameter(each) for each, _ in graph.next_functions)
     weight = graph._saved_weight if weight is None else weight
     trains = weight.requires_grad
@@ -245,19 +245,19 @@ def _convolution(graph: torch.autograd.graph.Node) -> Source:
 
 
 def _parameter(graph: torch.autograd.graph.Node | None) -> Tensor | None:
-    """The parameter that a gradient ends in, maybe through autocast's copy of it."""
+    """The parameter behind a node of the graph, possibly behind autocast's copy; else None."""
     if graph is not None and graph.name() == "ToCopyBackward0":
         graph = graph.next_functions[0][0]
     return getattr(graph, "variable", None)
 
 
 def _is_checkpointed() -> bool:
-    """Whether a checkpoint that is not reentrant holds back what autograd saves."""
+    """Whether a non-reentrant checkpoint is holding back the tensors that autograd saves."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
         hooks = top(True)
         return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    frame = sys._getframe()  # before torch 2.8 nothing else tells
+    frame = sys._getframe()  # before torch 2.8, only the call stack shows it
     while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
         frame = frame.f_back
     return frame is not None

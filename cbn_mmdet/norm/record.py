@@ -1,9 +1,9 @@
 # Licensed under the Apache License, Version 2.0.
 """What one forward of a layer leaves for its backward and for the end of the iteration.
 
-Most of what is left to compute then are short vectors, one number per channel. Where maps are small
-the number of operations costs more than their size, so all records of a model are worked on
-together, when the forward is over: their channels are one dimension of :class:`Vectors`.
+Most of what remains to be computed then are short vectors, one number per channel. For small maps,
+the number of operations costs more than their size. So once the forward is over, all records of a
+model are processed together: :class:`Vectors` concatenates their channels to one dimension.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ class Record:
     Attributes:
         layer: The layer.
         moments: Statistics of the batch; None in a burn-in.
-        past: What the window told, or None if it was empty.
-        share: ``s``, the current batch's in the union with the past.
-        mean: Of the union, ``(C,)``.
-        var: Of the union, ``(C,)``.
+        past: The past at today's weight, from the window; None if the window was empty.
+        share: ``s``, the share of the current batch in the union with the past.
+        mean: Mean of the union, ``(C,)``.
+        var: Variance of the union, ``(C,)``.
         running: What is averaged into the layer's running mean and variance, each ``(C,)``.
-        window: The window that grows, or None in a burn-in, where ``running`` replaces them.
-        derivative: Of the batch's statistics, or None where nothing is to be compensated.
-        mean_patches: ``M`` and ``m - M``, each ``(groups, P)``, if there is a past of a moving
-            window, and once ``h`` of the derivative has become ``h'``.
-        weight: In which they are, detached, where the window rounds them; else None.
-        bias: The convolution's, if means are to be kept without it.
+        window: The window that grows; None in a burn-in, where ``running`` replaces the buffers.
+        derivative: Derivative of the batch's statistics; None where nothing is compensated.
+        mean_patches: ``M`` and ``m - M``, each ``(groups, P)``. Set if a moving window has a past,
+            once ``h`` of ``derivative`` has become ``h'``.
+        weight: The weight that ``derivative`` is for, detached, if the window rounds it; else None.
+        bias: The convolution's bias, if the window keeps means without it.
         gamma: The layer's scale, or None for 1.
         backward: Which gradient is asked for.
         is_spread: Whether other processes hold parts of the batch, and take part in the backward.
-        scale: What the loss is multiplied by, and hence every gradient: 1, or a loss scaler's.
+        scale: Factor of the loss, and hence of every gradient: 1, or a loss scaler's.
         averages: ``E_b`` and ``E_g`` of past iterations, ``(2, C)``, or None.
-        sums: Of the backward passes ``sum(g)`` and ``sum(g x_hat)``, less the scale, ``(2, C)``, or
-            None.
-        kind: What records have in common that can be worked on together.
-        coefficients: What the backward pass makes of its sums, once the forward is over.
-        finish: Called for them.
-        is_constant_used: Whether a backward pass has added their constants.
-        original: Of a forward that activation checkpointing repeats the first, which gets the sums.
-        has_ended: Whether the iteration has.
+        sums: ``sum(g)`` and ``sum(g x_hat)`` over backward passes, ``(2, C)``, or None; without
+            ``gamma``, but times ``r gamma`` if the batch is spread.
+        kind: Key: records of equal kind can be processed together.
+        coefficients: What the backward pass applies to its sums; set once the forward is over.
+        finish: Function that computes ``coefficients``.
+        is_constant_used: Whether a backward pass has added the constants of ``coefficients``.
+        original: If this forward is a repetition by activation checkpointing, the record of the
+            first one, which receives the sums.
+        has_ended: Whether the iteration has ended.
     """
 
     running: tuple[Tensor, Tensor]
@@ -81,12 +82,12 @@ class Record:
         self.share = 1.0 if past is None else past.share
 
     def end(self) -> None:
-        """Lets go of everything: a loss that is kept keeps its graph, and that this record."""
+        """Releases everything: a loss that is kept keeps its autograd graph, and so this record."""
         self.has_ended = True
         self.__dict__.update(dict.fromkeys(_HELD))
 
     def add_sums(self, sums: Tensor) -> None:
-        """Adds what a backward pass found to what earlier ones of the same forward have."""
+        """Adds the sums of one backward pass to those of earlier ones of the same forward."""
         self.sums = sums if self.sums is None else self.sums + sums
 
 
@@ -97,18 +98,18 @@ _HELD = (
 
 
 class Vectors:
-    """What records have in one number per channel, for all ``N`` channels of them together.
+    """The per-channel values of several records, concatenated over all their ``N`` channels.
 
     Args:
         records: The records, on one device, in one dtype.
 
     Attributes:
-        sizes: Each one's number of channels.
-        batch: Mean ``mu`` and variance ``v``, ``(2, N)``.
-        past: ``mu_p`` and ``V``, ``(2, N)``; of a first iteration ``mu`` and ``v``.
-        union: Mean and variance of both, ``(2, N)``.
+        sizes: Number of channels of each record.
+        batch: Mean ``mu`` and variance ``v`` of the batch, ``(2, N)``.
+        past: ``mu_p`` and ``V``, ``(2, N)``; in a first iteration ``mu`` and ``v``.
+        union: Mean and variance of the union of batch and past, ``(2, N)``.
         share: ``s``; a number if all records have the same, else ``(N,)``.
-        eps: Of the layer; likewise.
+        eps: The layers' ``eps``; a number or ``(N,)`` likewise.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -144,21 +145,21 @@ class Vectors:
         return None if all(gamma is None for gamma in gammas) else self.cat(gammas, 1.0)
 
     def spread(self, *rows: list[float]) -> list[Tensor | float]:
-        """Each record's number for each of its channels; one number where all agree."""
+        """Repeats each record's number for each of its channels; one number where all agree."""
         return kernels.spread(rows, self.sizes, self.union[0])
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Each record's part of ``(..., N)``."""
+        """Splits ``(..., N)`` into each record's part."""
         return torch.split_with_sizes(tensor, self.sizes, -1)
 
     def split_columns(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Each record's part of ``(K, N)``, as ``(K, C, 1)``."""
+        """Splits ``(K, N)`` into each record's part, as ``(K, C, 1)``."""
         return torch.split_with_sizes(tensor.unsqueeze(2), self.sizes, 1)
 
     def parts(self, each: list, otherwise: Tensor | float, shape: tuple[int, ...] = ()) -> list:
-        """What each record has, and for those that have None a part of ``otherwise``.
+        """Returns ``each``, one entry per record, with every None replaced from ``otherwise``.
 
-        That is ``(*shape, N)``, or one number for all.
+        ``otherwise`` is ``(*shape, N)``, of which a record gets its part, or one number for all.
         """
         if all(part is not None for part in each):
             return each
@@ -168,17 +169,17 @@ class Vectors:
         return [rest if part is None else part for part, rest in parts]
 
     def cat(self, tensors: list[Tensor | None], otherwise: Tensor | float) -> Tensor:
-        """:meth:`parts` of ``(..., C)``, as ``(..., N)``."""
+        """Concatenates the :meth:`parts`, tensors of ``(..., C)``, to ``(..., N)``."""
         some = next((tensor for tensor in tensors if tensor is not None), self.union[0])
         together = torch.cat(self.parts(tensors, otherwise, some.shape[:-1]), -1)
         dtype = self.union.dtype
         return together if together.dtype == dtype else together.to(dtype)
 
     def cat_pairs(self, each: list[Sequence[Tensor] | None], otherwise: Tensor | float) -> Tensor:
-        """:meth:`parts` of two tensors of ``(C,)``, as ``(2, N)``."""
+        """Concatenates the :meth:`parts`, pairs of tensors of ``(C,)``, to ``(2, N)``."""
         return pairs(self.parts(each, otherwise, (2,)))
 
 
 def pairs(each: Sequence[Sequence[Tensor]]) -> Tensor:
-    """All first tensors of pairs in one row, and all second ones in another, ``(2, N)``."""
+    """Puts the first tensors of all pairs in one row, the second ones in another, ``(2, N)``."""
     return torch.cat([tensor for row in zip(*each, strict=True) for tensor in row]).view(2, -1)

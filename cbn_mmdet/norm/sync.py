@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""One batch that is spread over the processes of a distributed training.
+"""Statistics of one batch that is spread over the processes of a distributed training.
 
-The statistics of the whole batch follow from each process's own mean, variance and number of
-positions; the processes may differ in the latter, and some may have none.
+They follow from each process's own mean, variance and number of positions. That number may differ
+between processes, and some processes may have no position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_distributed() -> bool:
 
 
 def joint_moments(own: Moments) -> Moments:
-    """The statistics over the positions of all processes, each of which calls this once.
+    """Computes the statistics over the positions of all processes; each process calls this once.
 
     Args:
         own: The statistics of this process's batch, zeros where it is empty.
@@ -44,7 +44,7 @@ def joint_moments(own: Moments) -> Moments:
 
 
 def joint_sum(*vectors: Tensor) -> tuple[Tensor, ...]:
-    """The sums over all processes of vectors of one shape, in a single reduction."""
+    """Sums each vector over all processes, in one reduction; the vectors have one shape."""
     stacked = torch.stack(vectors)
     dist.all_reduce(stacked)
     return stacked.unbind()
