@@ -1,20 +1,20 @@
-## make .venv   set up Python, with everything the project needs, in .venv (the other targets do it)
+## make .venv   set up Python and everything the project needs in .venv (other targets do it, too)
 ## make train   build the digits data set, train on it, and report; no GPU needed
 ## make variants   train the digits detector with each derivative_stride and window_dtype
 ## make test    lint, then run the whole test suite
 ## make lint    check style and formatting
 ## make sweep   train every COCO config for two steps on the CPU (not part of `make test`)
-## make coco-check   check a COCO config, its data and its weights before a cluster is booked
-## make gpu     on a machine with a GPU: what a CPU cannot show, in a report for an issue; ten minutes
+## make coco-check   check a COCO config, its data and its weights before you book a cluster
+## make gpu     run on a GPU what a CPU cannot, and write a report for an issue; ten minutes
 ## make clean   remove caches and build products; .venv, data/ and work_dirs/ stay
 ##
 ## Variables, as in `make test PYTEST_ARGS='-m "not slow"'`:
-##   PYTHON       the Python that .venv is made from, 3.10 or newer (python3)
+##   PYTHON       the Python to make .venv with, 3.10 or newer (python3)
 ##   CXX          the C++ compiler for mmcv's operators (the first of c++, g++, clang++)
-##   MAX_JOBS     compilers, or tests, that run at a time (the number of cores)
-##   CONFIG       what to train (studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py) or
-##                to check (configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py)
-##   WORK_DIR     where its logs and checkpoints go (work_dirs/ and the config's name)
+##   MAX_JOBS     compilers or tests to run at a time (the number of cores)
+##   CONFIG       what to train (studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py)
+##                or to check (configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py)
+##   WORK_DIR     where logs and checkpoints go (work_dirs/ and the config's name)
 ##   TRAIN_ARGS   more arguments for tools/train.py
 ##   CHECK_ARGS   more arguments for tools/preflight.py
 ##   PYTEST_ARGS  more arguments for pytest
@@ -29,9 +29,9 @@ CXX := $(or $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name
 endif
 
 RUN := .venv/bin/python
-# torch looks for ninja on PATH, and compiles on one core where it finds none.
+# torch looks for ninja on PATH, and compiles on one core if it finds none.
 PIP := PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) -m pip install --disable-pip-version-check
-# Written last, so that an interrupted set-up is taken up again.
+# Written last, so that the next call resumes an interrupted set-up.
 READY := .venv/.ready
 FAIL := fail() { echo "error: $$*" >&2; exit 1; }
 
@@ -75,10 +75,10 @@ $(READY): requirements.txt pyproject.toml .venv/bin/python
 	@$(FAIL); $(RUN) -c "$$CAN_COMPILE"; [ $$? -ne 3 ] || \
 	  fail "torch sees a GPU, but there is no CUDA toolkit (nvcc) to compile mmcv with;" \
 	    "install one, or hide the GPU: export CUDA_VISIBLE_DEVICES="
-	@# Python's own flags, but for debug information, which takes half of the compiler's time.
+	@# Python's own flags without debug information, which takes half of the compiler's time.
 	@echo "Next, mmcv's operators compile, unless pip has them cached: some minutes."
 	CFLAGS="$${CFLAGS:--O3 -DNDEBUG -fwrapv -g0}" $(PIP) --no-build-isolation -r requirements.txt -e '.[dev]'
-	@# Both OpenCV distributions fill the same package, and only this one runs without libGL.
+	@# Both OpenCV distributions install the same package, but only this one runs without libGL.
 	$(PIP) --no-deps --force-reinstall -c requirements.txt opencv-python-headless
 	@$(FAIL); \
 	why=$$($(RUN) -c 'import mmcv.ops' 2>&1) || \
@@ -91,8 +91,8 @@ train: $(READY)
 	$(RUN) tools/train.py $(CONFIG) --work-dir $(WORK_DIR) $(TRAIN_ARGS)
 	$(RUN) tools/report.py $(WORK_DIR)
 
-# Reads lines of a work dir, a config and settings. One thread each: two small trainings side by side
-# use two cores better than one after the other.
+# Reads lines of a work dir, a config and settings. Each training has one thread: two cores run two
+# small trainings faster side by side than one after the other.
 TRAIN_EACH = OMP_NUM_THREADS=1 xargs -P $(MAX_JOBS) -I{} sh -c \
   'set -- {}; dir=$$1; config=$$2; shift 2; mkdir -p $$(dirname $$dir); \
   $(RUN) tools/train.py $$config --resume --work-dir $$dir --cfg-options "$$@" >$$dir.log 2>&1 || \
@@ -114,7 +114,7 @@ coco-check: CONFIG = configs/mask_rcnn/mask-rcnn_r50_fpn_cbn_4xb4-1x_coco.py
 coco-check: $(READY)
 	$(RUN) tools/preflight.py $(CONFIG) $(CHECK_ARGS)
 
-# Apart from the rest, since MMDetection imports it wherever it finds it, a second at each start.
+# Apart from the rest: MMDetection imports these if it finds them, which adds a second per start.
 OUTSIDE := .venv/.outside
 $(OUTSIDE): $(READY)
 	@rm -f $@

@@ -1,16 +1,16 @@
 # Licensed under the Apache License, Version 2.0.
-"""Measure what CBN costs, beside batch normalisation in the same run.
+"""Measure what CBN costs, relative to batch normalisation (BN) in the same run.
 
-A time is a ratio to BN's. The norms take turns, in another order each round, so that whatever else
-the machine does meets them all. The ratio is the median over the rounds; they go on until half of
-its 95 % interval, which is printed after it, is within --stable-to or the time is up.
+A time is a ratio to BN's. The norms take turns, in another order each round, so that other load on
+the machine affects all of them. The ratio is the median over the rounds. They go on until half of
+its 95 % interval, which is printed after it, is within --stable-to, or until the time is up.
 
-A norm is named as its norm_cfg: BN, GN, or CBN(derivative_stride=2, backward='own'), say.
-CBN(compensate=False) is the paper's naive CBN. Two rows are of layer and count alone: 'BN + weight
-gradient' forms one gradient of the weight more, the least that any derivative from all positions
-can cost, and 'CBN, by autograd' is CBN behind what is no plain convolution. layer, host, growth and
-count need torch alone, the others MMDetection, or with --torchvision torchvision: its Faster R-CNN,
-with the norm everywhere.
+Name a norm by its norm_cfg, such as BN, GN or CBN(derivative_stride=2, backward='own').
+CBN(compensate=False) is the paper's naive CBN. Only layer and count have two further rows: 'BN +
+weight gradient' computes one more gradient of the weight, the least that any derivative from all
+positions can cost; 'CBN, by autograd' is CBN behind a layer that is not a plain convolution.
+layer, host, growth and count need only torch. The others need MMDetection or, with --torchvision,
+torchvision, whose Faster R-CNN then has the norm everywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAIVE = "CBN(compensate=False)"
 CBNS = [NAIVE, "CBN", "CBN(backward='own')", "CBN(backward='window')"]
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
 BFLOAT16 = "CBN(window_dtype='bfloat16')"
-SLIDING = [  # the paper's, and one of which past iterations have a gradient, too
+SLIDING = [  # the paper's, and one with a gradient through past iterations, too
     "CBN(window='sliding', window_size=4, backward='current')",
     "CBN(window='sliding', window_size=8, backward='window')",
 ]
@@ -52,7 +52,7 @@ ROWS = {
     "inference": ["GN", "CBN"],
     "memory": ["GN", "SyncBN", "BRN", *CBNS, BFLOAT16, *SLIDING],
 }
-VISION = "step", "memory"  # what torchvision's detector can be asked for, too
+VISION = "step", "memory"  # commands that take --torchvision
 
 
 def parse_args() -> argparse.Namespace:
@@ -126,7 +126,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def complete(args: argparse.Namespace) -> str | None:
-    """Fill in what depends on several arguments; returns what is wrong with them, if anything."""
+    """Fill in defaults that depend on several arguments; returns the user's mistake, if any."""
     gpu, asked = args.device == "cuda", getattr(args, "norms", None)
     if gpu and not torch.cuda.is_available():
         return "--device cuda: no GPU is available; leave it out to use the CPU"
@@ -159,19 +159,19 @@ def complete(args: argparse.Namespace) -> str | None:
 
 
 def shape(text: str) -> Shape:
-    """Read a shape."""
+    """Read a shape from the command line."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", text):
         raise argparse.ArgumentTypeError(f"takes N,C_in,C_out,kernel,size, got {text}")
     return Shape(*map(int, text.split(",")))
 
 
 def row(text: str) -> str:
-    """Read the name of a norm, or of the row that is none."""
+    """Read the name of a norm, or of one of the two further rows."""
     return text if text in (FLOOR, AUTOGRAD) else norm(text)
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure, and print the tables."""
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def part_of(args: argparse.Namespace) -> str:
-    """The module that measures it."""
+    """The name of the module that measures the command."""
     if getattr(args, "torchvision", False):
         return "vision"
     return "detector" if "config" in args else "layer"
@@ -190,9 +190,9 @@ def part_of(args: argparse.Namespace) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Measure and print: tables are ``{title: rows}``, a row is ``{column: cell}``."""
-    # mmengine and pycocotools chatter.
+    # Hides what mmengine and pycocotools print.
     with progress(args.command) as bar, redirect_stdout(io.StringIO()):
-        part = import_module(f"benchmarks.{part_of(args)}")  # which may need MMDetection
+        part = import_module(f"benchmarks.{part_of(args)}")  # may need MMDetection
         tables = getattr(part, f"measure_{args.command}")(args, bar)
     about = {
         "machine": machine(args.device),
@@ -210,7 +210,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def cell(value: object) -> str:
-    """Format a cell: a ratio and its error, or what BN took; a number; text."""
+    """Format a cell: a ratio with its error (BN's with what BN took), a number, or text."""
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     if not isinstance(value, dict):

@@ -1,17 +1,17 @@
 # Licensed under the Apache License, Version 2.0.
-"""Measure how good the compensation is, in a real training.
+"""Measure how accurate the compensation is in a real training.
 
-At intervals the training keeps the inputs that some convolutions see in the last k - 1 iterations
-(7 where windows set their own size). With today's weights they tell the true mean and variance that
-a CBN layer estimates: with today's weight of that convolution alone, which is what the first-order
-compensation aims at, and with today's weights of the whole network (the same images, normalised
-with the windows of that time), which is what it stands for. Beside them are the compensated
-statistics of each iteration and the naive ones, those of the time. It trains anew, in a work dir
-of its own (work_dirs/CONFIG_NAME_compensation), and writes compensation.json, compensation.png and,
-of all layers the sizes that windows had on the way, window_sizes.png there.
+At intervals, the training keeps the inputs of some convolutions over the last k - 1 iterations (7
+if windows set their own size). From them it computes the true mean and variance that a CBN layer
+estimates: first with today's weight of that convolution alone, which the first-order compensation
+aims at, then with today's weights of the whole network, which it stands for (the same images,
+normalised with the windows of that time). It compares both with the compensated statistics of each
+iteration, and with the naive ones, which are those of that time. The tool trains anew, in a work
+dir of its own (work_dirs/CONFIG_NAME_compensation). There it writes compensation.json,
+compensation.png and window_sizes.png, the window sizes of all layers over the training.
 
-The error of a variance is the sum over channels of |estimate - truth| over the sum of the truth;
-the error of a mean is that of |estimate - truth| over the sum of the true standard deviations.
+The error of a variance is the sum over channels of |estimate - truth|, divided by the sum of the
+truth; for the error of a mean, the divisor is the sum of the true standard deviations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import defaultdict
 from statistics import mean
 from typing import NamedTuple
 
-import paths  # noqa: F401  where common is
+import paths  # noqa: F401  makes common importable
 import torch
 from common.checkpoint import check_writable
 from common.coco import check_data, explained_damage
@@ -49,25 +49,25 @@ from cbn_mmdet.norm.moments import Derivative, Source, batch_derivative, batch_m
 
 NAIVE = "naive"
 PROBES = 12
-SIZES = 100  # moments at which window sizes are read
-PAST = 7  # iterations to look back where windows set their own size
+SIZES = 100  # times that window sizes are read
+PAST = 7  # iterations to look back if windows set their own size
 
 Products = tuple[Tensor, Tensor]
 
 
 class Kept(NamedTuple):
-    """What one iteration leaves of one convolution."""
+    """What is kept of one convolution in one iteration."""
 
     input: Tensor
     mean: Tensor  # of its output
     var: Tensor  # of its output, biased
     bias: Tensor | None
-    # By variant, the derivatives, and their products with the weight of the time.
+    # By variant, the derivatives, and their products with the weight of that time.
     products: dict[str, tuple[Derivative, Products]]
-    is_of_paper: bool  # whether the window expands the second moment, and not the variance
+    is_of_paper: bool  # whether the window expands the second moment, not the variance
 
     def compensated(self, variant: str, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-        """Mean and variance at the convolution's weight and bias of today, as a window has them."""
+        """Mean and variance at today's weight and bias, as a window computes them."""
         derivative, then = self.products[variant]
         now = products_of(derivative, conv)
         moved, var = now[0] - then[0], self.var + (now[1] - then[1])
@@ -78,7 +78,7 @@ class Kept(NamedTuple):
 
 
 def products_of(derivative: Derivative, conv: nn.Conv2d) -> Products:
-    """``m . w`` and ``h . w``."""
+    """The derivatives times the convolution's weight: ``m . w`` and ``h . w``."""
     mean, var = derivative.mean, derivative.var
     return weight_products([mean], [var], [conv.weight], mean.dtype)[0]
 
@@ -104,13 +104,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train and measure."""
+    """Train, measure and report."""
     args = parse_args()
     cfg = load_config(args)
     if args.launcher != "none":
         raise UsageError("--launcher: runs in one process, as each has statistics of its own")
     if args.work_dir is None:
-        cfg.work_dir += "_compensation"  # the training of this config may be in the other
+        cfg.work_dir += "_compensation"  # the default one may hold this config's training
     check_data(cfg, "train")
     check_writable(cfg.work_dir, "--work-dir")
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 class Observer(Hook):
-    """Keeps and compares."""
+    """Keeps inputs while the model trains, and compares estimates with the truth."""
 
     priority = "VERY_LOW"
 
@@ -141,14 +141,14 @@ class Observer(Hook):
             raise UsageError(f"{args.config}: window_size is 1, which compensates nothing")
         self.names = self._choose(args.layers, layers)
         self.strides, self.bfloat16 = args.strides, args.bfloat16
-        # What two looks keep must not overlap.
+        # The iterations that two looks keep must not overlap.
         self.every = max(args.every or runner.max_iters // PROBES, self.past + 1)
         self.rows: list[dict] = []
-        self.sizes: list[dict] = []  # of all windows, by layer, at an iteration
-        # One for each of the batches, None where the convolution did not run or got no region.
+        self.sizes: list[dict] = []  # of all layers' windows, at an iteration
+        # One per batch; None if the convolution did not run or got no region.
         self.kept: dict[str, list[Kept | None]] = defaultdict(list)
         self.network = args.network
-        self.batches: list[tuple] = []  # data, windows, the limit in force, random state
+        self.batches: list[tuple] = []  # data, windows, window limit, random state
         self._handles: list = []
 
     def _choose(self, asked: list[str], layers: dict[str, CBN]) -> list[str]:
@@ -179,9 +179,9 @@ class Observer(Hook):
             if not self._handles:
                 self._start_keeping(runner.model)
             model = runner.model
-            limit = next(iter(cbn_layers(model).values())).window_limit  # CBNHook's, for all
+            limit = next(iter(cbn_layers(model).values())).window_limit  # CBNHook sets it for all
             state = None
-            if self.network:  # on the CPU, for a GPU would hold its windows many times
+            if self.network:  # on the CPU: a GPU would hold its windows many times
                 state = apply_to(window_state(model), torch.is_tensor, Tensor.cpu)
             random = torch.get_rng_state()
             self.batches.append((copy.deepcopy(data_batch), state, limit, random))
@@ -193,14 +193,14 @@ class Observer(Hook):
             def keep(conv, args, output, name=name, layer=layer) -> None:
                 kept = self.kept[name]
                 kept += [None] * (len(self.batches) - 1 - len(kept))
-                if len(kept) < len(self.batches):  # of several calls in one forward, the first
+                if len(kept) < len(self.batches):  # only a forward's first call
                     has_values = output.numel() > 0
                     kept.append(self._keep(layer, conv, args[0], output) if has_values else None)
 
             self._handles.append(conv.register_forward_hook(keep))
 
     def _convolutions(self, model: nn.Module) -> dict[str, nn.Conv2d]:
-        """By layer, without those that have not run, do not train, or follow something else."""
+        """The ``nn.Conv2d`` that feeds each chosen layer, if it has run and trains."""
         fed_by = links(model)
         convs = {name: model.get_submodule(fed_by[name]) for name in self.names if name in fed_by}
         return {
@@ -261,7 +261,7 @@ class Observer(Hook):
                 ]
 
     def _whole_network(self, model: nn.Module) -> list[dict[str, tuple[Tensor, Tensor]]]:
-        """The moments of each past batch, and its windows, with all weights as they are now."""
+        """The moments of each past batch, with its windows but all of today's weights."""
         twin = copy.deepcopy(model)
         link(twin)
         names = {conv: name for name, conv in self._convolutions(model).items()}
@@ -275,7 +275,7 @@ class Observer(Hook):
 
                 twin.get_submodule(conv_name).register_forward_hook(note)
         seen = []
-        # Detectors sample regions at random: the same ones again, and then the training's own.
+        # Detectors sample regions at random: repeat the past draws, then restore the random state.
         with random_state_kept():
             for batch, state, limit, random in self.batches:
                 torch.set_rng_state(random)
@@ -289,7 +289,7 @@ class Observer(Hook):
 
 
 def past_iterations(layer: CBN) -> int:
-    """How many a window of the layer stands for."""
+    """How many past iterations a window of the layer stands for."""
     return PAST if layer.window_size == "auto" else layer.window_size - 1
 
 

@@ -1,10 +1,10 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a norm ought to cost where it was not measured: counts, and models made of them.
+"""Predict the cost of a norm where it was not measured, by counting and a model of the counts.
 
-model: a training step of R-50-FPN with the norm after each convolution, counted on a CUDA device of
-which only the shapes are real: launches x host time + bytes / bandwidth + operations / peak.
-collectives: what processes on this machine's CPU say to each other, and what that would take many
-GPUs. Nothing here measures a time.
+model: a training step of R-50-FPN with the norm after each convolution, counted on a fake CUDA
+device that has only shapes: launches x host time + bytes / bandwidth + operations / peak.
+collectives: what processes on this machine's CPU send each other, and the time that this would take
+on many GPUs. Nothing here measures a time.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ GIGA, TERA, MS, KIB = 1e9, 1e12, 1e3, 1024
 NORMS = {"BN": "BN", "GN": "GN", "CBN": "CBN", "the paper's CBN": PAPERS}
 SIZE = (800, 1344)  # 800 x 1333, padded as detectors do
 HALF = {"float32": False, "AMP": True}
-# GB/s, and 10^12 operations a second of a convolution in float32 (TF32 where torch takes it, which
-# is from Ampere on) and in float16, not sparse.
+# Bandwidth in GB/s, and 10^12 operations per second of a convolution in float32 (TF32 from Ampere
+# on, where torch uses it) and in float16, both without sparsity.
 GPUS = {
     "H100": (3350, 494.7, 989.4),  # SXM5; NVIDIA's data sheet, halved where it says "with sparsity"
     "A100": (2039, 156, 312),  # SXM4, 80 GB; NVIDIA's data sheet
     "V100": (900, 15.7, 125),  # SXM2; NVIDIA's data sheet
     "2080 Ti": (616, 13.4, 53.8),  # sums in float32; NVIDIA's Turing whitepaper, reference card
 }
-HOST_US = 9.4  # a launch of BN's, by docs/benchmarks.md's host time: 7 take 65 µs
+HOST_US = 9.4  # per launch, by BN's host time in docs/benchmarks.md: 7 take 65 µs
 
-# What a row is called: its norm, and the GB/s in one direction and µs to the next GPU (assumed).
+# Rows and their norms; fabrics: GB/s in one direction, and µs to the next GPU (assumed).
 BROADCAST = "BN, broadcast_buffers=True"
 SPEAKERS = {"BN": "BN", BROADCAST: "BN", "SyncBN": "SyncBN", "CBN": "CBN"}
 SPEAKERS["SyncCBN"] = "CBN(sync=True)"
 FABRICS = {"NVLink": (450, 5), "10 Gb/s": (1.25, 30)}  # an H100's: 900 GB/s, both ways together
 RANKS = 8, 64
-# NCCL's at their best: how often to go through a tree, and what share of a link's time in a ring.
+# NCCL at its best: trips through a tree, and how often a ring's link carries a process's bytes.
 COSTS = {
     "allreduce_": (2, lambda ranks: 2 * (ranks - 1) / ranks),
     "allgather_": (1, lambda ranks: ranks - 1),
@@ -63,7 +63,7 @@ COSTS = {
 
 
 def count_step(name: str, images: int, half: bool) -> dict[str, object]:
-    """What a training step with full windows does, but for the optimiser: counted by part."""
+    """Count, by part, a training step with full windows, but without the optimiser."""
     from fake_cuda import backward, fake_cuda
 
     with fake_cuda() as watch:
@@ -90,7 +90,7 @@ def count_step(name: str, images: int, half: bool) -> dict[str, object]:
 
 
 def terms(parts: dict, gpu: str, half: bool) -> dict[str, float]:
-    """The model: milliseconds of the host, of the memory and of arithmetic."""
+    """Model the milliseconds of host, memory and arithmetic."""
     bandwidth, *peaks = GPUS[gpu]
     launches, moved, flops = (
         sum(getattr(part, each) for part in parts.values()) for each in ("total", "bytes", "flops")
@@ -100,7 +100,7 @@ def terms(parts: dict, gpu: str, half: bool) -> dict[str, float]:
 
 
 def model() -> None:
-    """Print the counts, and what they would take."""
+    """Print the counts, and the time that they would take."""
     counted, modelled = [], []
     for images, (precision, half) in ((n, each) for n in (1, 2) for each in HALF.items()):
         case = {"images": images, "precision": precision}
@@ -124,14 +124,14 @@ def model() -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """Notes each collective, and the bytes that this process hands in."""
+    """Records each collective, and the bytes that this process contributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an operation, and note it if others take part in it."""
+        """Run an operation, and record it if it is a collective."""
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
             own = tree_leaves(args[1] if "gather" in name else args[0])
@@ -143,12 +143,12 @@ class SyncBNOnCPU(nn.SyncBatchNorm):
     """torch's SyncBN, with stand-ins for the kernels that only a GPU has."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Says to the others what torch's says, and returns what it likes."""
+        """Sends what torch's SyncBN sends, and returns meaningless values."""
         own = self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum
         return SyncFunction.apply(x, *own, dist.group.WORLD, dist.get_world_size())
 
 
-STAND_INS = {  # whatever has the right shape
+STAND_INS = {  # any values of the right shape
     "batch_norm_stats": lambda x, eps: 2 * (x.new_ones(x.shape[1]),),
     "batch_norm_gather_stats_with_counts": lambda x, means, *_: 2 * (means[0],),
     "batch_norm_elemt": lambda x, *_: x.clone(),
@@ -158,7 +158,7 @@ STAND_INS = {  # whatever has the right shape
 
 
 def speak(row: str) -> dict[str, list[tuple[str, int]]]:
-    """What a process says to the others in an iteration's parts, and before an evaluation."""
+    """Record a process's collectives in each part of an iteration, and before an evaluation."""
     from mmengine.hooks import SyncBuffersHook
 
     from cbn_mmdet import CBNHook
@@ -176,7 +176,7 @@ def speak(row: str) -> dict[str, list[tuple[str, int]]]:
         parts = {part: Collectives() for part in ("forward", "backward", "step", "evaluation")}
         with parts["forward"]:
             loss = sum(each.sum() for each in outer(torch.randn(2, 3, 64, 64)).values())
-        if outer is net:  # gradients, of which all rows have the same, are left out
+        if outer is net:  # leaves out gradients, which are the same in all rows
             with parts["backward"]:
                 loss.backward()
         for hook in hooks:
@@ -188,7 +188,7 @@ def speak(row: str) -> dict[str, list[tuple[str, int]]]:
 
 
 def process(rank: int, count: int, folder: str) -> None:
-    """The life of one of the processes."""
+    """Run all rows in one of the processes; the first one writes what it sent."""
     torch.set_num_threads(1)
     vars(torch).update(STAND_INS)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
@@ -199,14 +199,14 @@ def process(rank: int, count: int, folder: str) -> None:
 
 
 def listen(count: int) -> dict[str, dict[str, list[tuple[str, int]]]]:
-    """What several processes say, by row and part."""
+    """Start several processes; returns the collectives of one, by row and part."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(process, (count, folder), count)
         return json.loads(Path(folder, "said.json").read_text())
 
 
 def pay(said: list[tuple[str, int]], ranks: int, fabric: str) -> float:
-    """The model: milliseconds that collectives take, one after the other."""
+    """Model the milliseconds that collectives take, one after the other."""
     bandwidth, hop = FABRICS[fabric]
     ways = [(*COSTS[name], own) for name, own in said]
     hops = sum(trips for trips, _, _ in ways) * math.ceil(math.log2(ranks))
@@ -214,7 +214,7 @@ def pay(said: list[tuple[str, int]], ranks: int, fabric: str) -> float:
 
 
 def collectives(counts: list[int]) -> None:
-    """Print what was said, and what many GPUs would pay for it."""
+    """Print the collectives, and the time that they would take on many GPUs."""
     rows = []
     for count in counts:
         heard = listen(count)
@@ -236,7 +236,7 @@ def collectives(counts: list[int]) -> None:
 
 
 def main() -> None:
-    """Count, and print."""
+    """Count, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

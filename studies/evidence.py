@@ -16,14 +16,14 @@ continued               a ResNet-18 that BN has trained goes on at one image per
                         loss, and the accuracies on the way
 continued-clipped       the same, with the norm of the gradients clipped at 10
 
-Each adds its results to FOLDER/NAME.json, prints them as a table and plots them (but for frames,
-centred, continued and levels) to FOLDER/NAME.png. What the file has is not run again, so an
+Each study adds its results to FOLDER/NAME.json, prints them as a table and plots them (except for
+frames, centred, continued and levels) to FOLDER/NAME.png. Results in the file are not run again: an
 interrupted command goes on where it stopped, and one with more --seeds adds to what is there.
 
-A norm is named as its norm_cfg: BN, GN, or CBN(window_size=4, backward='own'), say.
+Name a norm by its norm_cfg, such as BN, GN or CBN(window_size=4, backward='own').
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
-All see the same images, and rates follow the images of an optimiser's step. CmBN's has 8 forwards,
-so that it takes an eighth of the steps of the others.
+All norms see the same images, and learning rates follow the images per optimiser step. A step of
+CmBN has 8 forwards, so CmBN takes an eighth of the steps of the others.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 
-import paths  # noqa: F401  where common is
+import paths  # noqa: F401  makes common importable
 import torch
 from common.checkpoint import check_writable
 from common.errors import UsageError, positive, run_tool
-from filelock import FileLock, Timeout  # which torch depends on
+from filelock import FileLock, Timeout  # a dependency of torch
 from norms import norm, norm_cfg
 from tqdm import tqdm
 from trainings.classifier import CLASSIFIER, train_classifier
@@ -57,7 +57,7 @@ KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
 FULL, OWN = (f"CBN(window_size=8, backward='{backward}')" for backward in ("full", "own"))
-FIXED = "CBN(window_size=8)"  # the default gradient with a share that stays
+FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
 STUDIES = {
@@ -178,7 +178,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is missing, and report all there is."""
+    """Run the trainings that are missing, and report all results."""
     args = parse_args()
     if not 0 < args.shorten <= 1:
         raise UsageError(f"--shorten {args.shorten:g}: takes a share above 0, up to 1")
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def check_continued(args: argparse.Namespace) -> None:
-    """Refuse what this study has no use for."""
+    """Refuse options that the continued studies have no use for."""
     if args.burn_in is not None:
         raise UsageError("--burn-in: continued has none")
     for name in args.norms or []:
@@ -221,7 +221,7 @@ def check_continued(args: argparse.Namespace) -> None:
 
 @contextmanager
 def alone_with(path: str) -> Iterator[None]:
-    """Keep other commands from what this one trains and writes, until it ends or is killed."""
+    """Keep other commands from these trainings and results until this one ends or is killed."""
     try:
         with FileLock(f"{path}.lock", timeout=0):
             yield
@@ -232,12 +232,12 @@ def alone_with(path: str) -> Iterator[None]:
 
 
 def plan(args: argparse.Namespace, study: Study) -> list[Job]:
-    """All trainings that are asked for, seed by seed, so that early results compare all norms."""
+    """List the trainings asked for, seed by seed, so that early results compare all norms."""
     batches = args.batches or study.batches
     most = args.seeds or max(study.seeds.values())
     default = ABLATION["burn_in"] if args.study == "ablation" else None
     variants = [(name, default) for name in args.norms or study.norms]
-    if not variants:  # the ablation's own, of which the sliding ones cross at a window of 8
+    if not variants:  # the ablation's own; its two sliding series share the window of 8
         variants = [(sliding(k), default) for k in WINDOWS]
         variants += [(SLIDING, other) for other in BURN_INS if other != default]
         variants += [("CBN", each) for each in (0, 1)]
@@ -256,7 +256,7 @@ def plan(args: argparse.Namespace, study: Study) -> list[Job]:
 
 
 def read_results(path: str, settings: dict) -> dict[Job, dict]:
-    """Read what was measured before, under the same settings."""
+    """Read earlier results, which must be of the same settings."""
     if not osp.isfile(path):
         return {}
     try:
@@ -275,7 +275,7 @@ def read_results(path: str, settings: dict) -> dict[Job, dict]:
 
 
 def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, settings) -> None:
-    """Train what ``results`` lacks, and write each result at once."""
+    """Run the trainings that ``results`` lacks, and write each result at once."""
     missing = [job for job in jobs if job not in results]
     if results:
         kept = len(jobs) - len(missing)
@@ -283,7 +283,7 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
     if missing and args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda: torch {torch.__version__} sees no GPU to train on")
     workers = args.jobs or os.cpu_count()
-    # One thread each: two small trainings side by side use two cores better than in turn.
+    # One thread each: two cores train two small models faster side by side than in turn.
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(desc=args.study, total=len(jobs), initial=len(jobs) - len(missing)) as bar,
@@ -309,7 +309,7 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
 
 
 def write_results(path: str, settings: dict, results: dict[Job, dict]) -> None:
-    """Write all results, so that a death while writing loses none."""
+    """Write all results to a new file first: a process killed while writing loses none."""
     rows = [results[job] for job in sorted(results, key=lambda job: tuple(map(str, job)))]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     with open(path + ".part", "w") as file:

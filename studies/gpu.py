@@ -1,9 +1,9 @@
 # Licensed under the Apache License, Version 2.0.
-"""On a machine with a GPU: run what a CPU cannot, and write one report to paste into an issue.
+"""Run on a GPU what a CPU cannot, and write one report to paste into an issue.
 
-The tests that a CPU skips, two COCO configs on images of noise, and the benchmarks at 800x1333:
-each part is a process of its own, and has its time. What is done is kept in the work dir, so the
-same command goes on after an interruption, or with what failed or found no time.
+The parts are the tests that a CPU skips, two COCO configs on images of noise, and the benchmarks at
+800x1333. Each runs in its own process, with a time limit. The work dir keeps finished parts: after
+an interruption, the same command goes on, and it repeats parts that failed or found no time.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from printing import markdown
 
 NAIVE = "CBN(compensate=False)"
 NORMS = ["SyncBN", "GN", "BRN", "MABN", NAIVE, PAPERS, "CBN"]
-# Of a layer: nothing but overhead; the stem's, the FPN's, two of the backbone's and the head's.
+# Layers: one of nothing but overhead, the stem's, the FPN's, two of the backbone's, the head's.
 SHAPES = "{0},8,8,3,4 {0},64,64,3,258 {0},256,256,3,129 {0},1024,256,1,65 {0},512,512,3,32"
 SHAPES += " {1},256,256,3,7"
-CONFIGS = {  # CBN everywhere; in FPN and heads, in mixed precision
+CONFIGS = {  # CBN everywhere; CBN in FPN and heads, in mixed precision
     "faster_rcnn/faster-rcnn_r50_fpn_cbn-all_4xb4-1x_coco.py": [],
     "mask_rcnn/mask-rcnn_r50_fpn_cbn_8xb2-1x_coco.py": ["--amp"],
 }
@@ -50,11 +50,11 @@ build_coco(sys.argv[1])
 PACKAGES = {"torch", "torchvision", "triton", "numpy", "mmengine", "mmcv", "mmdetection", "mmdet"}
 TESTS = "tests/test_norm/test_devices.py"
 LIMITS = {"step": "12", "layer": "2", "host": "8"}  # seconds for a detector's rounds, or a shape's
-NO_HALF, TAIL = "half precision needs a GPU", 30  # lines of what a failed part said
+NO_HALF, TAIL = "half precision needs a GPU", 30  # lines shown of a failed part's output
 
 
 class Part(NamedTuple):
-    """What runs in a process: how long it ought to take, and why it cannot, if it cannot."""
+    """What runs in a process, how long it should take, and what it lacks if it cannot run."""
 
     name: str
     seconds: int
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> list[Part]:
-    """All parts, what tells most first."""
+    """List all parts, the most informative first."""
     gpu, toy, python, coco = args.device == "cuda", args.toy, sys.executable, args.work_dir / "coco"
     norms, counts = (["CBN"], [1]) if toy else (NORMS, [1, 2])
     needed = ["torchvision"] if args.torch_only else ["mmcv", "mmdet"]
@@ -123,13 +123,13 @@ def plan(args: argparse.Namespace) -> list[Part]:
                 f"{what}, {dtype}, {n} image(s)", expected, [*command, "--norms", *norms], lacks
             )
             (parts if what == "step" else later).append(part)
-    rows = [each for each in norms if each != "SyncBN"]  # which the CPU has not
+    rows = [each for each in norms if each != "SyncBN"]  # the CPU has no SyncBN
     host = Part("host", 20, [*benchmark, "host", *seconds["host"], "--norms", *rows])
     return [*parts, host, *later]
 
 
 def settings(coco: Path, toy: bool) -> list[str]:
-    """Of a run of 10 epochs of 5 steps of 2 images, the first 3 epochs a burn-in."""
+    """Options of a run of 10 epochs, the first 3 burn-in, each of 5 steps with 2 images."""
     values = {
         **{f"{split}_dataloader.dataset.data_root": f"{coco}/" for split in ("train", "val")},
         "val_evaluator.ann_file": f"{coco}/annotations/instances_val2017.json",
@@ -147,12 +147,12 @@ def settings(coco: Path, toy: bool) -> list[str]:
 
 
 def about(args: argparse.Namespace) -> dict[str, str]:
-    """The machine and the versions: a part is kept for as long as these are the same."""
-    # The first of those that are installed twice is the one that is imported.
+    """The machine and the versions; a finished part is kept only while these stay the same."""
+    # If a package is installed twice, Python imports the first.
     found = {each.name: each.version for each in reversed(list(distributions()))}
     ours = [each for each in sorted(found) if each.lower().removeprefix("onedl-") in PACKAGES]
     query = "--query-gpu=name,driver_version,memory.total"
-    # Not in this process, which would hold the GPU: some give themselves to one process only.
+    # Not in this process, which would hold the GPU: some GPUs serve only one process.
     gpu = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
     return {
         "machine": say(*gpu) if args.device == "cuda" else "no GPU",
@@ -167,7 +167,7 @@ def about(args: argparse.Namespace) -> dict[str, str]:
 
 
 def say(*command: str) -> str:
-    """The first line that a program prints."""
+    """The first line that a program prints, or ``unknown`` if it fails."""
     with suppress(OSError, subprocess.SubprocessError):
         options = dict(capture_output=True, text=True, timeout=20, check=True, cwd=paths.ROOT)
         return subprocess.run(command, **options).stdout.partition("\n")[0].strip()
@@ -175,7 +175,7 @@ def say(*command: str) -> str:
 
 
 def run(part: Part, limit: float, log: Path) -> dict[str, object]:
-    """Run a part to its end or to that of its time."""
+    """Run a part until it ends or its time is up."""
     start = time.monotonic()
     with log.open("w") as file:
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
@@ -184,13 +184,13 @@ def run(part: Part, limit: float, log: Path) -> dict[str, object]:
         try:
             with suppress(subprocess.TimeoutExpired):
                 result = "failed" if process.wait(limit) else "done"
-        finally:  # of its workers too, and where this tool is interrupted
+        finally:  # ends its workers too, even if this tool is interrupted
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     lines, folder = log.read_text(errors="replace").strip().splitlines(), log.with_suffix("")
     text = "\n".join(lines if result == "done" else lines[-TAIL:])
-    if folder.is_dir():  # a training's
+    if folder.is_dir():  # the part was a training
         text = describe(folder) if result == "done" else text
         shutil.rmtree(folder)  # checkpoints of noise
     text = text.replace(paths.ROOT, ".").replace(osp.expanduser("~"), "~")
@@ -198,7 +198,7 @@ def run(part: Part, limit: float, log: Path) -> dict[str, object]:
 
 
 def describe(folder: Path) -> str:
-    """What a training logged."""
+    """Summarise what a training logged."""
     (log,) = folder.glob("*/vis_data/scalars.json")
     steps = [each for each in map(json.loads, log.read_text().splitlines()) if "loss" in each]
     told = [f"{len(steps)} steps of {median(each['time'] for each in steps):.3g} s"]
@@ -208,7 +208,7 @@ def describe(folder: Path) -> str:
 
 
 def report(told: dict[str, str], parts: list[Part], found: dict[str, dict]) -> str:
-    """The report, in Markdown."""
+    """Write the report, in Markdown."""
     rows, sections = [], []
     for part in parts:
         each = found.get(part.name, {"result": "no time was left", "seconds": "", "text": ""})
@@ -222,7 +222,7 @@ def report(told: dict[str, str], parts: list[Part], found: dict[str, dict]) -> s
 
 
 def main() -> None:
-    """Run, keep, and report."""
+    """Run the parts, keep their results, and report."""
     args = parse_args()
     end, told, parts, found = time.monotonic() + 60 * args.minutes, about(args), plan(args), {}
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Norms by name, as in a table of results: ``GN``, ``CBN(window_size=4, backward='current')``."""
+"""Build norms from their names in tables: ``GN``, ``CBN(window_size=4, backward='current')``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NORMS = {
 
 
 def norm_cfg(name: str) -> dict:
-    """Reads a name as OpenMMLab's ``norm_cfg``; ``GN`` alone has 32 groups.
+    """Turns a name into OpenMMLab's ``norm_cfg``; plain ``GN`` has 32 groups.
 
     Raises:
-        SyntaxError, AttributeError: It is no name of a norm with arguments in parentheses.
+        SyntaxError, AttributeError: The text is not a name, alone or with arguments in parentheses.
         ValueError: An argument has no name.
     """
     call = ast.parse(name if name.endswith(")") else f"{name}()", mode="eval").body
@@ -53,12 +53,12 @@ def build_norm(cfg: dict, channels: int) -> nn.Module:
 
 
 def has_cbn(model: nn.Module) -> bool:
-    """Whether there is something to link, and iterations have to be ended with ``step``."""
+    """Whether the model has CBN, which needs ``link``, and ``step`` after each iteration."""
     return any(isinstance(module, CBN) for module in model.modules())
 
 
 def norm(text: str) -> str:
-    """A name on a command line: it is checked that it can be built."""
+    """Check that a name on the command line can be built; returns the name."""
     try:
         build_norm(norm_cfg(text), 32)
     except (SyntaxError, AttributeError, KeyError) as error:
@@ -73,9 +73,9 @@ def norm(text: str) -> str:
 def replace_norms(model: dict, cfg: dict) -> int:
     """Puts ``cfg`` in the place of each ``norm_cfg`` that trains; returns how many there were.
 
-    MABN takes no mean off, and gets convolutions that do so. What a norm adds to variances stays.
+    The ``eps`` of each stays. MABN does not subtract a mean, so it gets convolutions that do so.
     """
-    from common.config import norm_settings  # not all who import this module have MMDetection
+    from common.config import norm_settings  # here, as this module also serves without MMDetection
     from common.errors import UsageError
 
     found = norm_settings(model)

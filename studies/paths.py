@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0.
-"""Where things are. Importing this puts ``tools/`` on Python's path, where ``common`` is.
+"""Paths within the clone. Importing this module makes ``common``, in ``tools/``, importable.
 
-And the clone, for where the package was not installed.
+It also puts the clone on Python's path, in case the package is not installed.
 """
 
 import os.path as osp
@@ -13,6 +13,6 @@ CONFIGS = osp.join(ROOT, "configs")
 DIGITS = osp.join(STUDIES, "digits", "configs")
 TOOLS = osp.join(ROOT, "tools")
 
-FAKE_CUDA = osp.join(ROOT, "tests", "test_norm")  # the device that the tests count on, too
+FAKE_CUDA = osp.join(ROOT, "tests", "test_norm")  # has fake_cuda, which the tests use, too
 
 sys.path += [each for each in (TOOLS, ROOT, FAKE_CUDA) if each not in sys.path]

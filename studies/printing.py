@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""How results, and how far a study is, are shown. Needs nothing but Python."""
+"""Show the results and the progress of a study. Needs nothing but Python."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 
 class Bar:
-    """What a study tells of how far it is: of rich's ``Progress`` as much as is used, and mute."""
+    """A silent stand-in for rich's ``Progress``, with the methods that the studies call."""
 
     def update(self, task: int, **_: object) -> None:
-        """Says what is being done, or how much there is to do."""
+        """Takes what is being done, or how much there is to do."""
 
     def advance(self, task: int) -> None:
-        """Says that one more is done."""
+        """Counts one more as done."""
 
 
 @contextmanager
 def progress(task: str) -> Iterator[Bar]:
-    """Shows a bar on a terminal, where rich is installed."""
+    """Shows a progress bar on a terminal if rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,7 +40,7 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table of rows ``{column: cell}``."""
+    """Format rows ``{column: cell}`` as a Markdown table."""
     cells = [[*rows[0]], *([str(cell) for cell in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

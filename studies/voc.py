@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0.
 """Turn a folder of Pascal VOC annotations into the COCO files that MMDetection's configs read.
 
-Writes OUT/instances_train.json and OUT/instances_val.json, whose images stay where they are. They
-are split by lists of names, as in VOC's ImageSets/Main, or at random by a seed. What cannot be
-right is reported and left out: images that are missing or of another size than their annotation
-says, and boxes that are empty or reach beyond the image. What is called difficult is a crowd,
-which neither trains nor counts.
+The tool writes OUT/instances_train.json and OUT/instances_val.json; the images stay where they are.
+Lists of names, as in VOC's ImageSets/Main, decide the split, or else a random seed does. The tool
+reports and leaves out what cannot be right: images that are missing or differ in size from their
+annotation, and boxes that are empty or reach beyond the image. An object marked as difficult
+becomes a crowd, which neither trains nor counts.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import paths  # noqa: F401  where common is
+import paths  # noqa: F401  makes common importable
 from common.checkpoint import check_writable
 from common.errors import UsageError, run_tool, some
 from PIL import Image, ImageOps
 
-SHARE, SEED = 0.25, 0  # of the images, for validation
+SHARE, SEED = 0.25, 0  # share of the images for validation, and seed of the split
 
 
 class Photo(NamedTuple):
-    """An annotation that was read."""
+    """The content of one annotation file."""
 
     file_name: str
     size: tuple[int, int]
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert, and report."""
+    """Convert, and print what was left out and what was written."""
     args = parse_args()
     check_writable(args.out, "out")
     for line in convert(args.annotations, args.images, args.out, args.lists, args.share, args.seed):
@@ -66,7 +66,7 @@ def convert(
     share: float = SHARE,
     seed: int = SEED,
 ) -> list[str]:
-    """Write the COCO files; returns what was left out, and what was written, in a line each."""
+    """Write the COCO files; returns a line for everything left out and everything written."""
     names = sorted(path.stem for path in Path(annotations).glob("*.xml"))
     if not names:
         raise UsageError(f"annotations {annotations}: there is no .xml file; name their folder")
@@ -83,7 +83,7 @@ def convert(
         content = to_coco([photos[name] for name in members if name in photos], classes)
         path = Path(out, f"instances_{split}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")  # others may be reading, or writing the same
+        part = path.with_suffix(f".{os.getpid()}")  # other processes may read or write it, too
         part.write_text(json.dumps(content))
         part.replace(path)
         report.append(
@@ -94,7 +94,7 @@ def convert(
 
 
 def split_by_seed(names: list[str], share: float, seed: int) -> dict[str, list[str]]:
-    """Draw the share for validation."""
+    """Draw the share of the images for validation."""
     count = round(share * len(names))
     if not 0 < count < len(names):
         raise UsageError(
@@ -109,7 +109,7 @@ def split_by_seed(names: list[str], share: float, seed: int) -> dict[str, list[s
 
 
 def split_by_lists(names: list[str], lists: tuple[str, str]) -> dict[str, list[str]]:
-    """Read the lists, of which the first word of a line is a name."""
+    """Read the lists of names; a name is the first word of its line."""
     splits = {}
     for split, path in zip(("train", "val"), lists, strict=True):
         if not os.path.isfile(path):
@@ -127,7 +127,7 @@ def split_by_lists(names: list[str], lists: tuple[str, str]) -> dict[str, list[s
 
 
 def read_photo(path: Path, images: Path, report: list[str]) -> Photo | None:
-    """Read an annotation; what is left out of it, or that all of it is, is added to ``report``."""
+    """Read an annotation, or return None to leave it out; adds all omissions to ``report``."""
     try:
         root = ElementTree.parse(path).getroot()
         file_name = root.findtext("filename", "").strip()
@@ -153,21 +153,21 @@ def read_photo(path: Path, images: Path, report: list[str]) -> Photo | None:
         if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
             report.append(f"{path.name}: a box of {name} left out, its corners are {corners}")
             continue
-        # VOC counts pixels from 1, though some tools from 0, and a box includes its last.
+        # VOC counts pixels from 1, though some tools from 0, and a box includes its last pixel.
         left, top = max(left - 1, 0), max(top - 1, 0)
         objects.append((name, [left, top, right - left, bottom - top], is_difficult))
     return Photo(file_name, size, objects)
 
 
 def read_object(element: ElementTree.Element) -> tuple[str, tuple[float, ...], bool]:
-    """Name, corners and difficulty."""
+    """Read the name and the corners of an object, and whether it is difficult."""
     corners = ("xmin", "ymin", "xmax", "ymax")
     box = tuple(float(element.findtext(f"bndbox/{corner}", "")) for corner in corners)
     return element.findtext("name", "").strip(), box, element.findtext("difficult") == "1"
 
 
 def to_coco(photos: list[Photo], classes: list[str]) -> dict:
-    """A COCO file's content."""
+    """Make the content of a COCO file."""
     images, annotations = [], []
     for number, (file_name, (width, height), objects) in enumerate(photos, 1):
         images.append(dict(id=number, file_name=file_name, width=width, height=height))

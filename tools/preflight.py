@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""Check a config, its data and its weights before a cluster is booked for it.
+"""Check a config, its data and its weights before you book a cluster for it.
 
-Each check is one line: OK, NOTE (is it meant so?), or FAIL with its mend. The exit status is 1 if a
-check failed. Nothing is left behind but the weights that mmengine downloads and keeps.
+Each check prints one line: OK, NOTE (is this intended?) or FAIL with a way to fix it. The exit
+status is 1 if a check failed. The tool leaves nothing behind but weights that mmengine downloads.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check."""
+    """Run all checks and print their result."""
     args = parse_args()
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options)
@@ -116,7 +116,7 @@ class Report:
     """Prints a line for each check and counts those that failed.
 
     Args:
-        verbose: Whether to let through what the frameworks print meanwhile, and tracebacks.
+        verbose: Whether to show what the frameworks print during a check, and tracebacks.
     """
 
     def __init__(self, verbose: bool) -> None:
@@ -127,7 +127,7 @@ class Report:
 
     @contextmanager
     def check(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Run a check, yielding what prints its OK line: any error in it is its failure."""
+        """Run a check; yields a function that prints its OK line. Any error prints FAIL."""
         try:
             with ExitStack() as quiet:
                 if not self.verbose:
@@ -142,14 +142,14 @@ class Report:
                 traceback.print_exc()
 
     def line(self, status: str, name: str, text: str) -> None:
-        """Print one line; the status is OK, NOTE, FAIL, or ... for what takes a while."""
+        """Print one line; its status is OK, NOTE, FAIL, or ... before a slow check."""
         colour = {"OK": "green", "NOTE": "yellow", "FAIL": "bold red"}.get(status, "dim")
         text = " ".join(text.split())
         line = Text.assemble((f"{status:4}  ", colour), (name, "bold"), ": ", text)
         self.console.print(line, soft_wrap=True)
 
     def end(self) -> None:
-        """Print the result and leave with its exit status."""
+        """Print the result; exits with status 1 if a check failed."""
         if self.failed:
             self.console.print(f"{self.failed} check(s) failed", style="bold red")
             sys.exit(1)
@@ -160,7 +160,7 @@ class Report:
 
 
 def check_datasets(report: Report, cfg: Config) -> int | None:
-    """Check the data of all splits; returns the number of training images if it is known."""
+    """Check the data of all splits; returns the number of training images if known."""
     counts = {}
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
@@ -181,7 +181,7 @@ def check_datasets(report: Report, cfg: Config) -> int | None:
 
 
 def check_dataset(report: Report, split: str, settings: dict) -> int | None:
-    """Check annotations and images of a dataset; returns the number of its images if known."""
+    """Check a data set's annotations and images; returns the number of images if known."""
     dataset = build_coco(settings)
     if dataset is None:
         count = None
@@ -210,7 +210,7 @@ def check_dataset(report: Report, split: str, settings: dict) -> int | None:
 def check_batch(
     report: Report, cfg: Config, args: argparse.Namespace, train_images: int | None
 ) -> int | None:
-    """Tell the total batch and the learning rate; returns the steps of an epoch if known."""
+    """Report the total batch and the learning rate; returns the steps per epoch if known."""
     epoch_length = None
     with report.check("batch") as ok:
         per_gpu = cfg.train_dataloader.batch_size
@@ -234,7 +234,7 @@ def check_batch(
 
 
 def tell_learning_rate(report: Report, cfg: Config, total: int) -> None:
-    """Set the learning rate in force beside the one for the total batch."""
+    """Compare the learning rate in force with the one for the total batch."""
     name, scaling = "learning rate", cfg.get("auto_scale_lr") or {}
     lr, base = cfg.optim_wrapper.get("optimizer", {}).get("lr"), scaling.get("base_batch_size")
     if lr is None or base is None:
@@ -280,7 +280,7 @@ def check_weights(report: Report, cfg: Config, model: nn.Module) -> list[str]:
 
 
 def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str | None]]:
-    """The parts of a model with a checkpoint of their own: its setting, the part, path, prefix."""
+    """Yield each part that has a checkpoint of its own: setting, part, path and prefix."""
     for name, module in model.named_modules():
         given = getattr(module, "init_cfg", None) or {}
         several = enumerate(given) if isinstance(given, list) else [("", given)]
@@ -294,7 +294,7 @@ def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, st
 def compare_weights(
     setting: str, part: nn.Module, weights: dict, path: str
 ) -> tuple[str, str, str]:
-    """Compare names and shapes; returns the line to print: OK if the part finds all of its."""
+    """Compare names and shapes; returns the line to print, OK if all of the part's weights fit."""
     own = [key for key in part.state_dict() if not key.endswith("num_batches_tracked")]
     kind = type(part).__name__
     missing, unused, others = misfits(part, weights)
@@ -315,7 +315,7 @@ def compare_weights(
 
 
 def check_hook(report: Report, cfg: Config, model: nn.Module, epoch_length: int | None) -> None:
-    """Check that the hook is there and opens the window before the run ends."""
+    """Check that the config has a CBNHook and that it opens the window before the run ends."""
     layers = cbn_layers(model)
     if not layers:
         report.line("OK", "CBN", "there is none in the model")
@@ -376,19 +376,19 @@ def run_briefly(report: Report, cfg: Config, images: int, no_weights: list[str])
             check_links(report, runner.model)
         else:
             report.line("NOTE", "links", "left out, as no step was taken")
-        if cfg.get("val_cfg") is not None:  # of MMPretrain's it is empty
+        if cfg.get("val_cfg") is not None:  # MMPretrain's is an empty dict
             with report.check("evaluation") as ok:
                 ok(evaluate(runner))
 
 
 def shortened(cfg: Config, images: int, folder: str) -> Config:
-    """The config of a run of a few steps, with an open window, that leaves nothing behind."""
+    """Make the config of a few steps with an open window, which leave nothing behind."""
     cfg = copy.deepcopy(cfg)
     cfg.work_dir, cfg.launcher, cfg.resume = folder, "none", False
     for split, count in ("train", STEPS * cfg.train_dataloader.batch_size), ("val", images):
         loader = cfg.get(f"{split}_dataloader")
         if loader:
-            # In this process, where an error is the pipeline's own and not a worker's.
+            # Load in this process, so that an error is the pipeline's own and not a worker's.
             loader.update(num_workers=0, persistent_workers=False)
             loader.pop("prefetch_factor", None)
             for dataset, _ in innermost_datasets(cfg, split):
@@ -404,7 +404,7 @@ def shortened(cfg: Config, images: int, folder: str) -> Config:
 
 
 def describe_steps(runner: Runner, device: torch.device) -> str:
-    """What mmengine logged of the steps, unless the loss is not finite."""
+    """Summarise what mmengine logged of the steps; a loss that is not finite is an error."""
     losses = runner.message_hub.get_scalar("train/loss").data[0].tolist()
     told = ", ".join(f"{loss:.4g}" for loss in losses)
     if not all(map(math.isfinite, losses)):
@@ -419,7 +419,7 @@ def describe_steps(runner: Runner, device: torch.device) -> str:
 
 
 def check_links(report: Report, model: nn.Module) -> None:
-    """Check that every CBN knows its convolution, and print them all."""
+    """Check that every CBN layer is linked to its convolution, and print all layers."""
     layers, fed_by = cbn_layers(model), links(model)
     if not layers:
         return
@@ -461,14 +461,14 @@ def check_links(report: Report, model: nn.Module) -> None:
 
 
 def evaluate(runner: Runner) -> str:
-    """Evaluate on the few images; returns what was computed."""
-    # After two steps no detection is sure enough to be kept, and there would be none to evaluate.
+    """Evaluate on a few images; returns a summary to print."""
+    # After two steps, no detection scores high enough to be kept: nothing would be evaluated.
     for module in runner.model.modules():
         if "score_thr" in (getattr(module, "test_cfg", None) or {}):
             module.test_cfg.score_thr = 0.0
     dataset = runner.val_loop.dataloader.dataset
     for metric in runner.val_loop.evaluator.metrics:
-        if isinstance(metric, CocoMetric):  # which counts all images of its file otherwise
+        if isinstance(metric, CocoMetric):  # it would count all images of its file
             metric.img_ids = [dataset.get_data_info(i)["img_id"] for i in range(len(dataset))]
     start = time.perf_counter()
     metrics = runner.val()

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Make of a training's checkpoint one to deploy: weights only, with BN where CBN was."""
+"""Turn a training checkpoint into one to deploy: weights only, with BN in place of CBN."""
 
 import argparse
 import inspect
@@ -13,9 +13,9 @@ from common.errors import UsageError, run_tool
 from mmengine.config import Config
 from torch import nn
 
-# What a norm_cfg of BN can have: BN's own arguments, and what mmengine and mmcv read.
+# Keys that a norm_cfg of BN may have: BN's own arguments, and those mmengine and mmcv read.
 BN_KEYS = {*inspect.signature(nn.BatchNorm2d).parameters, "type", "requires_grad", "_scope_"}
-# What MABN has beside.
+# Buffers that MABN has and BN lacks.
 MABN_BUFFERS = ("second_moments", "gradient_moments", "num_gradients_tracked")
 
 
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Publish."""
+    """Write the checkpoint to deploy."""
     args = parse_args()
     out = args.out or osp.splitext(args.checkpoint)[0] + "_bn.pth"
     if osp.exists(out):
@@ -56,12 +56,12 @@ def main() -> None:
 
 
 def with_batchnorm(cfg: dict) -> dict:
-    """The config, with BN for the norms of this package, and without its hooks and import.
+    """Replace this package's norms in a config by BN, and remove its hooks and import.
 
-    The import stays for CenConv2d, the convolution of MABN, whose weight is as it is learnt.
+    The import stays for CenConv2d, MABN's convolution: checkpoints hold its weight as learnt.
 
     Raises:
-        ValueError: Not all of it is plain data.
+        ValueError: The config is not all plain data.
     """
     for path, value in walk(cfg):
         if isinstance(value, Code):
@@ -85,7 +85,7 @@ def with_batchnorm(cfg: dict) -> dict:
 
 
 def _kind(value: object) -> str:
-    """What a config builds, without the scope or module that it may be written with."""
+    """The type that a config entry builds, without a scope or module before its name."""
     kind = value.get("type", "") if isinstance(value, dict) else ""
     return str(kind).rpartition(".")[2]
 

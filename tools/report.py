@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0.
 """Report on a training run: its COCO table, its curves, and what the detector sees.
 
-A run with a DiagnoseHook has a plot of how well the window suits it, too.
+A run with a DiagnoseHook also gets a plot of how well the window suits it.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Report."""
+    """Write the plots, then print the COCO table and the paths of all files."""
     work_dir = parse_args().work_dir
     run = read_run(work_dir)
     training, evaluations = run.training, run.evaluations
@@ -108,7 +108,7 @@ def plot_curves(run: Run, path: str) -> None:
 
 
 def save(figure: Figure, path: str) -> None:
-    """Give all axes a grid and whole iterations, and write the figure."""
+    """Give all axes a grid and ticks at whole numbers, and write the figure."""
     for axes in figure.axes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -116,7 +116,7 @@ def save(figure: Figure, path: str) -> None:
 
 
 def plot_window(diagnosed: list[dict], path: str) -> None:
-    """Plot what the hooks found of the window: corrections and noise, what was clamped, sizes."""
+    """Plot what the hooks logged of the window: corrections and noise, clamping, and sizes."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     left, *others = figure.subplots(1, 3)
     steps = [record["step"] for record in diagnosed]
@@ -132,7 +132,7 @@ def plot_window(diagnosed: list[dict], path: str) -> None:
 
 
 def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
-    """Draw a sheet of validation images: in each pair, the truth left and the detections right."""
+    """Draw validation images in pairs: the truth on the left, the detections on the right."""
     model = load_detector(cfg, checkpoint)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     count = min(IMAGES, len(dataset))
@@ -155,7 +155,7 @@ def draw_detections(cfg: Config, checkpoint: str, path: str) -> None:
 
 
 def load_detector(cfg: Config, checkpoint: str) -> torch.nn.Module:
-    """Build the detector and load a checkpoint, whose weights all have to fit."""
+    """Build the detector and load a checkpoint, all of which must fit."""
     init_default_scope(cfg.get("default_scope", "mmdet"))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     check_fit(model, weights_of(read_checkpoint(checkpoint)), checkpoint)
@@ -163,11 +163,11 @@ def load_detector(cfg: Config, checkpoint: str) -> torch.nn.Module:
 
 
 def detect(model: torch.nn.Module, data: dict) -> DetDataSample:
-    """Detect in one image of a data set; the result holds the truth as well."""
+    """Run the detector on one image of a data set; the result also holds the truth."""
     with torch.no_grad():
         (sample,) = model.test_step(pseudo_collate([data]))
     sample = sample.cpu()
-    # Detections come at the scale of the image file, the truth at that of the pipeline's Resize.
+    # Detections have the scale of the image file, the truth that of the pipeline's Resize.
     boxes = sample.gt_instances.bboxes
     sample.gt_instances.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
     return sample
@@ -211,7 +211,7 @@ def print_table(evaluation: dict, unit: str) -> None:
 
 
 def print_path(name: str, path: str) -> None:
-    """Print where something is, as seen from the current folder."""
+    """Print a path, relative to the current folder."""
     print(f"{name + ':':13}{osp.relpath(path)}")
 
 

@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""Set what runs measured beside what was published, as Markdown tables.
+"""Print Markdown tables of what runs measured beside what was published.
 
-One table per detector and backbone, one row per config, published figures from the metafiles. Runs
-of one config are one row: the mean of those that finished, and each. docs/tables.md explains it.
+Each detector and backbone has a table, each config a row; published figures come from the
+metafiles. A row shows the mean of the config's finished runs, and each run. See docs/tables.md.
 """
 
 import argparse
@@ -31,9 +31,9 @@ METRICS = {
     "top-1": "accuracy/top1",
     "mIoU": "mIoU",
 }
-PERCENT = ("top-1", "mIoU")  # are logged so, and APs from 0 to 1
+PERCENT = ("top-1", "mIoU")  # logged in per cent; APs are logged from 0 to 1
 DETECTORS = {"faster-rcnn": "Faster R-CNN", "mask-rcnn": "Mask R-CNN"}
-# The batch of the paper's table, whose rows are shown with and without a run.
+# The batch of the paper's table: rows with it are shown even without a run.
 PAPER = "_4xb4-"
 
 
@@ -81,16 +81,16 @@ def read_runs(work_dirs: list[str]) -> list[Run]:
 
 
 def split_name(work_dir: str) -> tuple[str, int]:
-    """Tell a run's name and its seed from its work dir."""
+    """Split the name of a work dir into the run's name and its seed."""
     name = osp.basename(osp.abspath(work_dir))
     match = re.fullmatch(r"(.+)_seed(\d+)", name)
     return (match[1], int(match[2])) if match else (name, 0)
 
 
 def read_models(configs: str) -> dict[str, dict]:
-    """Read what was published of each config in the folder of a metafile, by the config's name.
+    """Read the published figures of each config beside a metafile; returns them by config name.
 
-    A metafile lists those with figures, in the order of their table; the others follow.
+    Configs listed in the metafile come first, in the order of their table; the others follow.
     """
     models = {}
     paths = sorted(glob(osp.join(configs, "*", "metafile.yml")))
@@ -118,15 +118,15 @@ def read_models(configs: str) -> dict[str, dict]:
 
 
 def config_name(path: str) -> str:
-    """Tell the name of a config from its file."""
+    """The name of a config: its file name without the extension."""
     return osp.splitext(osp.basename(path))[0]
 
 
-# From here on all is plain data, as --json prints it: a run, a row, a table are dictionaries.
+# From here on, runs, rows and tables are plain dictionaries, as --json prints them.
 
 
 def make_rows(runs: list[Run], configs: str) -> list[dict]:
-    """Make a row of the runs of each config; runs with other settings are another row."""
+    """Make a row from the runs of each config; runs with other settings get another row."""
     groups = []
     for run in runs:
         key = (run.config or split_name(run.work_dir)[0], run.settings)
@@ -148,7 +148,7 @@ def make_rows(runs: list[Run], configs: str) -> list[dict]:
 
 
 def changed_settings(run: Run, config: str, configs: str) -> list[str]:
-    """Name the settings of a run that are not those of the config file it is named after."""
+    """List the settings in which a run differs from the config file it is named after."""
     paths = glob(osp.join(configs, "*", f"{config}.py"))
     if not paths or not run.settings:
         return []
@@ -161,7 +161,7 @@ def changed_settings(run: Run, config: str, configs: str) -> list[str]:
 
 
 def describe(run: Run) -> dict:
-    """Say what was measured in a run, and how far it got."""
+    """Collect what a run measured and how far it got."""
     last = run.evaluations[-1] if run.evaluations else {}
     logged = run.training[-1] if run.training else {}
     memory = [record["memory"] for record in run.training if "memory" in record]
@@ -178,7 +178,7 @@ def describe(run: Run) -> dict:
         "images": images_per_gpu(run),
         "measured": {metric: points(metric, last.get(key)) for metric, key in METRICS.items()},
         "seconds_per_iteration": median(times) if times else None,
-        # mmengine starts anew after each logged step: the peak of the run is that of all of them
+        # mmengine resets its peak after each logged step: the run's peak is the largest of them
         "peak_memory_mib": max(memory, default=None),
     }
 
@@ -204,29 +204,29 @@ def state(run: Run) -> str:
 
 
 def images_per_gpu(run: Run) -> int | None:
-    """Tell the batch of a run whose config is known."""
+    """The images per GPU of a run, if its config is known."""
     return look_up(run.settings, "train_dataloader.batch_size")
 
 
 def points(metric: str, value: float | None) -> float | None:
-    """Turn what was logged into per cent; -1 says that there are no such objects to measure."""
+    """Turn a logged value into per cent; -1 means that there were no such objects to measure."""
     if value is None or value < 0:
         return None
     return round(value if metric in PERCENT else 100 * value, 10)
 
 
 def make_row(config: str, runs: list[dict]) -> dict:
-    """Make the row of a config from its runs, which may be none."""
+    """Make the row of a config from its runs, even if there are none."""
     measured = {}
     for metric in METRICS:
         values = [run["measured"][metric] for run in runs if run["finished"]]
-        # A mean over those that happen to have a value would favour them.
+        # A mean over only the runs that have a value would favour them.
         measured[metric] = mean(values) if values and None not in values else None
     return {"config": config, "label": config, "changed": [], "runs": runs, "measured": measured}
 
 
 def make_tables(rows: list[dict], models: dict[str, dict], everything: bool) -> list[dict]:
-    """Make a table of the rows of other configs, and one of each detector and backbone."""
+    """Make a table per detector and backbone, after one of configs that no metafile covers."""
     tables = []
     own = [beside(row, {}) for row in rows if row["config"] not in models]
     if own:
@@ -247,14 +247,14 @@ def make_tables(rows: list[dict], models: dict[str, dict], everything: bool) -> 
 
 
 def title(config: str) -> str:
-    """Name the detector and backbone of a config, as in ``mask-rcnn_r50_fpn_cbn_4xb4-1x_coco``."""
+    """Name the detector and backbone of ``mask-rcnn_r50_fpn_cbn_4xb4-1x_coco``, for example."""
     detector, *backbone = config.split("_")[:3]
     backbone = re.sub(r"^R(?=\d)", "R-", "-".join(backbone).upper())
     return f"{DETECTORS.get(detector, detector)} {backbone}".strip()
 
 
 def beside(row: dict, published: dict) -> dict:
-    """Add to a row what was published, and the difference from it."""
+    """Add to a row the published figures, and the differences from them."""
     difference = {
         metric: None
         if value is None or published.get(metric) is None or row["changed"]
@@ -269,11 +269,11 @@ def beside(row: dict, published: dict) -> dict:
     }
 
 
-# And this is its Markdown.
+# The same tables as Markdown.
 
 
 def markdown(table: dict) -> str:
-    """Write a table as Markdown that can be read as it is, too."""
+    """Write a table as Markdown that also reads well as plain text."""
     rows, compared = table["rows"], table["compared"]
     columns = {"config": [row["label"] for row in rows]}
     for metric in METRICS:
@@ -295,7 +295,7 @@ def markdown(table: dict) -> str:
 
 
 def cell(row: dict, metric: str, compared: bool) -> str:
-    """Format one metric: the mean of the finished runs, each run, and what was published."""
+    """Format one metric: the mean of the finished runs, each run, and the published figure."""
     values = [run["measured"][metric] for run in row["runs"]]
     average, published = row["measured"][metric], row["published"][metric]
     if {*values, published} <= {None}:
@@ -310,12 +310,12 @@ def cell(row: dict, metric: str, compared: bool) -> str:
     if compared:
         text += f" / {shown(metric, published, compared)}"
     if row["difference"][metric] is not None:
-        text += f" ({round(row['difference'][metric], 1) + 0.0:+.1f})"  # + 0.0: of -0.0 makes 0.0
+        text += f" ({round(row['difference'][metric], 1) + 0.0:+.1f})"  # + 0.0 turns -0.0 into 0.0
     return text
 
 
 def shown(metric: str, value: float | None, compared: bool) -> str:
-    """Format a figure: an AP in COCO's points where they are compared, else all as logged."""
+    """Format a figure: an AP in COCO's points if it is compared, anything else as logged."""
     if value is None:
         return "–"
     if metric in PERCENT:
@@ -324,13 +324,13 @@ def shown(metric: str, value: float | None, compared: bool) -> str:
 
 
 def states(runs: list[dict]) -> str:
-    """List how far each run got, once if all got as far."""
+    """List how far each run got, just once if all got equally far."""
     each = [run["state"] for run in runs]
     return "; ".join(each if len(set(each)) > 1 else each[:1]) or "–"
 
 
 def listed(values: list, form: str) -> str:
-    """List one value of each run; a dash where none has any."""
+    """List one value of each run; a single dash if no run has one."""
     if set(values) <= {None}:
         return "–"
     return ", ".join("–" if value is None else format(value, form) for value in values)
@@ -346,7 +346,7 @@ def aligned(columns: dict[str, list[str]]) -> list[str]:
 
 
 def notes(table: dict) -> list[str]:
-    """Explain what is in the cells of a table."""
+    """Explain the cells of a table."""
     lines = []
     if table["compared"]:
         lines.append("Measured / published (measured − published), in COCO's points.")
@@ -359,7 +359,7 @@ def notes(table: dict) -> list[str]:
 
 
 def plot(runs: list[Run], path: str) -> None:
-    """Plot what the runs were evaluated by: detectors over epochs, classifiers over images."""
+    """Plot the runs: AP of detectors over epochs, or top-1 of classifiers over images per GPU."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     tops, boxes = (
@@ -383,9 +383,9 @@ def plot(runs: list[Run], path: str) -> None:
 
 
 def plot_top1(axes: Axes, runs: list[Run]) -> None:
-    """Plot top-1 of the runs that finished over images per GPU, and its mean as a line.
+    """Plot top-1 of the finished runs over images per GPU, and the means as lines.
 
-    A line is of one config and model, whose momentum may differ from batch to batch.
+    A line belongs to one config and model; only the momentum may differ between batches.
     """
     lines = []
     for run in runs:
@@ -422,12 +422,12 @@ def plot_top1(axes: Axes, runs: list[Run]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, map(str, ticks))
     axes.set(xlabel="images per GPU", ylabel="top-1 accuracy (%)")
-    axes.invert_xaxis()  # to where norms differ
+    axes.invert_xaxis()  # towards small batches, where norms differ
     axes.legend(fontsize="small")
 
 
 def without_momentum(settings: object) -> object:
-    """Leave out what follows the batch of the settings of a model."""
+    """Copy the settings of a model without momentum, which depends on the batch."""
     if isinstance(settings, dict):
         return {
             key: without_momentum(value) for key, value in settings.items() if key != "momentum"

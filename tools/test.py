@@ -42,14 +42,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Evaluate."""
+    """Evaluate the checkpoint."""
     args = parse_args()
     cfg = load_config(args)
     check_data(cfg, "test")
-    cfg.pop("precise_stats", None)  # of the test that dumped this config
+    cfg.pop("precise_stats", None)  # left by the test that dumped this config
     if args.precise_stats:
         check_data(cfg, "train")
-        cfg.precise_stats = args.precise_stats  # a note for who reads the results
+        cfg.precise_stats = args.precise_stats  # a note for those who read the results
     check_checkpoint(args.checkpoint)
     cfg.resume = False
     cfg.load_from = args.checkpoint if "://" in args.checkpoint else osp.abspath(args.checkpoint)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def draw(cfg: Config, args: argparse.Namespace) -> None:
-    """Have the hook draw, whose options each of the frameworks names otherwise."""
+    """Switch on the hook that draws; each framework names its options differently."""
     hook, scope = cfg.default_hooks.visualization, cfg.get("default_scope")
     if scope == "mmpretrain":
         hook.update(enable=True, interval=1, show=args.show, wait_time=args.wait_time)
@@ -88,7 +88,7 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
 
 
 class EstimateStats(Hook):
-    """Estimates running statistics anew before a test, for the weights that are tested.
+    """Estimates running statistics anew before a test, for the weights under test.
 
     Args:
         num_images: Number of training images to estimate them from.
@@ -100,14 +100,14 @@ class EstimateStats(Hook):
         self.precise_stats = PreciseStatsHook(num_images)
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Estimates; the test loop goes back to evaluation mode."""
-        shown = runner.visualizer.dataset_meta  # the train loop, which is built here, puts its own
+        """Estimates in training mode; the test loop itself goes back to evaluation mode."""
+        shown = runner.visualizer.dataset_meta  # building the train loop replaces it
         runner.model.train()
         self.precise_stats.estimate(runner)
         runner.visualizer.dataset_meta = shown
         for hook in runner.hooks:
             if isinstance(hook, IterTimerHook):
-                hook.before_test_epoch(runner)  # starts its clock, which ran meanwhile
+                hook.before_test_epoch(runner)  # restarts its clock, which ran meanwhile
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train."""
+    """Train the model."""
     args = parse_args()
     cfg = load_config(args)
     check_data(cfg, "train")
@@ -88,7 +88,7 @@ def use_checkpoint(cfg: Config, checkpoint: str) -> None:
 
 
 def ensure_cbn_hook(runner: Runner, cfg: Config) -> None:
-    """Have a model with CBN trained by a hook that opens its window, the default one if need be."""
+    """Add the default CBNHook to a model with CBN that has none, and check the burn-in."""
     if not any(isinstance(module, CBN) for module in runner.model.modules()):
         return
     hooks = [hook for hook in runner.hooks if isinstance(hook, CBNHook)]

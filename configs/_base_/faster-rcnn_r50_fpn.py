@@ -1,10 +1,10 @@
-# Faster R-CNN as the published runs trained it. What is stated here is what MMDetection 3 does in
-# another way, read in configs/cbn of https://github.com/Howal/Cross-iterationBatchNorm.
+# Faster R-CNN as in the published runs. The settings here are those that differ in MMDetection 3,
+# taken from configs/cbn of https://github.com/Howal/Cross-iterationBatchNorm.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50_fpn.py"
 
 model = dict(
-    # All of the backbone's norm is frozen. In the authors' code its statistics are, while its scale
-    # and shift learn in stages 2 to 4: --cfg-options model.backbone.norm_cfg.requires_grad=True
+    # The backbone's norm is frozen as a whole. The authors' code freezes its statistics; scale and
+    # shift learn in stages 2 to 4: --cfg-options model.backbone.norm_cfg.requires_grad=True
     backbone=dict(norm_cfg=dict(requires_grad=False)),
     rpn_head=dict(loss_bbox=dict(type="SmoothL1Loss", beta=1 / 9)),
     roi_head=dict(

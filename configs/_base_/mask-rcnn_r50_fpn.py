@@ -1,5 +1,5 @@
-# The Faster R-CNN with MMDetection's mask branch. As for boxes, the published runs take two samples
-# per bin in RoIAlign.
+# The Faster R-CNN with MMDetection's mask branch. As in the published runs, RoIAlign takes two
+# samples per bin, for masks as for boxes.
 _base_ = "./faster-rcnn_r50_fpn.py"
 
 model = dict(

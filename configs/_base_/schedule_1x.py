@@ -6,6 +6,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1 / 3, by_epoch=False, begin=0, end=500),
     dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
 ]
-# The learning rate, 0.02, is for 16 images per step in total, which every config has on the GPUs of
-# its name. On another number of GPUs it follows the total batch, which would be easy to forget.
+# The learning rate, 0.02, is for 16 images per step in total, which every config has on the number
+# of GPUs in its name. For other totals it scales by itself, as that would be easy to forget.
 auto_scale_lr = dict(enable=True, base_batch_size=16)

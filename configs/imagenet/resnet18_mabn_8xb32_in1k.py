@@ -1,4 +1,4 @@
-# MABN, with the centralised weights that go with it; the hook as in ../_base_/norms/bn.py.
+# MABN, with the centralised weights that it needs; the hook is that of ../_base_/norms/bn.py.
 _base_ = "../_base_/resnet18_8xb32_in1k.py"
 
 model = dict(

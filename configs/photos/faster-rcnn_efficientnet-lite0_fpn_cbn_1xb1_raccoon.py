@@ -1,6 +1,6 @@
-# Photographs on a CPU: a backbone that ImageNet has trained, whose norm is frozen as in the paper's
-# setting, and the norm under test in the FPN and the box head. README.md beside this says how to
-# get the photographs and the weights.
+# For photographs on a CPU: the backbone is pretrained on ImageNet, with its norm frozen as in the
+# paper's setting; the norm under test is in the FPN and the box head. README.md in this folder says
+# how to get the photographs and the weights.
 _base_ = ["mmdet::_base_/models/faster-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 
 custom_imports = dict(imports=["cbn_mmdet", "common.efficientnet_lite"], allow_failed_imports=False)
@@ -52,7 +52,7 @@ dataset = dict(
     metainfo=dict(classes=("raccoon",)),
     data_prefix=dict(img="raccoon/images/"),
 )
-scale = (384, 240)  # at most
+scale = (384, 240)  # largest size of an image
 train_dataloader = dict(
     batch_size=1,
     num_workers=1,

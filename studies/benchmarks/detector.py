@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a norm costs a detector: its training step, its evaluation, its memory."""
+"""Measure what a norm costs a detector: training step, evaluation and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .timing import Clock, Run, compare, interleave, warm_up
 
 
 def read_detector(args: argparse.Namespace) -> Config:
-    """Read the detector's config, and say in which library its parts are."""
+    """Read the detector's config, and set the library that its parts come from."""
     cfg = read_config(args.config)
     init_default_scope(cfg.get("default_scope", "mmdet"))
     return cfg
@@ -47,14 +47,14 @@ def build_detector(cfg: Config, name: str, args: argparse.Namespace) -> nn.Modul
     torch.manual_seed(0)
     try:
         model = MODELS.build(settings)
-    except (TypeError, ValueError) as error:  # a number of groups that does not fit, say
+    except (TypeError, ValueError) as error:  # such as a number of groups that does not fit
         raise UsageError(f"{args.config} with {name}: {error}") from error
     model.init_weights()
     return model.to(args.device)
 
 
 def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict], str]:
-    """What returns the data of a step, anew each time; and what they are."""
+    """Return a function that makes the data of a step anew each time, and a description of them."""
     settings = cfg.train_dataloader.dataset
     if args.digits and osp.isfile(osp.join(settings.data_root, settings.ann_file)):
         data = DATASETS.build(settings)
@@ -76,7 +76,7 @@ def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict
 def step_run(
     cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
 ) -> tuple[Run, nn.Module]:
-    """A training step: losses, backward, clipping, optimiser, the end of the iteration."""
+    """Build a training step: losses, backward, clipping, optimiser, the end of the iteration."""
     model = build_detector(cfg, name, args).train()
     settings = copy.deepcopy(cfg.optim_wrapper)
     settings.optimizer.lr *= 0.01  # no warm-up: train, but do not diverge
@@ -104,7 +104,7 @@ def step_run(
 def inference_run(
     cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
 ) -> tuple[Run, nn.Module]:
-    """From images to detections."""
+    """Build an evaluation step, from images to detections."""
     model, dtype = build_detector(cfg, name, args).eval(), getattr(torch, args.dtype)
 
     def run(seed: int, clock: Clock) -> None:
@@ -119,7 +119,7 @@ def inference_run(
 def time_detectors(
     build: Callable, what: str, args: argparse.Namespace, bar: Bar
 ) -> tuple[dict, dict[str, Run]]:
-    """Time a detector with each norm; returns the table, and what was run."""
+    """Time a detector with each norm; returns the table, and the run of each norm."""
     cfg, runs = read_detector(args), {}
     batch, data = batches(cfg, args)
     for name in args.norms:
@@ -145,7 +145,7 @@ def measure_inference(args: argparse.Namespace, bar: Bar) -> dict:
 
 
 def operations_of(run: Run, device: str) -> list[list[str]]:
-    """The operations that are called, in their order; and a GPU's kernels, in theirs."""
+    """List the operations that a run calls, and a GPU's kernels, each in their order."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU] + [kinds.CUDA] * (device == "cuda")
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
@@ -163,6 +163,6 @@ def measure_memory(args: argparse.Namespace, bar: Bar) -> dict:
 
 
 def memory_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
-    """A training step, in a process that has read nothing yet."""
+    """Build a training step in a process that has not read the config yet."""
     cfg = read_detector(args)
     return step_run(cfg, name, batches(cfg, args)[0], args)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a norm costs behind one convolution. Needs torch alone."""
+"""Measure what a norm costs behind one convolution. Needs only torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .timing import FLOAT, MIB, Clock, Run, average, compare, interleave, warm_u
 FLOOR, AUTOGRAD = "BN + weight gradient", "CBN, by autograd"
 WINDOWS = [1, 2, 4, 8, 16, 32]
 IMAGES = [1, 2, 4, 8]
-COUNTED = 8  # layers side by side, which share what the norm does for all layers at once
-HOST_SECONDS = 0.05  # above what it takes the caches to turn to another norm
+COUNTED = 8  # layers side by side; they share what the norm does for all layers at once
+HOST_SECONDS = 0.05  # longer than the caches take to turn to another norm
 
 
 class Shape(NamedTuple):
@@ -35,23 +35,23 @@ class Shape(NamedTuple):
     size: int
 
     def __str__(self) -> str:
-        """What a table calls it."""
+        """The name of the shape in tables."""
         kernel = f"{self.kernel}×{self.kernel}"
         return f"{self.images}×{self.c_in}→{self.c_out}, {kernel}, {self.size}²"
 
 
-# Of a detector with 2 images of about 800 x 1333 at a scale a CPU can bear: the box head's
-# convolution on 64 regions, the FPN's, and three of the backbone's. And those of the digits.
+# Shapes of a detector with 2 images of about 800 x 1333, scaled down for a CPU: the box head's
+# convolution on 64 regions, the FPN's, and three of the backbone's. SMALL: of the digits detector.
 SHAPES = [Shape(64, 256, 256, 3, 7), Shape(2, 256, 256, 3, 50), Shape(2, 64, 256, 1, 100)]
 SHAPES += [Shape(2, 256, 64, 1, 100), Shape(2, 64, 64, 3, 100)]
 SMALL = [Shape(1, 32, 32, 3, 32), Shape(1, 128, 128, 3, 8), Shape(1, 256, 256, 3, 4)]
 SMALL += [Shape(32, 64, 64, 3, 7)]
-# Layers so small that what they compute takes no time, and how many of them in a row.
+# A layer so small that its arithmetic takes no time, and how many of them stand in a row.
 TINY, DEPTH = Shape(1, 8, 8, 3, 4), 20
 
 
 class WeightGradientBN(nn.BatchNorm2d):
-    """Batch normalisation that forms, and drops, the weight gradient of its own convolution."""
+    """BN that also computes, and drops, the weight gradient of its own convolution."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv.out_channels)
@@ -70,7 +70,7 @@ class WeightGradientBN(nn.BatchNorm2d):
 
 
 class UnknownConv2d(nn.Conv2d):
-    """A convolution that only autograd can tell: a deformable one's cost without its samples."""
+    """A convolution known only to autograd, as a deformable one is, but without its sampling."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves ``x``, ``(N, C, H, W)``."""
@@ -79,7 +79,7 @@ class UnknownConv2d(nn.Conv2d):
 
 
 def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
-    """Build a convolution and its norm, linked; several such layers in a row."""
+    """Build ``depth`` convolutions in a row, each linked to the norm behind it."""
     torch.manual_seed(0)
     layers, padding = [], shape.kernel // 2
     kind, name = (UnknownConv2d, "CBN") if text == AUTOGRAD else (nn.Conv2d, text)
@@ -96,7 +96,7 @@ def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
 
 
 def layer_run(model: nn.Sequential, shape: Shape, args: argparse.Namespace) -> Run:
-    """Forward, backward and the end of the iteration; the weights move a little in between."""
+    """Build a run: forward, backward, end of the iteration; between runs, weights move a little."""
     dtype, steps = getattr(torch, args.dtype), has_cbn(model)
     model.to(args.device)
     size = shape.images, shape.c_in, shape.size, shape.size
@@ -145,7 +145,7 @@ def measure_layer(args: argparse.Namespace, bar: Bar) -> dict:
 
 
 def measure_host(args: argparse.Namespace, bar: Bar) -> dict:
-    """Time what the CPU does for convolutions and each norm, on maps of hardly anything."""
+    """Time the CPU's work for convolutions and each norm on tiny maps."""
     runs = {name: layer_run(build_layers(name, TINY, DEPTH), TINY, args) for name in args.norms}
     seconds = interleave(runs, args, bar, args.command, time.process_time, HOST_SECONDS)
     rows = []
@@ -170,7 +170,7 @@ def measure_growth(args: argparse.Namespace, bar: Bar) -> dict:
             held[k] += models[name][1].window_bytes
             timed[k].append([compare(seconds[name], seconds[each]) for each in ("BN", windows[4])])
         for images in IMAGES:
-            # The shapes are those of two images, whether they are images or regions.
+            # Every shape is that of two images, even where it counts regions.
             scaled = shape._replace(images=max(1, shape.images * images // 2))
             seconds, _ = time_layers(["BN", "CBN"], scaled, args, bar)
             by_images[images].append(compare(seconds["CBN"], seconds["BN"]))
@@ -196,21 +196,21 @@ def measure_growth(args: argparse.Namespace, bar: Bar) -> dict:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations that compute, and the bytes of what they read and write."""
+    """Counts operations that compute, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an operation, and count it unless it only looks at a tensor in another way."""
+        """Run an operation, and count it unless it only makes a view of a tensor."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         returns = func._schema.returns
         if not any(each.alias_info and not each.alias_info.is_write for each in returns):
             self.operations += 1
-            # A result that an operation changed in place is its argument, read and written; out is
-            # written alone.
+            # An argument that an operation changes in place is read and written; out is only
+            # written.
             read = [args, *(each for name, each in kwargs.items() if name != "out")]
             tensors = filter(torch.is_tensor, tree_leaves((read, result)))
             self.bytes += sum(tensor.nbytes for tensor in tensors)
@@ -239,7 +239,7 @@ def measure_count(args: argparse.Namespace, bar: Bar) -> dict:
 
 
 def count_of(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Counter]:
-    """What layers side by side do in the parts of an iteration, with full windows."""
+    """Count what layers side by side do in each part of an iteration, with full windows."""
     model = SideBySide([build_layers(name, shape) for _ in range(COUNTED)]).to(args.device)
     steps = has_cbn(model)
     if steps:
@@ -268,7 +268,7 @@ class SideBySide(nn.ModuleList):
     """Layers that all see the same input."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """All outputs."""
+        """Returns the outputs of all layers."""
         return [layer(x) for layer in self]
 
 

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""How a peak of memory is measured. Needs torch alone."""
+"""Measure peak memory. Needs only torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Build = Callable[[str, argparse.Namespace], tuple[Run, nn.Module]]
 
 
 def measure(build: Build, args: argparse.Namespace, bar: Bar) -> list[dict]:
-    """Measure each norm's peak memory, where it is the process's each time in one of its own.
+    """Measure each norm's peak memory; on the CPU, each time in a process of its own.
 
-    ``build`` returns what is run, warmed up, and its model; it is a function of a module.
+    ``build`` is a function of a module, and returns the warmed-up run and its model.
     """
     measured, order = {name: [] for name in args.norms}, random.Random(0)
     bar.update(0, total=args.repeats * len(measured))
@@ -51,8 +51,8 @@ def measure(build: Build, args: argparse.Namespace, bar: Bar) -> list[dict]:
 
 
 def _alone(build: Build, name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure where nothing else takes memory."""
-    if args.device == "cuda":  # the allocator tells what is held, and by then nothing is
+    """Measure while nothing else takes memory."""
+    if args.device == "cuda":  # the allocator counts what is held, and now nothing is
         gc.collect()
         return _memory_of(build, name, args)
     fresh = multiprocessing.get_context("spawn")
@@ -61,7 +61,7 @@ def _alone(build: Build, name: str, args: argparse.Namespace) -> dict[str, float
 
 
 def _memory_of(build: Build, name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a step with full windows; their size, in MiB and in sizes of the weights."""
+    """Peak memory of a step with full windows; their size in MiB, and relative to the weights."""
     if args.threads:
         torch.set_num_threads(args.threads)
     with redirect_stdout(io.StringIO()):

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""How a ratio is measured: clocks, rounds, medians."""
+"""Measure ratios of times: clocks, rounds and medians."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch import nn
 
 from cbn_mmdet import CBN
 
-MIN_ROUNDS, FEWEST_ROUNDS = 12, 3  # to call it stable, and when the time is up
-SAMPLE_SECONDS = 0.005  # shorter calls are repeated, to be above the noise of the clock
+MIN_ROUNDS, FEWEST_ROUNDS = 12, 3  # before a ratio counts as stable, and if the time is up
+SAMPLE_SECONDS = 0.005  # shorter calls are repeated, to exceed the noise of the clock
 FLOAT, MIB = 4, 2**20  # bytes
-WARM_UP = 8  # iterations of a window that chooses its own size
+WARM_UP = 8  # iterations for a window that chooses its own size
 
 
 class Clock:
-    """Adds up the time spent in ``with`` blocks, as ``tell`` tells it.
+    """Adds up the time spent in ``with`` blocks, which ``tell`` reads.
 
-    On a GPU it is the GPU's, read at the end: waiting for each block would leave the GPU idle.
+    On a GPU, this is the GPU's own time, read at the end: waiting for each block would idle it.
     """
 
     def __init__(self, device: str, tell: Callable[[], float] = time.perf_counter) -> None:
@@ -56,12 +56,12 @@ class Clock:
         return sum(start.elapsed_time(end) for start, end in self._blocks) / 1000
 
 
-# What is timed: does it once, the untimed preparations with the seed, the rest within the clock.
+# A function that runs once what is timed: it prepares with the seed, then works within the clock.
 Run = Callable[[int, Clock], None]
 
 
 def warm_up(model: nn.Module, run: Run, device: str) -> Run:
-    """Run until the windows are full and what is done only once has been done."""
+    """Run until the windows are full and all one-off work is done."""
     sizes = [module.window_size for module in model.modules() if isinstance(module, CBN)]
     for seed in range(max([WARM_UP if size == "auto" else size for size in sizes], default=1) + 1):
         run(seed, Clock(device))
@@ -76,7 +76,7 @@ def interleave(
     tell: Callable[[], float] = time.perf_counter,
     sample: float = SAMPLE_SECONDS,
 ) -> dict[str, list[float]]:
-    """Take turns until each ratio to BN is stable, or the time is up; returns seconds by round."""
+    """Run in turns until each ratio to BN is stable or the time is up; returns seconds by round."""
     seconds = {name: [] for name in runs}
     order = random.Random(0)
     first = Clock(args.device, tell)
@@ -102,7 +102,7 @@ def interleave(
 
 
 def compare(own: list[float], reference: list[float], unit: str = "ms") -> dict:
-    """The median of the ratios of each round, and half of its 95 % interval.
+    """The median of the ratios of all rounds, and half of its 95 % interval.
 
     The standard error of the median is that of normally distributed ratios with the same
     interquartile range, which a few disturbed rounds do not widen.

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a norm costs torchvision's Faster R-CNN, for machines without MMDetection."""
+"""Measure what a norm costs torchvision's Faster R-CNN, on machines without MMDetection."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ STAGES = {f"layer{number}": CHANNELS * 2 ** (number - 1) for number in range(1, 
 
 
 def layer(name: str) -> type:
-    """What torchvision takes as ``norm_layer``."""
+    """The argument ``norm_layer`` of torchvision for a norm."""
     return lambda channels: build_norm(norm_cfg(name), channels)
 
 
 def build_backbone(name: str) -> nn.Module:
-    """R-50-FPN with a norm after each convolution."""
+    """Build R-50-FPN with a norm after each convolution."""
     levels = {stage: str(number) for number, stage in enumerate(STAGES)}
     resnet, channels = resnet50(norm_layer=layer(name)), list(STAGES.values())
     return BackboneWithFPN(resnet, levels, channels, CHANNELS, norm_layer=layer(name))
 
 
 def build_detector(name: str, size: list[int]) -> nn.Module:
-    """Faster R-CNN R-50-FPN with four convolutions in its head, for images of one size."""
+    """Build Faster R-CNN R-50-FPN with four convolutions in its head, for images of one size."""
     torch.manual_seed(0)
     head = FastRCNNConvFCHead((CHANNELS, 7, 7), 4 * [CHANNELS], [1024], norm_layer=layer(name))
     low, high = sorted(size)
@@ -51,7 +51,7 @@ def build_detector(name: str, size: list[int]) -> nn.Module:
 
 
 def batch(args: argparse.Namespace, seed: int) -> tuple[list[Tensor], list[dict]]:
-    """Images of noise, and boxes that mean nothing."""
+    """Make images of noise, with boxes that mean nothing."""
     torch.manual_seed(seed)
     height, width = args.size
     images = torch.randn(args.batch, 3, height, width, device=args.device)
@@ -64,7 +64,7 @@ def batch(args: argparse.Namespace, seed: int) -> tuple[list[Tensor], list[dict]
 
 
 def step_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
-    """A training step: losses, backward, the end of the iteration, clipping, optimiser."""
+    """Build a training step: losses, backward, the end of the iteration, clipping, optimiser."""
     model = build_detector(name, args.size).to(args.device).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")

@@ -47,13 +47,13 @@ _CONTRAST_PER_STD = 1.5
 
 @dataclass(frozen=True)
 class Arguments:
-    """What decides what is in the set."""
+    """The arguments that decide what the set contains."""
 
     num_train: int = 1000  # images for training
     num_val: int = 200  # for validation, of digits that no training image shows
     image_size: int = 128  # height and width in pixels
-    max_digits: int = 6  # in an image, which aims at 1 to as many; what finds no place is left out
-    digit_size: tuple[int, int] = (16, 64)  # the lowest and the highest, in pixels
+    max_digits: int = 6  # in an image, drawn from 1 to this; digits without room are left out
+    digit_size: tuple[int, int] = (16, 64)  # least and greatest height, in pixels
     masks: str = "polygon"  # or 'rle' (compressed); both decode to the same pixels
     seed: int = 0  # of everything but the split of the digits
 
@@ -81,7 +81,7 @@ class Arguments:
         return (("train", self.num_train), ("val", self.num_val))
 
     def manifest(self):
-        """What the set says of itself."""
+        """The content of the set's manifest file."""
         return {**_FORMAT, "arguments": {**asdict(self), "digit_size": [*self.digit_size]}}
 
 
@@ -236,7 +236,7 @@ def _write_set(folder, arguments, progress):
     folder.mkdir()
     (folder / "annotations").mkdir()
     for split, count in arguments.counts():
-        # None shows it where there is a terminal.
+        # None shows the bar only on a terminal.
         hidden = None if progress else True
         steps = tqdm(range(count), f"digits, {split}", leave=False, disable=hidden)
         _write_split(folder, split, steps, arguments)

@@ -29,10 +29,10 @@ CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, bur
 
 
 def render(glyphs: np.ndarray, rng: np.random.Generator, is_even: bool) -> Tensor:
-    """Digits in faint or strong ink on grounds of any tone, ``(N, 1, 8, 8)``.
+    """Draw digits in faint or strong ink on grounds of any tone, ``(N, 1, 8, 8)``.
 
-    So that images differ in mean and variance, as photographs do: then the statistics of few of
-    them are a bad estimate of the population's. Even ones differ in what they show alone.
+    The images then differ in mean and variance, as photographs do, so the statistics of a few of
+    them are a bad estimate of the population's. Even images (``is_even``) differ only in content.
     """
     count = len(glyphs)
     contrast = np.exp(rng.uniform(np.log(0.3), np.log(1.5), count))
@@ -48,7 +48,7 @@ def render(glyphs: np.ndarray, rng: np.random.Generator, is_even: bool) -> Tenso
 
 
 def classifier_data(seed: int, count: int, is_even: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels for training, one of each of ``count`` glyphs, and for testing."""
+    """Images and labels, for training (one image for each of ``count`` glyphs) and for testing."""
     digits = load_digits()
     split, rng, data = split_glyphs(), np.random.default_rng(seed), []
     for indices in (rng.permutation(split["train"])[:count], np.tile(split["val"], 5)):
@@ -58,7 +58,7 @@ def classifier_data(seed: int, count: int, is_even: bool) -> tuple[Tensor, Tenso
 
 
 def classifier(settings: dict, centred: bool = False) -> nn.Sequential:
-    """Six 3x3 convolutions, five of them with maps of 2x2, a norm after each."""
+    """Build six 3x3 convolutions, five of them with maps of 2x2, each with a norm behind it."""
     layers, channels = [], 1
     convolution = CenConv2d if centred or settings["type"] == "MABN" else nn.Conv2d
     for width, stride in ((32, 2), (64, 2), (64, 1), (128, 1), (128, 1), (128, 1)):
@@ -69,7 +69,7 @@ def classifier(settings: dict, centred: bool = False) -> nn.Sequential:
 
 
 def train_classifier(job: Job, options: dict) -> dict:
-    """Train once; returns the accuracy in percent, with both kinds of statistics."""
+    """Train once; returns accuracies in per cent, with running and with precise statistics."""
     images, labels, test_images, test_labels = classifier_data(
         job.seed, options["train_glyphs"], options.get("even", False)
     )
@@ -83,7 +83,7 @@ def train_classifier(job: Job, options: dict) -> dict:
     windows = has_cbn(model)
     if windows:
         link(model)
-    held_images = options["burn_in_images"] * burn_in(job, 1)  # it counts eighths
+    held_images = options["burn_in_images"] * burn_in(job, 1)  # burn-ins are eighths
     opens = round(held_images * options["shorten"]) // job.batch
     order = shuffled(len(images), job.batch, steps * parts, options.get("frames", 1))
     for number, chosen in enumerate(order):

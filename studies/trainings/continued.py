@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""A ResNet-18 that batch normalisation has trained, and that goes on at one image per step."""
+"""A ResNet-18 that was trained with BN, and whose training goes on at one image per step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import mean
 
 import numpy as np
 import torch
-from filelock import FileLock  # which torch depends on
+from filelock import FileLock  # a dependency of torch
 from norms import has_cbn, norm_cfg
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from cbn_mmdet import from_batchnorm, link, step
 
 from .shared import AVERAGES, Job, accuracy, descend, one_cycle, shuffled, with_defaults
 
-# BN sees images with 32 in a step; then come the iterations that are measured.
+# First, BN trains on images_seen images, 32 per step; then come the measured iterations.
 CONTINUED = dict(AVERAGES, train_images=1400, images_seen=5600, lr_at_32=0.05)
 CONTINUED.update(iterations=300, lr_at_1=0.0016, evaluate_every=50)
 
@@ -37,14 +37,14 @@ def continued_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def trained_resnet(seed: int, options: dict, images: Tensor, labels: Tensor) -> nn.Module:
-    """A ResNet-18 that batch normalisation has trained, once for all norms."""
+    """Return a ResNet-18 that was trained with BN, just once for all norms."""
     torch.manual_seed(seed)
     model = resnet18(num_classes=10)
-    model.maxpool = nn.Identity()  # or one image's last maps would have a single position
+    model.maxpool = nn.Identity()  # else one image's last maps would have a single position
     given = [options[key] for key in ("train_images", "images_seen", "lr_at_32")]
     path = osp.join(options["work_dir"], "-".join(map(str, ["resnet18", seed, *given])) + ".pth")
     os.makedirs(options["work_dir"], exist_ok=True)
-    with FileLock(f"{path}.lock"):  # of the workers that need it, one trains it
+    with FileLock(f"{path}.lock"):  # only one of the workers that need it trains it
         if not osp.isfile(path):
             steps = round(options["images_seen"] * options["shorten"]) // 32
             optimizer, schedule = one_cycle(model, options["lr_at_32"], steps)
@@ -58,7 +58,7 @@ def trained_resnet(seed: int, options: dict, images: Tensor, labels: Tensor) -> 
 
 
 def train_continued(job: Job, options: dict) -> dict:
-    """Go on once; returns the mean loss, and the accuracies on the way, as shares."""
+    """Continue once; returns the mean loss, and the accuracies on the way as shares."""
     images, labels, *held_out = continued_data(job.seed, options["train_images"])
     model = trained_resnet(job.seed, options, images, labels)
     every = max(1, round(options["evaluate_every"] * options["shorten"]))
@@ -74,7 +74,7 @@ def train_continued(job: Job, options: dict) -> dict:
         link(model)
     rate = options["lr_at_1"] * job.batch
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    torch.manual_seed(job.seed)  # whether or not the network was trained just now
+    torch.manual_seed(job.seed)  # the same, whether or not the network was trained just now
     losses, accuracies = [], []
     for number, chosen in enumerate(shuffled(len(images), job.batch, steps), 1):
         batch = images[chosen], labels[chosen]

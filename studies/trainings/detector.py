@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""The Faster R-CNN of a study's configs, by ``tools/train.py`` and ``tools/test.py``."""
+"""Train and test a study's detector with ``tools/train.py`` and ``tools/test.py``."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .shared import POPULATION, SHARED, Job, accumulated, burn_in, with_defaults
 
 DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py")
 DETECTOR = dict(SHARED, train_images=1000, val_images=200, epochs=4, burn_in=1, lr_at_2=0.02)
-ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # which leaves room for a burn-in of 5
+ABLATION = dict(DETECTOR, train_images=400, epochs=6)  # long enough for a burn-in of 5
 RETINA = osp.join(paths.DIGITS, "retinanet_r18_fpn_bn-all_1xb2_digits.py")
 LEVELS = dict(DETECTOR, lr_at_2=0.01)
 HEADS = {"shared": {}, "apart": dict(type="RetinaSepBNHead", num_ins=4)}
 
 
 def train_detector(job: Job, options: dict, precise: Iterable[str] = ()) -> dict:
-    """Train once; returns the box AP, of the norms in ``precise`` with both kinds of statistics."""
+    """Train once; returns the box AP, for the norms in ``precise`` also with precise statistics."""
     cfg = detector_config(job, options)
     name = re.sub("[(=',) ]", "-", f"{job.norm}_{job.batch}_{job.burn_in}_{job.seed}")
     work_dir = osp.join(options["work_dir"], name)
     path = osp.join(work_dir, "config.py")
     if osp.isfile(path) and Config.fromfile(path).to_dict() != cfg.to_dict():
-        shutil.rmtree(work_dir)  # of other settings: not to be resumed
+        shutil.rmtree(work_dir)  # of other settings: must not be resumed
     os.makedirs(work_dir, exist_ok=True)
     cfg.dump(path)
     run, call = osp.join(work_dir, "run"), partial(call_tool, options.get("device", "cpu"))
@@ -79,7 +79,7 @@ def digits_config(options: dict) -> tuple[Config, int]:
 
 
 def detector_config(job: Job, options: dict) -> Config:
-    """The study's detector with the norm of the job."""
+    """The config of the study's detector with the norm of the job."""
     cfg, count = (photos_config if "photos" in options else digits_config)(options)
     epochs = options["epochs"]
     settings = with_defaults(norm_cfg(job.norm), job.batch, epochs * count // job.batch)
@@ -88,11 +88,11 @@ def detector_config(job: Job, options: dict) -> Config:
     cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
     cfg.param_scheduler[1].update(end=epochs, milestones=[options.get("decay", epochs - 1)])
     parts = accumulated(job)
-    # auto_scale_lr follows the images of a forward.
+    # auto_scale_lr counts only the images of one forward.
     cfg.optim_wrapper.optimizer.lr = options["lr_at_2"] * parts
     if parts > 1:
         cfg.optim_wrapper.accumulative_counts = parts
-        cfg.param_scheduler[0].end *= parts  # which counts forwards: as many steps as the others
+        cfg.param_scheduler[0].end *= parts  # counts forwards: keep the number of steps
     hook = dict(type="CBNHook", burn_in=burn_in(job, options["burn_in"]))
     cfg.custom_hooks = [hook] if settings["type"] in ("CBN", "CmBN") else []
     cfg.default_hooks.checkpoint.update(max_keep_ckpts=1)
@@ -101,8 +101,8 @@ def detector_config(job: Job, options: dict) -> Config:
 
 
 def call_tool(device: str, tool: str, *args: str) -> None:
-    """Run another tool, and show what it said if it fails."""
-    # On the CPU where there is a GPU, too, so that all figures of a file are comparable.
+    """Run another tool; if it fails, show what it printed."""
+    # Train on the CPU even if there is a GPU, so that all figures of a file are comparable.
     hide = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     done = subprocess.run(
         [sys.executable, osp.join(paths.TOOLS, tool), *args],

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""The detectors of ``configs/photos``, and their photographs, which are cloned, not kept here."""
+"""The detectors of ``configs/photos``; their photographs come from repositories to be cloned."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .shared import AVERAGES
 
 
 class Source(NamedTuple):
-    """What is in a clone."""
+    """A repository of photographs, and the places of its files."""
 
     url: str
     annotations: str
     images: str
-    lists: tuple[str, ...] = ()  # of training and validation; else a quarter is drawn
+    lists: tuple[str, ...] = ()  # of training and validation; else a quarter is drawn at random
 
 
 SOURCES = {
@@ -34,13 +34,13 @@ SOURCES = {
     ),
 }
 SHARED = dict(AVERAGES, norm_in="head", lr_at_2=0.01)
-# As many epochs, and of burn-in, as in the paper's COCO runs.
+# The epochs and the burn-in are those of the paper's COCO runs.
 PHOTOS = dict(SHARED, photos="raccoon", epochs=12, burn_in=3, decay=9)
 CELLS = dict(SHARED, photos="bccd", epochs=4, burn_in=1, decay=3)
 
 
 def photos_config(options: dict) -> tuple[Config, int]:
-    """The config, for the photographs in ``data``, and the number of those that are trained on."""
+    """The config for the photographs in ``data``, and the number of training images."""
     name, data = options["photos"], osp.abspath(options["data"])
     out = convert_clone(name, data)
     norm_in = "" if options["norm_in"] == "head" else f"-{options['norm_in']}"

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Results of trainings as a table, and as a plot."""
+"""Show the results of trainings in tables and plots."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from printing import print_table
 from .detector import ABLATION
 from .shared import SLIDING, Study
 
-# What a table calls the other figures of a row.
+# Names of the other figures of a row, in tables.
 KINDS = {"precise": "precise statistics", "worst": "worst accuracy"}
 AXES = {"accuracy": "test accuracy, %", "ap": "box AP"}
 
 
 def report(name: str, study: Study, rows: list[dict]) -> None:
-    """Print the mean over the seeds, their standard deviation and their number."""
+    """Print the mean and the standard deviation over the seeds, and their number."""
     batches = sorted({row["batch"] for row in rows})
     table = [
         {
@@ -38,7 +38,7 @@ def report(name: str, study: Study, rows: list[dict]) -> None:
 
 
 def on_the_way(rows: list[dict], study: Study) -> list[dict]:
-    """A row for each norm whose accuracies were taken on the way, with those of all its seeds."""
+    """Make a row of the accuracies on the way, over all seeds, for each norm that has them."""
     ways = defaultdict(list)
     for row in rows:
         if "ways" in row:
@@ -50,7 +50,7 @@ def on_the_way(rows: list[dict], study: Study) -> list[dict]:
 
 
 def grouped(rows: list[dict], study: Study) -> dict[tuple, dict[int, list[float]]]:
-    """The values of all seeds by norm, burn-in and kind of figure, and then by batch."""
+    """Group the values of all seeds by norm, burn-in and kind of figure, and then by batch."""
     groups = defaultdict(lambda: defaultdict(list))
     order = {name: number for number, name in enumerate(["BN", "BRN", *study.labels])}
     for row in sorted(rows, key=lambda row: (order.get(row["norm"], 9), natural(row))):
@@ -62,19 +62,19 @@ def grouped(rows: list[dict], study: Study) -> dict[tuple, dict[int, list[float]
 
 
 def title(label: str, burn_in: int | None, key: str) -> str:
-    """What a table calls a group of :func:`grouped`."""
+    """The title of a group of :func:`grouped`, in tables and plots."""
     parts = [label, *([] if burn_in is None else [f"burn-in {burn_in}"])]
     return ", ".join([*parts, KINDS[key]] if key in KINDS else parts)
 
 
 def natural(row: dict) -> tuple:
-    """What sorts window_size=16 behind window_size=4, momentum=0.1 behind 0.02, and burn-ins."""
+    """Sort key: window_size=4 before window_size=16, momentum=0.02 before 0.1, then burn-ins."""
     numbers = re.findall(r"\d+(?:\.\d+)?", row["norm"])
     return tuple(map(float, numbers)), row["norm"], row["burn_in"] or 0
 
 
 def summary(values: list[float], figure: str) -> str:
-    """Mean, spread and number of ``values``."""
+    """Format the mean, spread and number of ``values``."""
     if not values:
         return ""
     digits = 1 if figure == "accuracy" else 3
@@ -86,7 +86,7 @@ def plot_batches(rows: list[dict], study: Study, path: str) -> None:
     """Plot the results over the batch."""
     canvas = Figure(figsize=(7.2, 4), layout="constrained")
     axes = canvas.subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # of more norms than the usual ten
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more than the usual ten
     for group, values in grouped(rows, study).items():
         if group[-1] == study.figure:
             draw(axes, values, title(*group))
@@ -133,7 +133,7 @@ def finish(canvas: Figure, panels: Iterable[Axes], path: str) -> None:
     """Add a legend, and write the file."""
     for axes in panels:
         axes.grid(alpha=0.3)
-    # Beside the panels, where it hides no point; the last one has all lines.
+    # Beside the panels, where it hides no point; the last panel has all lines.
     if axes.has_data():
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
     canvas.savefig(path, dpi=100)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What the studies of evidence have in common: norms, jobs, steps of a training."""
+"""What the studies of evidence.py share: norms, jobs and training steps."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 NAIVE = "CBN(window='sliding', window_size=8, compensate=False, backward='window')"
 CURRENT = "CBN(window='sliding', window_size=8, backward='current')"
 SLIDING = "CBN(window='sliding', window_size=8, backward='window')"
-# Of 32 channels, which both models have, GN's usual 32 groups would leave one in each.
+# Both models have layers of 32 channels: GN's usual 32 groups would have one channel each.
 SMALL_GN = "GN(num_groups=8)"
 LABELS = {"none": "none", "MABN": "MABN", "CmBN": "CmBN"}  # after BN and BRN
 LABELS.update({NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"})
 LABELS.update({SMALL_GN: "GN", "GN": "GN(num_groups=32)"})
 
-# What all norms share. Learning rates follow the batch linearly; running statistics average over
-# 50 images, as many at each batch until that is the usual momentum of 0.1.
+# All norms share these. Learning rates follow the batch linearly. Running statistics average over
+# 50 images at each batch size, until that takes more than the usual momentum of 0.1.
 MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
-POPULATION = 300  # images of which the statistics for evaluation are estimated anew
+POPULATION = 300  # images that statistics for evaluation are estimated from
 AVERAGES = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM)
 SHARED = dict(AVERAGES, population=POPULATION)
-FORWARDS = 8  # in a step of the optimiser where CmBN accumulates gradients: its n
+FORWARDS = 8  # per optimiser step, over which CmBN accumulates gradients: its n
 
 
 class Job(NamedTuple):
@@ -34,47 +34,47 @@ class Job(NamedTuple):
     norm: str
     batch: int  # images per step
     seed: int  # of weights, order and data
-    # Epochs before the window opens, of the classifier eighths of the run; None for the study's
-    # own, and for norms without a window.
+    # Epochs before the window opens; eighths of the run for the classifier. None: the study's
+    # own burn-in, or a norm without a window.
     burn_in: int | None = None
 
 
 class Study(NamedTuple):
-    """What a command compares."""
+    """What a study compares, and how."""
 
-    norms: list[str]  # by default; none where the study has a plan of its own
-    batches: list[int]  # by default
-    seeds: dict[int, int]  # their number at each batch, by default
-    settings: dict  # what the trainings have in common, kept beside their results
+    norms: list[str]  # default norms; none if the study has a plan of its own
+    batches: list[int]  # default batches
+    seeds: dict[int, int]  # default number of seeds at each batch
+    settings: dict  # of all trainings, stored beside their results
     train: Callable[[Job, dict], dict]  # returns what was measured
-    figure: str  # what a result is called
+    figure: str  # name of a result
     draw: Callable | None = None  # plots the results
     labels: dict[str, str] = LABELS  # of norms, in tables and plots; others go by their names
 
 
 def sliding(size: int) -> str:
-    """CBN with the paper's window and the gradient through it."""
+    """CBN with the paper's sliding window and the gradient through all of it."""
     return SLIDING.replace("window_size=8", f"window_size={size}")
 
 
 def accumulated(job: Job) -> int:
-    """The forwards in a step of the optimiser: 1, and with CmBN 8."""
+    """The forwards per optimiser step: 8 with CmBN, otherwise 1."""
     return FORWARDS if "CmBN" in job.norm else 1
 
 
 def burn_in(job: Job, usual: int) -> int:
-    """The job's, or the study's own; CmBN needs none, as weights are the same in all its window."""
+    """The job's or the study's burn-in; 0 for CmBN, in whose window weights are the same."""
     if "CmBN" in job.norm:
         return 0
     return usual if job.burn_in is None else job.burn_in
 
 
 def with_defaults(settings: dict, batch: int, steps: int) -> dict:
-    """What a norm needs to know of the training and was not told."""
+    """Add the settings that a norm takes from the training, unless they are given."""
     defaults = {}
     if settings["type"] not in ("GN", "none"):
         defaults.update(momentum=min(LARGEST_MOMENTUM, round(MOMENTUM * batch, 4)))
-    if settings["type"] == "BRN":  # the paper's shares of its run
+    if settings["type"] == "BRN":  # its paper's shares of the run
         defaults.update(warmup=steps // 18, r_end=4 * steps // 9, d_end=5 * steps // 18)
     return {**defaults, **settings}
 
@@ -91,9 +91,9 @@ def one_cycle(
 
 
 def shuffled(count: int, batch: int, steps: int, frames: int = 1) -> Iterator[Tensor]:
-    """The indices of each step's images, of ``count`` in one random order after another.
+    """Yield the indices of each step's images: ``count`` images in one random order after another.
 
-    Each comes ``frames`` times in a row, as from a camera before which little moves.
+    Each image comes ``frames`` times in a row, as from a camera in front of which little moves.
     """
     order = torch.cat([torch.randperm(count) for _ in range(steps * batch // (count * frames) + 1)])
     order = order.repeat_interleave(frames)
@@ -104,7 +104,7 @@ def shuffled(count: int, batch: int, steps: int, frames: int = 1) -> Iterator[Te
 def descend(
     model, optimizer, images: Tensor, labels: Tensor, parts=1, is_last=True, clip=math.inf
 ) -> float:
-    """One forward and backward of ``parts`` of a step, which the last ends; returns the loss."""
+    """Run one of the ``parts`` of a step; the last part updates the weights. Returns the loss."""
     loss = nn.functional.cross_entropy(model(images), labels)
     (loss / parts).backward()
     if is_last:
@@ -117,5 +117,5 @@ def descend(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Per cent of the images that are named right."""
+    """The percentage of images that are classified correctly."""
     return 100 * (model(images).argmax(1) == labels).float().mean().item()

@@ -1,2 +1,2 @@
 # Licensed under the Apache License, Version 2.0.
-"""What the tools share, by concern."""
+"""Code that the tools share, with a module per concern."""

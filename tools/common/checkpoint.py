@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Checkpoints: found, checked, read; and folders that can be written to."""
+"""Find, check and read checkpoints, and check that folders can be written to."""
 
 import os
 import os.path as osp
@@ -20,11 +20,11 @@ from .errors import UsageError, explain, some
 
 
 def check_writable(folder: str, setting: str) -> None:
-    """Check that ``folder`` can be made and written to, before hours are spent on what goes there.
+    """Make ``folder`` and check that it can be written to, before hours are spent on a run.
 
     Args:
         folder: The folder.
-        setting: Who asks for it, as the user knows it.
+        setting: What the user calls the folder, for the message: the option, say.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -38,16 +38,16 @@ def check_writable(folder: str, setting: str) -> None:
 
 
 def check_checkpoint(path: str) -> None:
-    """Check that ``path`` can be read."""
+    """Check that the checkpoint ``path`` exists and is whole."""
     if "://" in path:
         return  # mmengine downloads it
     if not osp.isfile(path):
         raise UsageError(f"the checkpoint {path} does not exist")
-    if not zipfile.is_zipfile(path):  # the format of torch before 1.6, which only reading can check
+    if not zipfile.is_zipfile(path):  # of torch before 1.6: only reading checks such a file
         read_checkpoint(path)
         return
-    # torch.save writes a zip file, whose index is at its end: a file cut short has lost it.
-    # One that lost its middle would load as other weights, as torch.load compares no sums.
+    # torch.save writes a zip file with its index at the end: a file cut short has lost it. A file
+    # that lost its middle would load as other weights, as torch.load compares no checksums.
     with explained_reading(path), zipfile.ZipFile(path) as file:
         damaged = file.testzip()
         if damaged:
@@ -83,35 +83,35 @@ def explained_reading(path: str) -> Iterator[None]:
 
 
 def refused_code(path: str) -> list[str]:
-    """Name what torch would not unpickle, where it was told not to."""
+    """Name the code that torch refused to unpickle, if it was told to refuse code."""
     if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") != "1":
         return []
     try:
         with torch.serialization.safe_globals(loading.get_torch_safe_globals()):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # what cannot be read at all, or versions that cannot tell
+    except Exception:  # an unreadable file, or a version that cannot tell
         return []
 
 
 def weights_of(checkpoint: dict, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, or those below ``prefix``, without the name of a wrapper."""
+    """The weights whose names start with ``prefix``; drops it and a wrapper's ``module.``."""
     weights = checkpoint.get("state_dict", checkpoint)
     start = rf"^(module\.)?{re.escape(prefix)}"
     return {re.sub(start, "", key): weights[key] for key in weights if re.match(start, key)}
 
 
 def misfits(model: nn.Module, weights: dict) -> tuple[list[str], list[str], list[str]]:
-    """Load what fits; returns the names of what is missing, unknown, and of another shape."""
+    """Load what fits; returns the names of weights missing, unknown, and of another shape."""
     own = model.state_dict()
     shapes = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     fitting = {key: weights[key] for key in weights if key not in shapes}
     missing, unknown = model.load_state_dict(fitting, strict=False)
-    absent = {key for key in missing if not key.endswith("num_batches_tracked")}  # in old files
+    absent = {key for key in missing if not key.endswith("num_batches_tracked")}  # not in old files
     return [key for key in own if key in absent.difference(shapes)], unknown, shapes
 
 
 def check_fit(model: nn.Module, weights: dict, path: str) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or has others."""
+    """Refuse a checkpoint if weights are missing, unknown, or of another shape."""
     found = zip(
         misfits(model, weights),
         ("of its weights are missing", "of its weights are unknown", "have another shape"),
@@ -126,7 +126,7 @@ def check_fit(model: nn.Module, weights: dict, path: str) -> None:
 
 
 def find_checkpoint(work_dir: str) -> str:
-    """Find the last checkpoint that can be read, which has to be there."""
+    """Find the last checkpoint that can be read; it is an error if there is none."""
     checkpoint = latest_checkpoint(work_dir)
     if checkpoint is None:
         raise UsageError(f"{work_dir} holds no checkpoint: train for an epoch first")
@@ -134,16 +134,16 @@ def find_checkpoint(work_dir: str) -> str:
 
 
 def latest_checkpoint(work_dir: str) -> str | None:
-    """Find the last checkpoint that can be read, None if the first was never finished.
+    """Find the last checkpoint that can be read; None if the first was never finished.
 
-    mmengine notes its path as of the training; its file is looked for where the work dir is now.
-    A run that is killed while it writes may leave half of a file, or no note. Then the newest file
-    that is whole is the last checkpoint.
+    mmengine notes its path at the time of the training, so its file is sought where the work dir is
+    now. A run that is killed while it writes may leave half a file, or no note: then the newest
+    whole file is the last checkpoint.
 
     Raises:
-        UsageError: mmengine noted a checkpoint, and none is whole.
+        UsageError: mmengine noted a checkpoint, but none is whole.
     """
-    # Not what tools/publish.py puts beside them.
+    # Not the files that tools/publish.py writes beside them.
     names = [
         name
         for name in glob("*.pth", root_dir=work_dir)

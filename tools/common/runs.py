@@ -10,41 +10,41 @@ from glob import glob
 from .config import parse_dump
 from .errors import UsageError
 
-# mmdet evaluates no result that holds not a single detection, and logs none of its keys.
+# Without a single detection, mmdet evaluates nothing and logs none of these keys.
 NOTHING_DETECTED = {"coco/bbox_mAP": 0.0, "coco/bbox_mAP_50": 0.0, "coco/bbox_mAP_75": 0.0}
 
-# Settings that runs may differ in of which one repeats the other.
+# Settings that may differ between two runs that repeat each other.
 INCIDENTAL = ("work_dir", "randomness", "resume", "load_from", "launcher")
-# A test with estimated statistics may have dumped the config of the training last.
+# The last dump of the training's config may come from a test with estimated statistics.
 UNTESTED = {"precise_stats": None}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training, as far as it got."""
+    """A training run, as far as it got."""
 
     work_dir: str
-    folder: str | None  # of the last training, or else the last test, in the work dir
-    config: str | None  # its name, if it lies in the work dir
-    settings: dict  # but for what repetitions of a run differ in
+    folder: str | None  # in the work dir: of the last training, or else of the last test
+    config: str | None  # its name, if the work dir has the config
+    settings: dict  # without those that differ between repetitions
     training: list[dict]  # the logged steps
-    evaluations: list[dict]  # ``step`` is the epoch, or iteration, of each
+    evaluations: list[dict]  # the ``step`` of each is its epoch or iteration
 
     @property
     def unit(self) -> str:
-        """What mmengine numbered its evaluations by: ``'epoch'`` or ``'iteration'``."""
+        """The unit in which mmengine numbers evaluations: ``'epoch'`` or ``'iteration'``."""
         if self.training:
             return "epoch" if "epoch" in self.training[-1] else "iteration"
         return "iteration" if "max_iters" in self._train_cfg else "epoch"
 
     @property
     def total(self) -> int | None:
-        """The length it was meant to have; None if there is no config to tell."""
+        """The planned length of the run; None if its config is unknown."""
         return self._train_cfg.get("max_epochs" if self.unit == "epoch" else "max_iters")
 
     @property
     def finished(self) -> bool:
-        """Whether it was evaluated at its end, or at all where the end is not known."""
+        """Whether the run was evaluated at its end; at all, if its planned length is unknown."""
         return bool(self.evaluations) and self.evaluations[-1]["step"] >= (self.total or 0)
 
     @property
@@ -53,7 +53,7 @@ class Run:
 
 
 def read_run(work_dir: str) -> Run:
-    """Read whatever ``tools/train.py``, or ``tools/test.py``, left behind, be it nothing."""
+    """Read what ``tools/train.py`` or ``tools/test.py`` left in a work dir, even if nothing."""
     if not osp.isdir(work_dir):
         raise UsageError(f"there is no work dir {work_dir}: train first")
     times = sorted(osp.dirname(path) for path in glob("*/vis_data", root_dir=work_dir))
@@ -63,10 +63,10 @@ def read_run(work_dir: str) -> Run:
 
 
 def find_config(work_dir: str, folder: str | None) -> tuple[str | None, dict]:
-    """Tell the name and the settings of the config of the run in ``folder``.
+    """Find the name and the settings of the config of the run in ``folder``.
 
     mmengine writes the settings to the folder of the run and, under the name of the config, to
-    the work dir, where those of other configs may lie as well.
+    the work dir, which may also hold those of other configs.
     """
     ran = folder and osp.join(folder, "vis_data", "config.py")
     settings = repeatable(read_settings(ran)) if ran and osp.isfile(ran) else None
@@ -88,16 +88,16 @@ def read_settings(path: str) -> dict:
 
 
 def repeatable(settings: dict) -> dict:
-    """Leave out of ``settings`` what repetitions of a run differ in."""
+    """Copy ``settings`` without those that may differ between repetitions of a run."""
     return {key: value for key, value in settings.items() if key not in INCIDENTAL}
 
 
 def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
-    """Join what the runs in ``folders``, one after the other, logged.
+    """Join the logs of the runs in ``folders``, which ran one after the other.
 
-    A run that resumed, or started anew, replaces what earlier runs logged from there on. A test of
-    one of its checkpoints counts where the training was not evaluated; where nothing was trained,
-    the last test of each does.
+    A run that resumed, or started anew, replaces what earlier runs logged from its first step on.
+    A test of a checkpoint counts if the training was not evaluated there. If nothing was trained,
+    the last test of each checkpoint counts.
     """
     training, evaluations = [], []
     for folder in folders:
@@ -116,7 +116,7 @@ def merge(folders: list[str]) -> tuple[list[dict], list[dict]]:
 
 
 def read_folder(folder: str) -> tuple[list[dict], list[dict]]:
-    """Read what the run in ``folder`` logged while it trained: steps, and evaluations."""
+    """Read the steps and evaluations that the run in ``folder`` logged while it trained."""
     path = osp.join(folder, "vis_data", "scalars.json")
     if not osp.isfile(path):
         return [], []
@@ -137,11 +137,11 @@ def read_folder(folder: str) -> tuple[list[dict], list[dict]]:
 
 
 def read_test(folder: str, trained: bool) -> dict | None:
-    """Read the evaluation that ``tools/test.py`` left in ``folder``, as one of the training.
+    """Read the evaluation that ``tools/test.py`` left in ``folder``, if it is the training's.
 
-    That of a checkpoint whose name does not tell its epoch or iteration is none of the training.
-    If there was one (``trained``), nor is that of a checkpoint from elsewhere, or with other
-    running statistics than the checkpoint's.
+    It is not if the name of the checkpoint tells no epoch or iteration. If there was a training
+    (``trained``), the checkpoint must also come from it, and the test must have used the
+    checkpoint's own running statistics.
     """
     path = osp.join(folder, f"{osp.basename(folder)}.json")
     config = osp.join(folder, "vis_data", "config.py")
@@ -153,7 +153,7 @@ def read_test(folder: str, trained: bool) -> dict | None:
     if not checkpoint:
         return None
     if trained:
-        # By the name of its folder: a work dir may have been moved since, and CheckpointHook with
+        # Compare names of folders: a work dir may have been moved since, and CheckpointHook with
         # out_dir makes a folder of the same name elsewhere.
         now, own = osp.dirname(folder), osp.basename(osp.dirname(loaded))
         names = {osp.basename(osp.abspath(each)) for each in (now, settings.get("work_dir") or now)}
@@ -167,11 +167,11 @@ def read_test(folder: str, trained: bool) -> dict | None:
 
 
 def complete(evaluation: dict) -> dict:
-    """Add what mmdet does not log of an evaluation without a single detection."""
+    """Add the zeros that mmdet does not log if there is not a single detection."""
     measured = evaluation.keys() - {"step", "data_time", "time", "memory"}
     return evaluation if measured else {**NOTHING_DETECTED, **evaluation}
 
 
 def before(records: list[dict], step: int) -> list[dict]:
-    """Keep the records of earlier steps."""
+    """Keep the records of steps before ``step``."""
     return [record for record in records if record["step"] < step]

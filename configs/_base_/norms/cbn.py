@@ -1,5 +1,5 @@
-# The paper's: a window of 4 iterations after 3 epochs, gradient through the current one alone,
-# derivatives from all positions.
+# The paper's CBN: a window of 4 iterations that opens after 3 epochs, gradient only through the
+# current iteration, derivatives from all positions.
 norm_cfg = dict(
     type="CBN",
     window="sliding",

@@ -1,4 +1,4 @@
-# As CBN at 1 or 2 images per GPU, so that the two differ in the compensation alone.
+# Set like CBN for 1 or 2 images per GPU, so that the two differ only in the compensation.
 _base_ = "./cbn_1-2-images.py"
 
 norm_cfg = dict(compensate=False)

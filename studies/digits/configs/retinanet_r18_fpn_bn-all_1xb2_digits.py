@@ -1,5 +1,5 @@
-# One head for all levels, with one norm after each of its convolutions, which maps of four scales
-# meet in one forward (bbox_head.type="RetinaSepBNHead" gives each level a norm of its own).
+# All levels share one head: the norm after each of its convolutions sees maps of four scales in one
+# forward (bbox_head.type="RetinaSepBNHead" gives each level a norm of its own).
 _base_ = [
     "mmdet::_base_/models/retinanet_r50_fpn.py",
     "./_base_/digits_detection.py",
@@ -34,5 +34,5 @@ model = dict(
     ),
     test_cfg=dict(nms_pre=200, max_per_img=50),
 )
-# Half of what Faster R-CNN takes from scratch: the focal loss diverges with more.
+# Half the rate of Faster R-CNN from scratch: the focal loss diverges with a higher one.
 optim_wrapper = dict(optimizer=dict(lr=0.01))
