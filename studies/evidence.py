@@ -33,7 +33,7 @@ import json
 import multiprocessing
 import os
 import os.path as osp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
@@ -282,27 +282,38 @@ def run_missing(args, study: Study, jobs: list[Job], results: dict, path: str, s
         print(f"{kept} of {len(jobs)} trainings are in {path}; --folder NEW measures all anew")
     if missing and args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda: torch {torch.__version__} sees no GPU to train on")
+    is_kept = f"{osp.normpath(args.folder)}{os.sep}".startswith(f"{KEPT}{os.sep}")
+    runs = RUNS if is_kept else osp.join(args.folder, "runs")
+    device = "" if args.device == "cpu" else f"-{args.device}"
+    work_dir = osp.join(runs, args.study + device, f"{args.shorten:g}")
+    options = dict(settings, work_dir=work_dir, data=args.data)
     workers = args.jobs or os.cpu_count()
-    # One thread each: two cores train two small models faster side by side than in turn.
+    with tqdm(desc=args.study, total=len(jobs), initial=len(jobs) - len(missing)) as bar:
+        for job, found in run_each(study.train, missing, options, workers):
+            results[job] = {**job._asdict(), **found}
+            write_results(path, settings, results)
+            bar.update()
+
+
+def run_each(
+    train: Callable[[Job, dict], dict], jobs: list[Job], options: dict, workers: int
+) -> Iterator[tuple[Job, dict]]:
+    """Run trainings, some at a time; yield each with its result as it ends.
+
+    Each has one thread: two cores train two small models faster side by side than in turn.
+    """
+    if workers == 1:  # another process would only import everything once more
+        torch.set_num_threads(1)
+        yield from ((job, train(job, options)) for job in jobs)
+        return
     context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(desc=args.study, total=len(jobs), initial=len(jobs) - len(missing)) as bar,
-        ProcessPoolExecutor(
-            workers, context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        is_kept = f"{osp.normpath(args.folder)}{os.sep}".startswith(f"{KEPT}{os.sep}")
-        runs = RUNS if is_kept else osp.join(args.folder, "runs")
-        device = "" if args.device == "cpu" else f"-{args.device}"
-        work_dir = osp.join(runs, args.study + device, f"{args.shorten:g}")
-        options = dict(settings, work_dir=work_dir, data=args.data)
-        running = {pool.submit(study.train, job, options): job for job in missing}
+    with ProcessPoolExecutor(
+        workers, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running = {pool.submit(train, job, options): job for job in jobs}
         try:
             for done in as_completed(running):
-                job = running[done]
-                results[job] = {**job._asdict(), **done.result()}
-                write_results(path, settings, results)
-                bar.update()
+                yield running[done], done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -27,39 +27,39 @@ class BRN(NormLayer):
     """Batch normalisation, corrected towards the running statistics that evaluation uses.
 
     Algorithm 1 of the paper. With the mean ``mu_B`` and standard deviation ``sigma_B`` of the
-    batch, and ``mu`` and ``sigma`` of the running statistics before this batch is added to them,
+    batch, and the running ``mu`` and ``sigma`` before this batch updates them,
 
         r = clip(sigma_B / sigma, 1 / r_max, r_max)
         d = clip((mu_B - mu) / sigma, -d_max, d_max)
         y = gamma [(x - mu_B) / sigma_B r + d] + beta
 
-    where ``r`` and ``d`` are constants for the gradient. Where neither is cut, a training step
-    computes what evaluation would; with ``r_max = 1`` and ``d_max = 0`` it is batch normalisation.
-    The paper starts as the latter and relaxes the two limits gradually, here linearly, each from
-    the end of the warm-up until a step of its own. Steps are counted by ``num_batches_tracked``,
-    so a resumed run goes on where it stopped. A layer that is called several times in one forward
-    of the model counts each call.
+    where ``r`` and ``d`` are constants for the gradient. If neither is clipped, a training step
+    computes what evaluation would; with ``r_max = 1`` and ``d_max = 0``, it is batch normalisation.
+    The paper starts as batch normalisation and relaxes both limits gradually. Here they grow
+    linearly, from the end of the warm-up to the steps ``r_end`` and ``d_end``. The layer counts
+    steps in ``num_batches_tracked``, so a resumed run goes on where it stopped. If one forward of
+    the model calls the layer several times, each call counts.
 
-    The paper keeps a moving average of ``sigma_B``. Here the running statistics are batch
-    normalisation's own, the average of the unbiased variance, and ``sigma`` is the root of that
-    average plus ``eps``. It is never below the average of the roots, and the closer the less the
-    batches differ. In return parameters, buffers and names are those of ``nn.BatchNorm2d``, which
-    the layer *is* in evaluation mode: checkpoints load either way.
+    The paper keeps a moving average of ``sigma_B``. Here, running statistics are those of batch
+    normalisation: ``sigma`` is the root of the averaged unbiased variance plus ``eps``. It is never
+    below the average of the roots, and the less the batches differ, the closer it is. In return,
+    parameters, buffers and names are those of ``nn.BatchNorm2d``, which the layer *is* in
+    evaluation mode: checkpoints load either way.
 
-    The layer needs neither a link nor a hook. Activation checkpointing repeats a forward when the
-    running statistics that corrected it have moved on, and is refused.
+    The layer needs neither a link nor a hook. It refuses activation checkpointing, which repeats a
+    forward after the running statistics that corrected it have changed.
 
     Args:
         num_features: Number of channels ``C`` of the input, which is ``(N, C, H, W)``.
         eps: Added to the variance, both the batch's and the running one.
         momentum: Weight of the new value in the running statistics; None for their plain average.
         affine: Whether to learn a scale and a shift per channel.
-        track_running_stats: Only True: without running statistics there is nothing to correct to.
+        track_running_stats: Must be True: the layer corrects towards the running statistics.
         r_max: Final limit of ``r``, at least 1.
         d_max: Final limit of ``d``, at least 0.
-        warmup: Number of training steps that are batch normalisation.
+        warmup: Number of initial training steps that are plain batch normalisation.
         r_end: The training step that reaches ``r_max``. The paper's defaults suit a run of about
-            90,000 steps; shorter ones want all three to be shorter.
+            90,000 steps; for shorter runs, reduce ``warmup``, ``r_end`` and ``d_end``.
         d_end: The training step that reaches ``d_max``.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
@@ -104,11 +104,11 @@ class BRN(NormLayer):
         self.d_end = d_end
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """The limits of ``r`` and ``d`` in force in the next training step.
+        """The limits of ``r`` and ``d`` for the next training step.
 
         Returns:
-            From ``(1, 0)`` in the warm-up to ``(r_max, d_max)``, two tensors without dimensions:
-            the count of steps stays on its device, where reading it would wait for the GPU.
+            Two tensors without dimensions, from ``(1, 0)`` in the warm-up to ``(r_max, d_max)``.
+            The step count stays on its device, because reading it would wait for the GPU.
         """
         after_warmup = self.num_batches_tracked + (1 - self.warmup)
         r_share, d_share = (
@@ -121,8 +121,8 @@ class BRN(NormLayer):
         """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
 
         Raises:
-            ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
-                has one value per channel in training.
+            ValueError: ``input`` is not 4-dimensional, has another number of channels, or has
+                only one value per channel in training.
             RuntimeError: Activation checkpointing repeats the forward, or a training step is traced
                 or exported.
         """
@@ -161,7 +161,7 @@ class BRN(NormLayer):
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
     def _corrected_affine(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma r`` and ``gamma d + beta``: what makes batch normalisation the whole method."""
+        """``gamma r`` and ``gamma d + beta``, with which batch normalisation computes ``y``."""
         if self.affine:
             weight, bias = self.weight * r, torch.addcmul(self.bias, self.weight, d)
         else:
@@ -172,7 +172,7 @@ class BRN(NormLayer):
     def _batch_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float = 0.0
     ) -> Tensor:
-        """Batch normalisation; with a momentum of 0 the running statistics stay as they are."""
+        """Batch normalisation; with a momentum of 0, running statistics do not change."""
         running = self.running_mean, self.running_var
         return F.batch_norm(x, *running, weight, bias, True, momentum, self.eps)
 

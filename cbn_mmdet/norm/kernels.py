@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""The fast ways to compute what the formulas ask for.
+"""Fast implementations of the formulas.
 
-Each stands beside the plain formula that it equals, named in its docstring, and is chosen in one
-place by device and size. All of them compute in float32 at least.
+Each function's docstring has the plain formula that it computes. The fast path for a device and a
+size is chosen in one place. All of them compute in float32 at least.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .moments import Source
 
-# On the CPU, from how many numbers on two reductions beat one kernel for the moments, and how far
-# the squared mean may exceed the variance before the first lose too many digits.
+# On the CPU, two reductions beat the kernel for the moments from _LARGE numbers on. They lose too
+# many digits where the squared mean exceeds the variance by more than the factor _FAR.
 _LARGE = 1 << 16
 _FAR = 64
 
 # Up to this many positions, one product over whole maps beats two over rows and columns: 6 against
-# 28 us for 128 channels of 8x8, as much for 32x32, 635 against 275 us for 100x100 (one thread).
+# 28 us for 128 channels of 8x8, equal for 32x32, 635 against 275 us for 100x100 (one thread).
 _SMALL_MAP = 1024
 
-# Up to this many weights, layers alike are faster together, copies included.
+# Up to this many weights, similar layers are faster in one product, copies included.
 _SMALL_WEIGHT = 1 << 14
-_TINY = 1e-20  # a scale that rounding takes for zero
-_BLOCK = 1 << 17  # numbers that a cache holds
+_TINY = 1e-20  # any smaller scale counts as zero
+_BLOCK = 1 << 17  # numbers that fit in a cache
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,12 +39,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_gpu(tensor: Tensor) -> bool:
-    """Whether to go a GPU's ways: few launches, and no product of matrices that may use TF32."""
+    """Whether to take a GPU's path: few launches, and no matrix product that may use TF32."""
     return tensor.is_cuda
 
 
 def version_of(tensor: Tensor | None) -> int:
-    """How often a tensor was changed in place, as far as autograd counts it; -1 for None."""
+    """Autograd's count of in-place changes to a tensor; 0 if it has none, -1 for None."""
     if tensor is None:
         return -1
     return 0 if tensor.is_inference() else tensor._version
@@ -65,9 +65,9 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
 def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
     """The same as ``E[y]`` and ``E[(y - mu) y]``, for large maps on the CPU.
 
-    There the kernel of the moments sums the squares one by one, while that of batch norm's
-    backward pass uses the processor's vectors: for 2 images of 256 channels of 100x100, 4.2 ms
-    against 0.8 (two threads). Where the mean is far from 0 it would lose digits, and is not used.
+    There, the kernel for the moments sums squares one by one, while batch norm's backward kernel
+    uses vector instructions: for 2 images of 256 channels of 100x100, 4.2 ms against 0.8 (two
+    threads). If a mean is far from 0, the latter would lose digits, and the former is used.
     """
     mean = y.mean((0, 2, 3))
     one = torch.ones_like(mean)
@@ -80,15 +80,15 @@ def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
 def channel_sums(
     grad: Tensor, y: Tensor, mean: Tensor, var: Tensor, eps: float, r: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass: batch norm's own.
+    """``sum(grad x_hat)`` and ``sum(grad)``, each ``(C,)``, in one pass of batch norm's kernel.
 
     ``x_hat`` is ``(y - mean) r``, where ``r`` is ``1 / sqrt(var + eps)``. ``grad`` and ``y`` may be
-    in half precision, statistics and sums are not.
+    in half precision; statistics and sums are not.
     """
     if y.numel() == 0:  # the kernel divides by the number of positions
         return torch.zeros_like(mean), torch.zeros_like(mean)
-    # The kernel of the CPU reads mean and var as the running statistics, that of a GPU mean and r
-    # as those of a forward; the latter also wants a scale, for the dtype of its results alone.
+    # The CPU's kernel reads mean and var as running statistics, a GPU's reads mean and r as saved
+    # by a forward. The latter also needs a scale, but only for the dtype of its results.
     return torch.ops.aten.native_batch_norm_backward.default(
         grad, y, r, mean, var, mean, r, False, eps, [False, True, True]
     )[1:]
@@ -108,20 +108,20 @@ def standardize(
 def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """``scale grad + offset + slope y`` of each channel, in the dtype of ``y``.
 
-    In float32: rounding terms that nearly cancel would leave a residue. On a GPU it is one pass, of
-    SyncBN's backward, ``scale (grad - (a + b y) / count)``.
+    In float32, as rounding terms that nearly cancel would leave a residue. On a GPU, one pass of
+    SyncBN's backward kernel computes it as ``scale (grad - (a + b y) / count)``.
 
     Args:
         grad: Incoming gradient, like ``y``, ``(N, C, H, W)``.
         y: Input of the layer.
-        scale: ``(C, 1, 1)``; on a GPU :func:`not_zero` of it.
-        rows: The offset and the slope, ``(2, C, 1)``; on a GPU over the scale.
+        scale: ``(C, 1, 1)``; on a GPU, as :func:`not_zero` returns it.
+        rows: The offset and the slope, ``(2, C, 1)``; on a GPU, both divided by the scale.
     """
     offset, slope = (row.view(-1, 1, 1) for row in rows)
     if y.is_cuda and y.numel() > 0:
         like = rows.dtype, y.device
         none, one = (constant(y.shape[1], value, *like) for value in (0.0, 1.0))
-        count = constant(1, -1, torch.int32, y.device)  # by which it divides both
+        count = constant(1, -1, torch.int32, y.device)  # the kernel divides a and b by it
         last = torch.channels_last
         is_last = y.is_contiguous(memory_format=last)
         grad = grad.contiguous(memory_format=last if is_last else torch.contiguous_format)
@@ -133,9 +133,9 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
 
 
 def not_zero(scale: Tensor) -> Tensor:
-    """The same for :func:`affine_sum`; where a scale is 0, 1e-20 of the incoming gradient goes on.
+    """Replaces scales of 0 by 1e-20, because rows for :func:`affine_sum` are divided by them.
 
-    On a CPU 0 stays.
+    1e-20 of the incoming gradient then goes on. On a CPU, 0 stays.
     """
     return torch.where(scale.abs() < _TINY, _TINY, scale) if is_gpu(scale) else scale
 
@@ -144,19 +144,19 @@ def not_zero(scale: Tensor) -> Tensor:
 
 
 def weight_gradient(source: Source, gradient: Tensor, stride: int) -> Tensor:
-    """``sum_p gradient_p phi_p`` over one of every ``stride``-th row and column, ``(C_out, P)``.
+    """``sum_p gradient_p phi_p`` over every ``stride``-th row and column, ``(C_out, P)``.
 
-    It is the weight's gradient of the same convolution with its stride multiplied.
+    This is the weight gradient of the same convolution with its stride multiplied.
     """
     x, weight = source.input, source.weight
     steps = source.stride if stride == 1 else [step * stride for step in source.stride]
     if stride > 1 and weight[0, 0].numel() == 1 and not any(source.padding):
-        # What the convolution would pick out slowly: 1.3 against 0.5 ms for 256 to 64 channels.
+        # A strided convolution is slower than slicing: 1.3 against 0.5 ms for 256 to 64 channels.
         x, steps = x[:, :, :: steps[0], :: steps[1]].contiguous(), [1, 1]
     return torch.ops.aten.convolution_backward.default(
         gradient,
         x,
-        weight if weight.dtype == x.dtype else x.new_empty(weight.shape),  # its shape is read
+        weight if weight.dtype == x.dtype else x.new_empty(weight.shape),  # only its shape is read
         None,
         steps,
         source.padding,
@@ -169,7 +169,7 @@ def weight_gradient(source: Source, gradient: Tensor, stride: int) -> Tensor:
 
 
 def mean_patch(source: Source, y: Tensor) -> Tensor:
-    """``E[phi]``, ``(groups, P)``.
+    """``E[phi]``, the mean patch, ``(groups, P)``.
 
     The sum over output positions is separable: along each axis, a 0/1 matrix says which input rows
     (columns) meet which tap of the kernel. One pass over the input serves all taps.
@@ -201,11 +201,11 @@ def mean_patch(source: Source, y: Tensor) -> Tensor:
     return (of_all @ columns).view(groups, -1)  # C_in, kh, kw
 
 
-# The same few feature maps come back in every iteration.
+# Cached, because the same few sizes of feature maps come back in every iteration.
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def _map_taps(geometry: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which position of a map meets which tap, ``(H W, kh kw)``, over the number of outputs."""
+    """Matrix ``(H W, kh kw)`` of which map position meets which tap, over the output count."""
     axes = zip(*geometry, strict=True)
     return torch.kron(*(_taps(*axis, dtype, device, 1 / axis[1]) for axis in axes))
 
@@ -223,11 +223,11 @@ def _taps(
     device: torch.device,
     scale: float,
 ) -> Tensor:
-    """``scale`` where input index ``i`` meets kernel tap ``j`` at an output, ``(size, kernel)``.
+    """Matrix ``(size, kernel)``: ``scale`` where input index ``i`` meets kernel tap ``j``, else 0.
 
-    It does so at most once, and not at all where the tap's output position does not exist.
+    They meet at one output position at most, and at none if that position does not exist.
     """
-    # Made on the device, as a copy to it would wait.
+    # Created on the device, because a copy to it would wait.
     index = torch.arange(size, device=device)[:, None] + padding
     start = index - torch.arange(kernel, device=device) * dilation
     meets = (start >= 0) & (start % stride == 0) & (start < outputs * stride)
@@ -246,12 +246,12 @@ def weight_products(
         ms: Each ``(groups, P)``.
         hs: Each ``(C, P)``.
         weights: Each ``(C, C_in / groups, kh, kw)``, on the device of the others.
-        dtype: To compute in.
+        dtype: Dtype to compute in.
 
     Returns:
         Two tensors of shape ``(C,)`` for each layer.
     """
-    alike = defaultdict(list)  # of equal patches, and as many channels in a group
+    alike = defaultdict(list)  # equal patches, and equal channels in a group
     for place, (m, h) in enumerate(zip(ms, hs, strict=True)):
         (groups, patch), channels = m.shape, h.shape[0]
         is_small = channels * patch <= _SMALL_WEIGHT
@@ -277,11 +277,11 @@ def weight_products(
 def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``sum_p w_cp m_gp`` and ``sum_p w_cp h_cp``.
 
-    By elements, which on the CPU is a fourth of a batched product's time. On a GPU that may use
-    TF32 for products of matrices (but not of a matrix and a vector), these would round each weight
-    by as much as it moves in an iteration, and the difference between two products would be lost:
-    there, the reduction of batch norm's backward pass does it in one launch, without a copy of the
-    weight's size.
+    The CPU computes them by elements, in a fourth of a batched product's time. A GPU may use TF32
+    for products of matrices (but not of a matrix and a vector), which would round each weight by as
+    much as it moves in an iteration, so that the difference between two products would be lost.
+    There, the reduction in batch norm's backward kernel computes them in one launch, without a copy
+    of the weight's size.
     """
     (groups, patch), channels = m.shape, h.shape[0]
     m, w = m.to(dtype), w.reshape(channels, patch).to(dtype)
@@ -299,7 +299,7 @@ def _products(m: Tensor, h: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _products_of_rows(a: Tensor, b: Tensor) -> Tensor:
-    """``sum_p a_cp b_cp``."""
+    """``sum_p a_cp b_cp``, by the reduction in batch norm's backward kernel."""
     rows, like = len(a), (a.dtype, a.device)
     nothing, one = (constant(rows, value, *like) for value in (0.0, 1.0))
     maps = (each[None, :, :, None] for each in (a, b))  # 1, C, P, 1
@@ -307,14 +307,14 @@ def _products_of_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def products_of_rows(a: Tensor, b: Tensor) -> Tensor:
-    """``sum_p a_bqp b_btp``, ``(B, Q, T)``; on a GPU by elements, as TF32 would lose them."""
+    """``sum_p a_bqp b_btp``, ``(B, Q, T)``; on a GPU by elements, as TF32 is too coarse."""
     if is_gpu(a):
         return (a[:, :, None] * b[:, None]).sum(3)
     return torch.bmm(a, b.transpose(1, 2))
 
 
 def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Goes through ``h``, ``(C, ...)``, in another dtype; on the CPU in parts for a cache."""
+    """Yields the rows of ``h``, ``(C, ...)``, in ``dtype``; on the CPU, in parts for a cache."""
     step, count = h.shape[0], h.numel()
     if count > _BLOCK and not is_gpu(h):
         step = max(1, step * _BLOCK // count)
@@ -332,8 +332,8 @@ def add_outer_(
     Args:
         grad: ``(C, P)``.
         lefts: ``(K, C, 1)``.
-        rights: ``K`` tensors of ``(groups, P)``; or, of one group, all as the rows of ``(K, P)``.
-        scale: A number.
+        rights: ``K`` tensors of ``(groups, P)``; with one group, also as the rows of ``(K, P)``.
+        scale: Factor of the sum.
     """
     if isinstance(rights, Tensor):
         grad.addmm_(lefts.squeeze(2).t(), rights, alpha=scale)
@@ -348,7 +348,7 @@ def add_outer_(
 
 
 def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> None:
-    """``start += weight (end - start)`` of each pair: a launch for all of them."""
+    """``start += weight (end - start)`` of each pair, in one launch for all pairs."""
     if not starts:
         return
     if len(set(weights)) == 1:
@@ -361,16 +361,16 @@ def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -
 
 
 def segment_sums(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The sums over consecutive ``values``, ``(N,)``, as many as ``sizes`` say."""
+    """Sums over consecutive segments of ``values``, ``(N,)``, whose lengths are ``sizes``."""
     return torch.segment_reduce(values, "sum", lengths=_lengths(sizes, values.device), unsafe=True)
 
 
 def spread(
     rows: Sequence[Sequence[float]], sizes: tuple[int, ...], like: Tensor
 ) -> list[Tensor | float]:
-    """Of each row each value as often as its size says, ``(N,)``, beside ``like``.
+    """Repeats each value of a row as often as its size says: ``(N,)``, on the device of ``like``.
 
-    It is one number where all values of a row agree; the others go to the device together.
+    A row whose values all agree becomes one number; the other rows go to the device together.
     """
     found: list[Tensor | float] = [row[0] for row in rows]
     differ = [place for place, row in enumerate(rows) if row.count(row[0]) < len(row)]
@@ -383,14 +383,14 @@ def spread(
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:
-    """Copies numbers to a device, which does not wait for them."""
+    """Copies numbers to a device without waiting."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def constant(size: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector of equal numbers, not to be changed."""
+    """A vector of equal numbers; it is cached, so never change it."""
     return torch.full((size,), value, dtype=dtype, device=device)
 
 

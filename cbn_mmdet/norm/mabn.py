@@ -34,35 +34,35 @@ class MABN(NormLayer):
         r = clip(chi / chi_E, 1 / r_max, r_max)        x_hat = x / chi
         y = gamma r x_hat + beta                       dL/dx = (g - x_hat Psi) / chi
 
-    where ``g`` is the gradient in ``y`` times ``gamma r``, with ``r`` as a constant, and ``Psi``
-    the average over as many backward passes of ``Psi_B = E[g x_hat]``. ``eps`` is added to the
-    second moments. No mean is taken off: the convolution before the layer is to be a
+    where ``g`` is the gradient in ``y`` times ``gamma r``, with ``r`` as a constant, and ``Psi`` is
+    the average of ``Psi_B = E[g x_hat]`` over as many backward passes. ``eps`` is added to the
+    second moments. The layer subtracts no mean, so the convolution before it must be a
     :class:`CenConv2d`, in MMDetection ``conv_cfg=dict(type='CenConv2d')`` beside
-    ``norm_cfg=dict(type='MABN')``. The layer cannot see whether it is.
+    ``norm_cfg=dict(type='MABN')``. The layer cannot check this.
 
-    Until ``warmup`` steps are past and the window is full, the batch's own ``chi_B^2`` and
-    ``Psi_B`` stand for the averages. ``warmup``, ``r_warmup`` and ``r_max`` are by default as in
-    the code that the authors released, which adds ``chi^2`` where ``chi_B^2`` is added here. Each
-    call counts, where a forward has several. A batch with NaN or infinity leaves the averages as
-    they are, and passes it on. ``Psi`` has the scale of the loss: where a scaler changes that, the
-    window is mixed for ``buffer_size`` steps.
+    Until ``warmup`` steps have passed and the window is full, the batch's own ``chi_B^2`` and
+    ``Psi_B`` replace the averages. The defaults of ``warmup``, ``r_warmup`` and ``r_max`` are those
+    of the authors' released code, which averages ``chi^2`` into ``chi_E^2``, not ``chi_B^2`` as
+    here. If one forward calls the layer several times, each call counts. A batch with NaN or
+    infinity does not change the averages, but passes these values on. ``Psi`` has the scale of the
+    loss: after a loss scaler changes it, the window has both scales for ``buffer_size`` steps.
 
-    In evaluation the layer is batch normalisation, with a ``running_mean`` of 0 and ``chi_E^2`` as
-    ``running_var``. Checkpoints have its parameters and buffers and both windows, so a resumed run
-    goes on where it stopped. Batch normalisation's load as well: the windows start empty, and the
-    ``running_mean`` fades as the run's averages take over. Activation checkpointing repeats a
-    forward when the averages that normalised it have moved on, and is refused.
+    In evaluation, the layer is batch normalisation, with a ``running_mean`` of 0 and ``chi_E^2`` as
+    ``running_var``. Checkpoints contain its parameters, buffers and both windows, so a resumed run
+    goes on where it stopped. Checkpoints of batch normalisation load as well: the windows start
+    empty, and ``running_mean`` fades as the run's averages take over. The layer refuses activation
+    checkpointing, which repeats a forward after the averages that normalised it have changed.
 
     Args:
         num_features: Number of channels ``C`` of the input, which is ``(N, C, H, W)``.
         eps: Added to the second moments.
-        momentum: Weight of the new value in the exponential average: 1 less the paper's, which is
-            0.98. None for the plain average of all batches.
+        momentum: Weight of the new value in the exponential average: 1 minus the paper's, which
+            is 0.98. None for the plain average of all batches.
         affine: Whether to learn a scale and a shift per channel.
-        track_running_stats: Only True: ``r`` and evaluation need the exponential average.
+        track_running_stats: Must be True: ``r`` and evaluation need the exponential average.
         buffer_size: Number of batches in a window; the paper's 16 is for batches of 2 images.
-        warmup: Number of training steps that take the batch's own statistics.
-        r_warmup: Number of training steps that leave ``r`` at 1, those of ``warmup`` included.
+        warmup: Number of initial training steps that use the batch's own statistics.
+        r_warmup: Number of initial training steps with ``r`` at 1, including those of ``warmup``.
         r_max: Limit of ``r``, at least 1.
         device: Where to create parameters and buffers.
         dtype: Dtype of parameters and buffers.
@@ -105,7 +105,7 @@ class MABN(NormLayer):
         self.register_buffer("num_gradients_tracked", torch.tensor(0, device=device))
 
     def population(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """What running mean and variance are for a mean and a variance of the layer's input."""
+        """The running mean and variance for a given mean and variance of the layer's input."""
         return torch.zeros_like(mean), torch.addcmul(var, mean, mean)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class MABN(NormLayer):
 
     @torch.no_grad()
     def averaged(self, own: Tensor, window: Tensor, count: Tensor) -> Tensor:
-        """Puts a batch's ``own`` statistic into its window, and returns what stands for it."""
+        """Adds a batch's ``own`` statistic to its window; returns the average, at first ``own``."""
         is_finite, slot = own.isfinite().all(), (count % self.buffer_size).view(1)
         row = torch.where(is_finite, own, window.index_select(0, slot))
         window.index_copy_(0, slot, row.to(window.dtype))
@@ -165,7 +165,7 @@ class MABN(NormLayer):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         own = ("second_moments", "gradient_moments", "num_gradients_tracked")
         if f"{prefix}running_var" in state_dict and f"{prefix}{own[0]}" not in state_dict:
-            for name in (*own, "num_batches_tracked"):  # batch normalisation's: a run begins
+            for name in (*own, "num_batches_tracked"):  # a checkpoint of batch normalisation
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -176,7 +176,7 @@ class MABN(NormLayer):
 
 
 class _SecondMoment(Function):
-    """The input as it is; off its gradient goes what the second moment passes back to it."""
+    """The identity; its backward pass subtracts the gradient through the second moment."""
 
     @staticmethod
     def forward(ctx, x, chi2, norm):
@@ -196,12 +196,12 @@ class _SecondMoment(Function):
 
 
 class CenConv2d(nn.Conv2d):
-    """A convolution whose filters are each used less their mean, as MABN needs it.
+    """A convolution that subtracts each filter's mean from its weights, as MABN needs it.
 
-    Weight centralisation, section 4 of the paper. Checkpoints have the weight as it is learnt.
+    Weight centralisation, section 4 of the paper. Checkpoints contain the weight as it is learnt.
 
     Raises:
-        ValueError: A filter has one weight alone, which less its mean is 0.
+        ValueError: A filter has only one weight, which is 0 after subtracting its mean.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -210,5 +210,5 @@ class CenConv2d(nn.Conv2d):
             raise ValueError("CenConv2d: a filter of one weight less its mean is 0. Use Conv2d.")
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Rather than forward: mmcv's joint evaluation of a convolution and its norm calls this.
+        # Not in forward, because mmcv's joint evaluation of a convolution and its norm calls this.
         return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)

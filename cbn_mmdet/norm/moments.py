@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0.
 """The statistics of one batch, and their derivatives in the convolution's weight.
 
-Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, section 3.2.
+Paper: Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, section 3.2.
 
 Write ``phi_p`` for the input patch at output position ``p``, so that the convolution computes
 ``y_p = w . phi_p + b``. For one output channel, over all images and positions,
@@ -9,13 +9,13 @@ Write ``phi_p`` for the input patch at output position ``p``, so that the convol
     mean        mu = E[y]              d mu / d w = E[phi]                              =: m
     variance    v  = E[(y - mu)^2]     d v  / d w = 2 E[(y - mu) phi]                   =: h
 
-``m`` does not depend on the output channel, so it is held once per group of the convolution. As the
-mean is linear in the weight and the variance quadratic, their products with it need no computation:
+``m`` does not depend on the output channel: it is held once per group of the convolution. As mean
+and variance are linear and quadratic in the weight, ``m . w`` and ``h . w`` need no computation:
 
     m . w = mu - b                     h . w = 2 v                          (Euler's theorem)
 
-Any other layer with a weight has the same derivatives, with ``phi = dy / dw``, of which autograd
-tells the sums. Its ``m`` differs from channel to channel, and its products are computed.
+Any other layer with a weight has the same derivatives, with ``phi = dy / dw``, whose sums autograd
+computes. Its ``m`` differs between channels, and its products with the weight must be computed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torch import Tensor, nn
 from . import kernels
 from .kernels import statistics_dtype
 
-# y - mu, as an fp16 output gradient, is divided by its standard deviation and by the number of
-# positions so that the sum over 1e5 positions cannot overflow; this factor keeps the quotient out
+# As an fp16 output gradient, y - mu is divided by its standard deviation and by the number of
+# positions, so that the sum over 1e5 positions cannot overflow. This factor keeps the quotient out
 # of fp16's subnormal range.
 _HALF_SCALE = 16.0
 _TINY = 1e-20  # below any variance of fp16 numbers but zero
 
-# Positions from which the derivative of the variance is estimated if there are more.
+# Where there are more positions, at least this many estimate the derivative of the variance.
 _ENOUGH = 256
 
-# From how many numbers on the mean is better taken off the derivative than off a copy of the maps.
+# From this many numbers on, subtract the mean from the derivative, not from a copy of the maps.
 _LARGE = 1 << 16
 _NOTHING = nullcontext()
 
@@ -54,8 +54,8 @@ class Moments(NamedTuple):
         var: Biased variance of each channel, ``(C,)``.
         count: Number of positions per channel, ``M``; a tensor if it is a sum over processes.
         own_mean: Mean over the positions of this process alone, ``(C,)``.
-        own_var: Likewise, ``(C,)``.
-        own_count: Their number.
+        own_var: Biased variance over these positions, ``(C,)``.
+        own_count: Number of these positions.
     """
 
     mean: Tensor
@@ -67,23 +67,23 @@ class Moments(NamedTuple):
 
     @property
     def unbiased_var(self) -> Tensor:
-        """The variance as batch normalisation's running statistics take it, ``(C,)``."""
+        """The unbiased variance, as in batch normalisation's running statistics, ``(C,)``."""
         others = self.count - 1
         others = others.clamp_min(1) if isinstance(others, Tensor) else max(others, 1)
         return self.var * (self.count / others)
 
 
 class Source(NamedTuple):
-    """What computed a tensor ``y``, as a function of a weight.
+    """The convolution, or other operation, that computed a tensor ``y`` from a weight.
 
     Attributes:
-        weight: The weight that was used, ``(C_out, ...)``, in autograd's graph if it is no
-            parameter; None if it does not train, so that there is nothing to compensate.
-        bias: The convolution's parameter, or None.
-        input: The convolution's, ``(N, C_in, H_in, W_in)``; None if it is no convolution.
-        padding: The convolution's zeros on each side; likewise stride, dilation and groups.
-        is_exact: Whether ``y`` is ``weight . phi + bias``, and nothing else is added.
-        leaf: What autograd is asked for: the weight as the module has it, and the bias.
+        weight: The weight that was used, ``(C_out, ...)``; in autograd's graph if it is not a
+            parameter. None if it does not train: then there is nothing to compensate.
+        bias: The convolution's bias, a parameter, or None.
+        input: The convolution's input, ``(N, C_in, H_in, W_in)``; None for other operations.
+        padding: The convolution's zeros on each side; stride, dilation and groups are its own, too.
+        is_exact: Whether ``y`` is ``weight . phi + bias``, with nothing else added.
+        leaf: Tensors that autograd differentiates by: the module's own weight, and the bias.
         groups_of_transposed: The groups of a transposed convolution, else None.
     """
 
@@ -100,7 +100,7 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, conv: nn.Conv2d, x: Tensor) -> Source:
-        """A plain convolution with its own weight, whose input is ``x``."""
+        """Source for a plain convolution of ``x`` with its own weight."""
         weight, bias = conv._parameters["weight"], conv._parameters["bias"]
         if not weight.requires_grad:
             return cls(None, bias)
@@ -112,30 +112,30 @@ class Source(NamedTuple):
 
     @classmethod
     def by_autograd(cls, weight: Tensor, bias: Tensor | None, transposed: int | None) -> Source:
-        """What is no convolution, or a transposed one; its bias is one more weight of each row."""
+        """Source for a transposed convolution or no convolution; each row ends with its bias."""
         leaf = (weight,) if bias is None or not bias.requires_grad else (weight, bias)
         source = cls(None, None, is_exact=False, leaf=leaf, groups_of_transposed=transposed)
         return source._replace(weight=source.rows(leaf))
 
     def rows(self, leaf: Sequence[Tensor]) -> Tensor:
-        """What belongs to the leaf, its gradients say, by output channels: ``(C_out, P)``."""
+        """Arranges ``leaf``, or its gradients, by output channels, ``(C_out, P)``."""
         weight, *bias = leaf
         groups = self.groups_of_transposed
         if groups is not None:  # C_in, C_out / groups, kh, kw
             weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        rows = weight.reshape(weight.shape[0], -1)  # of a norm's it has but one dimension
+        rows = weight.reshape(weight.shape[0], -1)  # a norm's weight has only one dimension
         return torch.cat([rows, *(each[:, None] for each in bias)], 1)
 
 
 class Derivative(NamedTuple):
-    """Derivatives of a channel's statistics in the weight that produces it.
+    """Derivatives of a channel's statistics in the weight that produces the channel.
 
     Attributes:
         mean: ``m`` (``d mu / d w``), shape ``(groups, P)`` with ``P = C_in / groups * kh * kw``;
-            if it is no convolution, ``(C_out, P)``.
-        var: ``h`` (``d v / d w``), shape ``(C_out, P)``; of a moving window ``h'`` from the
+            ``(C_out, P)`` if the source is not a convolution.
+        var: ``h`` (``d v / d w``), shape ``(C_out, P)``; with a moving window, ``h'`` from the
             backward pass on.
-        mean_at: ``m . w`` at the weight of the batch, ``(C_out,)``.
+        mean_at: ``m . w`` at the weight that the batch had, ``(C_out,)``.
         half_var_at: ``h . w / 2``, likewise.
     """
 
@@ -146,10 +146,10 @@ class Derivative(NamedTuple):
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
-    """A context in which autocast does not run small matrix products in half precision."""
+    """A context that keeps autocast from running small matrix products in half precision."""
     if torch._C._is_any_autocast_enabled():
         return torch.autocast(device_type, enabled=False)
-    return _NOTHING  # entering autocast to turn off what is off takes as long as several kernels
+    return _NOTHING  # because entering autocast takes as long as several kernels
 
 
 def batch_moments(y: Tensor) -> Moments:
@@ -173,19 +173,19 @@ def batch_moments(y: Tensor) -> Moments:
 def batch_derivative(
     source: Source, y: Tensor, moments: Moments, stride: int | None = None
 ) -> Derivative:
-    """Derivatives of ``y``'s mean and variance in the weight of what computed it.
+    """Derivatives of ``y``'s mean and variance in the weight of ``source``.
 
     ``m`` is taken over all positions, which makes the compensated mean exact. ``h`` only steers a
-    second-order-small correction, so it may be estimated on every ``stride``-th row and column:
-    that is the weight gradient of the same convolution with its stride multiplied, at
+    second-order-small correction, so it may be estimated on every ``stride``-th row and column.
+    The estimate is the weight gradient of the same convolution with its stride multiplied, at
     ``1 / stride**2`` of the cost.
 
     Args:
-        source: What computed ``y``.
+        source: The operation that computed ``y``.
         y: Its output, shape ``(N, C_out, H, W)``.
-        moments: ``batch_moments(y)``, of which the process's own statistics are used.
-        stride: Subsampling of the positions for ``h``; 1 takes all of them, None as
-            :func:`stride_for` says. What is no convolution takes all.
+        moments: ``batch_moments(y)``; only the process's own statistics are used.
+        stride: Subsampling of the positions for ``h``; 1 uses all of them, None the stride of
+            :func:`stride_for`. A source that is not a convolution uses all.
 
     Returns:
         The derivatives in float32 (float64 for float64 input), detached; zeros if there is no
@@ -199,7 +199,7 @@ def batch_derivative(
     if source.input is None:
         of_mean, of_var, var = *_by_autograd(source, y, moments), None
     else:
-        if source.input.dtype != y.dtype:  # autocast's convolution saw a copy of its input
+        if source.input.dtype != y.dtype:  # under autocast, the convolution saw a copy
             source = source._replace(input=source.input.to(y.dtype))
         of_mean = kernels.mean_patch(source, y)
         stride = stride_for(y) if stride is None else stride
@@ -222,7 +222,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
     ones = torch.full_like(y, shrink * y.shape[1] / y.numel())
     of_mean, of_var = (
         source.rows(
-            # A bias may be there and not be used.
+            # The bias may exist without being used.
             torch.autograd.grad(y, source.leaf, each, retain_graph=True, materialize_grads=True)
         ).to(mean.dtype)
         for each in (ones, centred)
@@ -231,7 +231,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
 
 
 def stride_for(y: Tensor) -> int:
-    """The subsampling of the positions where none is asked for: 256 are left at least."""
+    """The default subsampling of the positions, which leaves at least 256, or all of fewer."""
     images, _, height, width = y.shape
     if images * height * width < _ENOUGH:
         return 1
@@ -249,19 +249,19 @@ def _var_derivative(
     if stride > 1:
         y = y[:, :, ::stride, ::stride].contiguous()
         if y.dtype != torch.float16:
-            # The subset's own mean: about another centre, E[(y - c) phi] is not a covariance.
+            # The subset needs its own mean: for another c, E[(y - c) phi] is not a covariance.
             mean, var = kernels.moments(y)
     centred, rest, var = _centred(y, mean, var)
     gradient = kernels.weight_gradient(source, centred, stride)
     if rest is not None:
-        return gradient * rest[:, None], var  # in the dtype of the latter
+        return gradient * rest[:, None], var  # in the dtype of ``rest``
     return (gradient if gradient.dtype == mean.dtype else gradient.to(mean.dtype)), var
 
 
 def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``2 (y - mean) / M``, as an output gradient, what of it is left to be multiplied, and ``v``.
+    """``2 (y - mean) / M`` as an output gradient, the factor that it still lacks, and ``v``.
 
-    In fp16 mean and variance are found anew.
+    The factor is None for 1. In fp16, mean and variance are computed anew.
     """
     scale = 2 * y.shape[1] / y.numel()  # 2 / M
     if y.dtype == torch.float16:
@@ -271,11 +271,11 @@ def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | Non
         centred, _, r = torch.native_batch_norm(
             y, kernels.constant(*of), nothing, None, None, True, 0.0, _TINY
         )
-        if not kernels.is_gpu(y):  # it rounds y r and mean r apart, and r is 1e10 there
+        if not kernels.is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
             centred.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
         rest = kernels.constant(len(mean), 1 / _HALF_SCALE, *like) / r
         return centred, rest, torch.addcmul(nothing, rest, rest, value=_HALF_SCALE**2)
-    if kernels.is_gpu(y):  # one launch, and on a CPU three times the time of two
+    if kernels.is_gpu(y):  # one launch; on a CPU it takes three times as long as the two below
         divisor = kernels.constant(len(mean), scale**-2, mean.dtype, mean.device)
         return kernels.standardize(y, None, None, mean, divisor, 0.0), None, var
     offset = (mean * -scale).view(-1, 1, 1)
@@ -284,7 +284,7 @@ def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 def _is_near(y: Tensor, weight: Tensor, moments: Moments) -> bool:
-    """Whether to take the mean off ``h`` and not off ``y``: it is cheaper, and loses no digits."""
+    """Whether subtracting the mean from ``h``, not from ``y``, is cheaper and loses no digits."""
     mean, var = moments.own_mean, moments.own_var
     if kernels.is_gpu(y) or y.dtype != mean.dtype:
         return False

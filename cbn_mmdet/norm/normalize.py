@@ -1,14 +1,14 @@
 # Licensed under the Apache License, Version 2.0.
 """Normalisation with the window's statistics, and its gradients.
 
-Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equation 10. With the mean
-``mu_bar`` and variance ``sigma2`` of the union of past and current batch, ``r = (sigma2 +
-eps)^-1/2`` and ``x_hat = (y - mu_bar) r``,
+Paper: Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equation 10. The union
+of past and current batch has the mean ``mu_bar`` and the variance ``sigma2``. With ``r = (sigma2 +
+eps)^-1/2`` and ``x_hat = (y - mu_bar) r``, the layer's output is
 
     z = gamma x_hat + beta
 
-The current batch, of ``M`` positions per channel, is the share ``s`` of the union. With ``g``, the
-gradient of the loss in ``z`` times ``gamma``, what reaches ``y`` is
+The current batch, of ``M`` positions per channel, is the share ``s`` of the union. If ``g`` is the
+gradient of the loss in ``z`` times ``gamma``, the gradient in ``y`` is
 
     dL/dy = r [g - s (E[g] + x_hat E[g x_hat]) - (1 - s) (e_b + x_hat e_g)]
 
@@ -17,34 +17,34 @@ gradient of the loss in ``z`` times ``gamma``, what reaches ``y`` is
     own                e_b, e_g = E[g], E[g x_hat]
     mixed              s (E[g], E[g x_hat]) + (1 - s) (E_b, E_g)
 
-The first is the derivative with the past as a constant. The common part of the gradient that batch
-normalisation takes off is then left in but for the share ``s``: ``full`` takes the rest off as the
-averages ``E_b`` and ``E_g`` of both sums over past iterations, ``own`` as the batch's own. The
-averages are right in the mean, and leave in what one batch pulls beside it, which goes on to
-earlier layers, whose doing no window sees at once; to take off the batch's own leaves little to
-learn from where maps have few positions. ``mixed`` takes the averages that the batch has entered.
+The first row is the derivative with the past as a constant. Batch normalisation subtracts a common
+part, ``E[g] + x_hat E[g x_hat]``; this row subtracts only the share ``s`` of it. ``full`` subtracts
+the rest as ``E_b`` and ``E_g``, the averages of both sums over past iterations; ``own`` as the
+batch's own sums. The averages are right in the mean, but leave in each batch's deviation from them.
+That deviation goes on to earlier layers, whose changes no window sees at once. ``own`` leaves
+little to learn from if maps have few positions. ``mixed`` subtracts averages including the batch.
 
-The past's statistics ``mu_p`` and ``V`` depend on today's weight and bias as well. The paper
+The past's statistics ``mu_p`` and ``V`` also depend on today's weight and bias. The paper
 (``current``) takes them as constants. Otherwise, with ``U = dL/d mu_bar = -r M E[g]``, ``S = dL/d
 sigma2 = -1/2 r^2 M E[g x_hat]`` and ``d = mu - mu_p``,
 
     dL/d mu_p = (1 - s) (U - 2 s S d)           dL/d V = (1 - s) S
 
-which the window passes on to the weight; the bias moves ``mu_p`` as it is. Without this share the
-weight's gradient is not orthogonal to the weight, whose norm then drifts upwards: at one image per
-batch training fails. Weight and bias are to have this gradient whatever goes on to the input, so
-they are given back what these take off ``dL/dy``: with ``E[x_hat phi] = r (h / 2 + (mu - mu_bar)
-m)``, which is ``r (h' / 2 + (mu - mu_bar) M)`` with a moving window's ``h'``,
+The window passes these on to the weight; the bias receives ``dL/d mu_p`` as it is. Without this
+part, the weight gradient is not orthogonal to the weight, whose norm then drifts upwards: at one
+image per batch, training fails. Weight and bias need this gradient whatever the input receives. So
+they are given back what ``e_b`` and ``e_g`` subtract from ``dL/dy``. With ``E[x_hat phi] = r (h / 2
++ (mu - mu_bar) m)``, which is ``r (h' / 2 + (mu - mu_bar) M)`` with a moving window's ``h'``,
 
     dL/dw += (1 - s) r M (e_b m + e_g E[x_hat phi])
     dL/db += (1 - s) r M (e_b + e_g r (mu - mu_bar))
 
-If the current batch is spread over processes, which may differ in their estimate of the past, each
-position receives the sum of what reaches it from all of them: with the mean ``mu`` of the current
-batch, of ``M`` positions in all, ``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S
-(mu - mu_bar)) + 2 (y - mu) sum(s S)) / (r M)``, with the part of ``own`` added to ``s``
-(and given back in full where all processes have the same share). There ``m`` and ``h`` are of a
-process's own positions, of the mean ``mu_o``, and ``E[x_hat phi]`` has ``(mu_o - mu) m`` besides.
+A batch may be spread over processes, which may differ in their estimate of the past. Each position
+then receives the sum of the gradients from all processes. With ``mu`` and ``M`` of the whole batch,
+``s (E[g] + x_hat E[g x_hat])`` becomes ``-(sum(s U) + 2 sum(s S (mu - mu_bar)) + 2 (y - mu) sum(s
+S)) / (r M)``, where ``s`` includes the part of the batch's own sums in ``e_b`` and ``e_g`` (given
+back in full if all processes have the same share). Here ``m`` and ``h`` are of a process's own
+positions, with the mean ``mu_o``, and ``E[x_hat phi]`` has the further term ``(mu_o - mu) m``.
 """
 
 from __future__ import annotations
@@ -62,32 +62,32 @@ from .record import Record, Vectors
 from .sync import joint_sum
 from .window import MovingWindow
 
-AVERAGES = ("full", "mixed")  # the gradients that keep them
+AVERAGES = ("full", "mixed")  # the gradients that keep E_b and E_g
 GIVES_BACK = (*AVERAGES, "own")
 
 
 class Coefficients(NamedTuple):
-    """What a record's backward pass makes of its sums.
+    """The coefficients by which a record's backward pass turns its two sums into gradients.
 
-    Of ``sum(g)`` and ``sum(g x_hat)``, less ``gamma``, it makes rows, ``on_mean sum(g) + on_var
-    sum(g x_hat) + constant``:
+    From ``sum(g)`` and ``sum(g x_hat)``, both without ``gamma``, the pass computes rows ``on_mean
+    sum(g) + on_var sum(g x_hat) + constant``:
 
-        0, 1    what is added to ``r g``, alone and times ``y``; on a GPU over the scale
-        2, 3    of ``M``, that is of ``mu_p``, and of ``H``, that is of ``V``
-        4, 5    where weight and bias are given something back, of ``m - M`` and ``h'``; in a
-                sliding window of ``m`` and ``h``
-        6, 7    where averages are kept, the sums themselves: those that autograd hands on as
-                gradients it would copy if they were held
+        0, 1    added to ``r g``, the second times ``y``; on a GPU divided by the scale
+        2, 3    factors of ``M`` (the gradient in ``mu_p``) and of ``H`` (the gradient in ``V``)
+        4, 5    if weight and bias are given something back: factors of ``m - M`` and ``h'``; in a
+                sliding window, of ``m`` and ``h``
+        6, 7    if averages are kept: the sums themselves, copied here, because autograd would copy
+                those that it hands on as gradients if they were held
 
     Attributes:
         r: ``(C,)``.
-        scale: ``r gamma``, ``(C, 1, 1)``; without the last dimensions if the batch is spread.
+        scale: ``r gamma``, ``(C, 1, 1)``; ``(C,)`` if the batch is spread.
         on_mean: ``(4, C, 1)``, ``(6, C, 1)`` or ``(8, C, 1)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
-        of_own: If the batch is spread, what is made of the process's own sums for ``dL/d mu_p``
-            and ``dL/d V``: that of ``sum(g)`` for the first, those of ``sum(g x_hat)`` for both,
-            ``(3, C, 1)``; the rows above have what is given back alone.
+        of_own: If the batch is spread, coefficients of the process's own sums, ``(3, C, 1)``: of
+            ``sum(g)`` for ``dL/d mu_p``, then of ``sum(g x_hat)`` for ``dL/d mu_p`` and ``dL/d V``.
+            Rows 2 and 3 above then contain only what is given back.
     """
 
     r: Tensor
@@ -99,7 +99,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(vectors: Vectors) -> list[Coefficients]:
-    """The coefficients of each record; all have the same gradient, and are spread alike."""
+    """The coefficients of records that all have the same gradient and are spread alike."""
     records, mean, r = vectors.records, vectors.union[0], (vectors.union[1] + vectors.eps).rsqrt_()
     backward, is_spread = records[0].backward, records[0].is_spread
     shares = [record.share for record in records]
@@ -118,13 +118,13 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     nothing = torch.zeros_like(r)
     each = scale = r if vectors.gammas is None else r * vectors.gammas
     if is_spread:
-        # Sums of all processes have the scales of each already.
+        # Sums over all processes include the scale of each already.
         each = torch.ones_like(r)
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
         taken, own_part = taken / count, own_part * own_count / count
     off = each * taken
-    rest = each * past  # of dL/d mu_bar, to the past
-    on_var = rest * r  # twice that of dL/d sigma2
+    rest = each * past  # the part of dL/d mu_bar for the past
+    on_var = rest * r  # twice the part of dL/d sigma2
     masks = [record.past and record.past.mask for record in records]
     of_var = on_var / 2
     if any(mask is not None for mask in masks):
@@ -142,7 +142,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     is_moving = isinstance(records[0].window, MovingWindow)
     if backward in GIVES_BACK:
         distance = vectors.from_union
-        if is_spread:  # of the process's own mean from the union's, and from the whole batch's
+        if is_spread:  # of the process's own mean, from the union's and from the batch's
             own_mean = torch.cat([record.moments.own_mean for record in records])
             distance, from_batch = own_mean - mean, own_mean - vectors.batch[0]
         on_means += [nothing, nothing]
@@ -150,7 +150,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     if backward in ("own", "mixed"):
         back, of_m = on_var * own_part, rest * own_part
         on_vars[5] = back / 2
-        if is_moving:  # m is M and m - M
+        if is_moving:  # m = M + (m - M), rows 2 and 4
             on_means[2] = on_means[2] + of_m
             on_vars[2] = torch.addcmul(on_vars[2], back, distance)
             on_means[4], on_vars[4] = of_m, back * from_batch if is_spread else nothing
@@ -175,7 +175,7 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
                 )
             )
     scale, stacks = kernels.not_zero(scale), [torch.stack(on_means), torch.stack(on_vars), constant]
-    if kernels.is_gpu(r):  # where affine_sum wants them so
+    if kernels.is_gpu(r):  # affine_sum expects rows divided by the scale
         for each in stacks:
             if each is not None:
                 each[:2].div_(scale)
@@ -196,19 +196,19 @@ class Normalize(Function):
     - ``y``, the output of the convolution, ``(N, C, H, W)``;
     - ``gamma``, the scale, ``(C,)``, or None for 1;
     - ``beta``, the shift, ``(C,)``, or None for 0;
-    - ``conv_weight``, the convolution's weight if it is to receive the gradient through the past,
-      which is a function of it, else None;
+    - ``conv_weight``, the convolution's weight, if it is to receive the gradient through the past,
+      which is a function of it; else None;
     - ``conv_bias``, the convolution's bias, likewise;
-    - ``record``, what the forward found, and which gradient is asked for; the backward pass adds
-      its sums to it;
-    - ``eps``, which is added to the variance;
+    - ``record``, with the statistics that the forward found and the choice of gradient; the
+      backward pass adds its sums to it;
+    - ``eps``, which is added to the variance.
 
-    and returns the normalised tensor, in the dtype and memory format of ``y``.
+    It returns the normalised tensor, in the dtype and memory format of ``y``.
     """
 
     @staticmethod
     def forward(ctx, y, gamma, beta, conv_weight, conv_bias, record, eps):
-        """The normalised tensor."""
+        """Returns the normalised tensor."""
         ctx.record, ctx.eps = record, eps
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
         ctx.save_for_backward(y)
@@ -216,8 +216,8 @@ class Normalize(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients in what ``apply`` takes."""
-        # Turning off gradients that are off takes as long as a kernel.
+        """Returns the gradients in the arguments of ``apply``."""
+        # once_differentiable takes as long as a kernel, and only matters if gradients are on.
         return (once_differentiable(_backward) if torch.is_grad_enabled() else _backward)(ctx, grad)
 
 
@@ -243,7 +243,7 @@ def _backward(ctx, grad):
             is_whole = rows.shape[0] == 4 or isinstance(record.window, MovingWindow)
             grad_bias = (rows[2] if is_whole else rows[2] + rows[4]).view(-1)
         if needs_weight:
-            # No view: autograd adds the convolution's own gradient to it in place.
+            # Not a view, because autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
             by_row = grad_weight.view(record.mean.shape[0], -1)
             record.past.gradient(rows[2:], record, by_row)
@@ -259,14 +259,14 @@ def _backward(ctx, grad):
 
 
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
-    """The rows that :class:`Coefficients` describes, ``(K, C, 1)``, from sums of ``(C,)``."""
+    """Computes the rows of :class:`Coefficients`, ``(K, C, 1)``, from sums of ``(C,)``."""
     first = record.original or record
     on_mean, on_var = on_mean.unsqueeze(1), on_var.unsqueeze(1)
     if of.constant is None or first.is_constant_used:
         rows = of.on_mean * on_mean
     else:
         rows = torch.addcmul(of.constant, of.on_mean, on_mean)
-        # Once for a forward, whose gradient may come in several backward passes.
+        # Only once per forward, even if its gradient comes in several backward passes.
         first.is_constant_used = True
     rows.addcmul_(of.on_var, on_var)
     if record.backward not in AVERAGES:
@@ -276,10 +276,10 @@ def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> 
 
 
 def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
-    """The same where the batch is spread: what y is to receive comes from all processes."""
+    """The same for a spread batch, in which ``y`` receives gradients from all processes."""
     own_mean, own_var = of.scale * on_mean, of.scale * on_var
-    # -U - 2 S (mu - mu_bar) and -2 S of all, back to x_hat's centre and scale. Each has its own
-    # share of the batch, which the rows have once more.
+    # Sums -U - 2 S (mu - mu_bar) and -2 S over processes, then returns to x_hat's centre and scale.
+    # Each process weighs its terms by its own share; the rows do so again, hence the division.
     distance, slope = record.moments.mean - record.mean, own_var * of.r
     share = _taken_off(record.backward, record.share)
     sums = joint_sum(torch.addcmul(own_mean, slope, distance) * share, slope * share)
@@ -293,24 +293,24 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
 
 
 def _of_batch(backward: str, share: float) -> float:
-    """The part of the batch's own sums in ``(e_b, e_g)``."""
+    """The part of the batch's own sums in ``e_b`` and ``e_g``."""
     return {"own": 1.0, "mixed": share}.get(backward, 0.0)
 
 
 def _taken_off(backward: str, share: float) -> float:
-    """The part of them in all that is taken off what goes on to ``y``."""
+    """The part of the batch's own sums that is subtracted in ``dL/dy``, in all."""
     return share + (1 - share) * _of_batch(backward, share)
 
 
 @torch.no_grad()
 def new_averages(vectors: Vectors) -> Tensor:
-    """What the averages of the backward pass's sums become, ``E_b`` and ``E_g``, ``(2, N)``.
+    """The new ``E_b`` and ``E_g``, averages of the backward pass's sums, ``(2, N)``.
 
-    Of records that no backward pass has reached they mean nothing.
+    They are meaningless for records that no backward pass has reached.
     """
     records = vectors.records
     now = vectors.cat([record.sums for record in records], vectors.union)
-    # g is the incoming gradient times gamma; sums of all processes have it already, and r.
+    # g includes gamma, which these sums lack; sums over all processes have it already, and r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
         now = now * ((vectors.union[1] + vectors.eps).sqrt_() / count)
@@ -325,6 +325,6 @@ def new_averages(vectors: Vectors) -> Tensor:
 
 
 def _scale(record: Record, like: Tensor) -> float | Tensor:
-    """What the loss is multiplied by; a loss scaler's is a tensor on a device of its own."""
+    """The factor of the loss; a loss scaler's is a tensor, perhaps on another device."""
     scale = record.scale
     return scale.to(like.device, non_blocking=True) if isinstance(scale, Tensor) else scale

@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0.
-"""The statistics of a whole population of images, with weights that rest.
+"""The statistics of a whole population of images, at fixed weights.
 
-Running statistics lag behind the weights and weigh the last images most. Once training pauses,
-they can be replaced by what they stand for: "precise" batch normalisation, Wu and Johnson,
+Running statistics lag behind the weights and weigh the last images most. When training pauses,
+they can be replaced by what they estimate: "precise" batch normalisation, Wu and Johnson,
 "Rethinking 'Batch' in BatchNorm", https://arxiv.org/abs/2105.07576, section 3.
 """
 
@@ -27,33 +27,32 @@ def precise_statistics(
     batches: Iterable[Any],
     forward: Callable[[Any], object] | None = None,
 ) -> list[str]:
-    """Replaces running statistics by those of ``batches``, with the weights as they are.
+    """Replaces running statistics by those of ``batches``, at the present weights.
 
-    Each layer's mean and variance become those over all positions of all images: the variance
-    within images and the variance between them. Meanwhile each layer normalises, as inference
-    does, with what it has gathered so far, the batch at hand included; so a layer is handed what
-    inference will hand it, ever more exactly as the sample grows. (Normalising with the old
-    running statistics instead would leave every layer but the first with statistics of inputs that
-    it will not see again. Normalising each batch with its own statistics would do so where
-    batches are small.)
+    Each layer's mean and variance become those over all positions of all images, so the variance
+    includes that within images and that between them. Meanwhile, each layer normalises as inference
+    does, with the statistics gathered so far, including the batch at hand. As the sample grows, its
+    input thus approaches what it will be in inference. (Normalising with the old running statistics
+    instead would leave every layer but the first with statistics of inputs that it will not see
+    again. Normalising each batch with its own statistics would do the same if batches are small.)
 
-    Layers that do not train in the model's present mode are left alone, frozen ones that is; so
-    are all modes, weights, windows, gradients and other buffers. In distributed training all
-    processes call this, each with batches of its own, of which some may have none; as many each, if
-    the forward itself waits for the other processes.
+    Layers in evaluation mode count as frozen and do not change; nor do modes, weights, windows,
+    gradients or other buffers. In distributed training, all processes call this function, each
+    with its own batches. Some may have none; but if the forward itself waits for other processes,
+    all need equally many.
 
     Args:
         model: Any model with batch normalisation: ``CBN``, ``BRN``, ``nn.BatchNorm*d`` or
-            ``nn.SyncBatchNorm``. In the mode of training, which tells what is frozen.
-        batches: What the model is to see, some hundred images in all. Batches of any size.
+            ``nn.SyncBatchNorm``. In training mode: each layer's mode tells whether it is frozen.
+        batches: Batches of any size to compute statistics from, some hundred images in all.
         forward: Called with each batch; ``model`` itself by default.
 
     Returns:
-        The names of the layers whose statistics were replaced; those that were not reached keep
+        The names of the layers whose statistics were replaced; layers that no batch reached keep
         theirs.
 
     Raises:
-        ValueError: No layer trains.
+        ValueError: No layer with batch normalisation is in training mode.
     """
     layers = trained_batch_norms(model)
     if not layers:
@@ -62,7 +61,7 @@ def precise_statistics(
             "mode. Call model.train() first; layers in evaluation mode are taken as frozen."
         )
     populations = {name: _Population(layer) for name, layer in layers.items()}
-    # Some losses count what they have seen.
+    # Saved, because some losses count what they have seen.
     others = [
         (module, name, buffer, buffer.clone())
         for module in set(model.modules()).difference(layers.values())
@@ -98,7 +97,7 @@ def precise_statistics(
 
 
 def trained_batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalisations whose running statistics the model's present mode updates."""
+    """The layers whose running statistics are updated in the model's present mode."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -107,31 +106,31 @@ def trained_batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 class _Population:
-    """What one layer has been handed so far."""
+    """The statistics of all inputs that one layer has received so far."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self.not_finite = False
         self._before = layer.running_mean.clone(), layer.running_var.clone()
-        # Sums over many images: float32 would lose what the last ones add.
+        # Over many images, float32 would lose what the last ones add.
         zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
         self._moments = Moments(zeros, zeros, 0, zeros, zeros, 0)
 
     def see(self, layer: nn.Module, args: tuple[Tensor]) -> None:
-        """Adds a batch, and has the layer normalise it with all that was seen."""
+        """Adds a batch, which the layer then normalises with all that it has seen."""
         (x,) = args
         count = x.numel() // x.shape[1]
         if count == 0:
             return
         mean, var, *_ = batch_moments(x.reshape(*x.shape[:2], -1, 1))
-        if not torch.cat((mean, var)).isfinite().all():  # which a GPU waits for once
+        if not torch.cat((mean, var)).isfinite().all():  # waits for a GPU once
             self.not_finite = True
             return
         self._moments = _union(self._moments, mean.double(), var.double(), count)
         self._use()
 
     def finish(self) -> bool:
-        """Joins what all processes saw; tells whether it was anything."""
+        """Joins what all processes have seen; returns whether there was anything."""
         if is_distributed():
             joint = joint_moments(self._moments)
             self._moments = joint._replace(count=int(joint.count))
@@ -141,7 +140,7 @@ class _Population:
         return True
 
     def restore(self) -> None:
-        """Puts the running statistics back."""
+        """Restores the running statistics from before."""
         self.layer.running_mean.copy_(self._before[0])
         self.layer.running_var.copy_(self._before[1])
 
@@ -154,7 +153,7 @@ class _Population:
 
 
 def _union(seen: Moments, mean: Tensor, var: Tensor, count: int) -> Moments:
-    """The moments of what was seen and of ``count`` positions more (Chan's formula)."""
+    """The joint moments of ``seen`` and of ``count`` further positions (Chan's formula)."""
     share = count / (seen.count + count)
     distance = mean - seen.mean
     mean = seen.mean + share * distance

@@ -1,9 +1,9 @@
 # Licensed under the Apache License, Version 2.0.
 """The paper's CBN, and the moving window, in the plainest code: read this first.
 
-Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712. Everything is as in the
-formulas: derivatives by ``torch.autograd.grad`` for each output channel, old weights kept. It is
-slow, runs in float64 where its convolution does, and is what the tests compare the layer with.
+Paper: Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712. The code follows the
+formulas literally: it keeps old weights and calls ``torch.autograd.grad`` once per output channel.
+It is slow, and runs in float64 if its convolution does. The tests compare the layer with it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Statistics(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is kept of one iteration, or of all the past.
+    """Statistics and derivatives of one past iteration, or of the whole past together.
 
     Attributes:
-        mean: ``mu``, of the convolution without its bias, ``(C,)``.
+        mean: ``mu`` of the convolution's output without its bias, ``(C,)``.
         var: ``v``, ``(C,)``.
-        mean_in_w: ``d mu / d w``, as the weight, ``(C, C_in / groups, kh, kw)``.
+        mean_in_w: ``d mu / d w``, shaped as the weight, ``(C, C_in / groups, kh, kw)``.
         var_in_w: ``d v / d w``, likewise.
-        weight: The weight that it had.
-        moves: Whether it has derivatives; they are zero otherwise.
+        weight: The weight at which all of these were computed.
+        moves: Whether the derivatives were computed; otherwise they are zero.
     """
 
     mean: Tensor
@@ -45,31 +45,31 @@ class Entry(NamedTuple):
     moves: bool
 
     def at(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The first-order expansion of both at another weight."""
+        """Mean and variance at another weight, by first-order expansion."""
         step = weight - self.weight
         return self.mean + _dot(self.mean_in_w, step), self.var + _dot(self.var_in_w, step)
 
 
 class Reference:
-    """A convolution with CBN.
+    """A convolution followed by CBN.
 
     Args:
-        conv: The convolution, whose weights are today's.
-        window: ``'moving'``, ``'sliding'``, or ``'step'``, whose end :meth:`forget` is.
+        conv: The convolution; "today's weight" is the weight that it has now.
+        window: ``'moving'``, ``'sliding'`` or ``'step'``; :meth:`forget` ends the step.
         window_size: ``k``, or ``'auto'``.
         eps: Added to the variance.
-        compensate: Whether past statistics are moved to today's weights.
-        backward: ``'current'``, ``'window'``, ``'full'``, ``'own'`` or ``'mixed'``.
-        stride: Every n-th row and column tells the derivative of the variance; None for the
+        compensate: Whether to move past statistics to today's weight.
+        backward: Which gradient: ``'current'``, ``'window'``, ``'full'``, ``'own'`` or ``'mixed'``.
+        stride: The derivative of the variance uses every n-th row and column; None for the
             layer's own choice.
-        momentum: Of the running statistics; None for their plain average.
-        dtype: What the convolution's output is rounded to; the gradient passes by.
+        momentum: Momentum of the running statistics; None for their plain average.
+        dtype: Dtype to which the convolution's output is rounded; the gradient skips the rounding.
 
     Attributes:
-        past: Entries, the newest first; one at most in a moving window.
-        seen: How many iterations a moving window has seen.
-        share: ``s``, of the current batch, of a moving window that sets its own.
-        averages: ``E_b`` and ``E_g``, or None.
+        past: Entries, newest first; a moving window has at most one.
+        seen: Number of iterations that a moving window has seen.
+        log_share: Logarithm of ``s`` in a moving window that sets its own size.
+        averages: ``E_b`` and ``E_g``, past averages of the gradient's two sums, or None.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Reference:
         self.sums: tuple[Tensor, Tensor] | None = None
 
     def moves(self) -> bool:
-        """Whether statistics are functions of a weight that trains."""
+        """Whether past statistics are functions of a weight that trains."""
         return self.compensate and self.conv.weight.requires_grad
 
     def separate(self, moves: bool) -> None:
-        """Empties the window if its weight was frozen and now trains, or the other way round."""
+        """Empties the window if the weight has been frozen, or unfrozen, since the last entry."""
         if self.past and self.past[0].moves != moves:
             sums = self.sums
             self.forget()
@@ -115,23 +115,23 @@ class Reference:
     # The statistics.
 
     def output(self, x: Tensor) -> Tensor:
-        """The convolution's, ``(N, C, H, W)``."""
+        """The convolution's output, rounded to ``dtype``, ``(N, C, H, W)``."""
         y = self.conv(x)
         return y + (y.to(self.dtype).to(y.dtype) - y).detach()
 
     def bias(self) -> Tensor:
-        """The convolution's, or zero, ``(C,)``."""
+        """The convolution's bias, or zeros, ``(C,)``."""
         bias = self.conv.bias
         return self.conv.weight.new_zeros(self.conv.out_channels) if bias is None else bias
 
     def largest(self) -> int:
-        """The largest window size."""
+        """The largest window size that is allowed."""
         if self.window_size != "auto":
             return self.window_size
         return ENDLESS if self.window == "step" else LARGEST
 
     def share(self) -> float:
-        """``s``: the current batch's in the union with the past."""
+        """``s``: the share of the current batch in its union with the past."""
         if self.window == "sliding" or not self.past:
             return 1 / (len(self.past) + 1)
         sets_itself = self.window_size == "auto" and self.window == "moving"
@@ -149,7 +149,7 @@ class Reference:
         for entry in self.past:
             mean, var = entry.at(weight)
             if self.window == "sliding":
-                # The paper expands nu = v + mu^2 and takes the maximum of it and mu_hat^2.
+                # The paper expands nu = v + mu^2 instead of v, and takes its maximum with mu_hat^2.
                 second = (
                     entry.var
                     + entry.mean.square()
@@ -163,14 +163,14 @@ class Reference:
         return moved
 
     def past_statistics(self) -> Statistics | None:
-        """``mu_p`` and ``V``, of all the past together."""
+        """``mu_p`` and ``V``: mean and variance of the whole past together."""
         if not self.past:
             return None
         means, variances = (torch.stack(each) for each in zip(*self.compensated(), strict=True))
         return Statistics(means.mean(0), variances.mean(0) + means.var(0, correction=0))
 
     def statistics(self, y: Tensor) -> Statistics:
-        """Of the union of the past and the current batch."""
+        """Mean and variance of the union of the past and the current batch ``y``."""
         now, past, s = _moments(y), self.past_statistics(), self.share()
         if past is None:
             return now
@@ -182,12 +182,12 @@ class Reference:
     # Forward and backward.
 
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        """The normalised output of the convolution of ``x``; the window stays as it is."""
+        """Normalises the convolution's output for ``x``; the window does not change."""
         self.separate(self.moves())
         if self.backward in ("current", "window") or not self.compensate:
             y = self.output(x)
             return self.normalize(y, self.statistics(y), gamma, beta)
-        # One graph for the layer's own parameters, and one for its input. Their values are equal.
+        # Two graphs with equal values, because parameters and input receive different gradients.
         y = self.output(x.detach())
         z = self.normalize(y, self.statistics(y), gamma, beta)
         y = self.output_of_constants(x)
@@ -196,11 +196,11 @@ class Reference:
         return z + (of_input - of_input.detach())
 
     def normalize(self, y: Tensor, of: Statistics, gamma: Tensor, beta: Tensor) -> Tensor:
-        """Equation 10."""
+        """Normalises ``y`` by the statistics ``of`` (equation 10)."""
         return (y - _maps(of.mean)) * _maps((of.var + self.eps).rsqrt() * gamma) + _maps(beta)
 
     def output_of_constants(self, x: Tensor) -> Tensor:
-        """The convolution's output, whose gradient goes to the input alone."""
+        """The convolution's output, with a gradient for the input alone."""
         parameters = {name: p.detach() for name, p in self.conv.named_parameters()}
         y = torch.func.functional_call(self.conv, parameters, (x,))
         return y + (y.to(self.dtype).to(y.dtype) - y).detach()
@@ -208,13 +208,13 @@ class Reference:
     # The end of an iteration.
 
     def step(self, x: Tensor) -> None:
-        """Ends the iteration on ``x``: running statistics, window, averages of the gradient."""
+        """Ends the iteration on ``x``: updates running statistics, window and ``averages``."""
         self.separate(self.moves())
         self.average(*self.new_running_statistics(x))
         self.push(self.new_entry(x), self.output(x).detach())
 
     def new_running_statistics(self, x: Tensor) -> Statistics:
-        """What an iteration on ``x`` averages into the running statistics."""
+        """The statistics that an iteration on ``x`` averages into the running statistics."""
         y = self.output(x).detach()
         if self.backward != "current" and self.past:
             return Statistics(*(each.detach() for each in self.statistics(y)))
@@ -223,7 +223,7 @@ class Reference:
         return Statistics(mean, var * count / max(count - 1, 1))
 
     def average(self, mean: Tensor, var: Tensor) -> None:
-        """Averages into the running statistics."""
+        """Averages ``mean`` and ``var`` into the running statistics."""
         self.tracked += 1
         momentum = 1 / self.tracked if self.momentum is None else self.momentum
         old = self.running
@@ -232,7 +232,7 @@ class Reference:
         )
 
     def new_entry(self, x: Tensor) -> Entry:
-        """The current batch alone, with its derivatives at today's weight."""
+        """Statistics of the batch ``x`` alone, with their derivatives at today's weight."""
         y, weight = self.output(x), self.conv.weight
         mean, var = _moments(y)
         moves = self.moves()
@@ -248,7 +248,7 @@ class Reference:
         )
 
     def derivative(self, values: Tensor) -> Tensor:
-        """Of each channel's value in that channel's weight, shaped as the weight."""
+        """Derivative of each channel's value in that channel's weight, shaped as the weight."""
         weight = self.conv.weight
         return torch.stack(
             [
@@ -258,8 +258,8 @@ class Reference:
         )
 
     def push(self, entry: Entry, y: Tensor) -> None:
-        """Adds an iteration, whose convolution's output was ``y``, to the window."""
-        if self.largest() == 1:  # batch normalisation, which has no past
+        """Adds an iteration to the window; ``y`` is the output of its convolution."""
+        if self.largest() == 1:  # plain batch normalisation has no past
             return
         self.separate(entry.moves)
         s = self.share()
@@ -276,7 +276,7 @@ class Reference:
 
     @torch.no_grad()
     def unite(self, new: Entry, y: Tensor, s: float) -> None:
-        """Makes the union the past: its value and its derivatives at today's weight."""
+        """Replaces the past by the union: its values and derivatives at today's weight."""
         if not self.past:
             self.past, self.seen = [new], 1
             return
@@ -293,7 +293,7 @@ class Reference:
         self.set_share(d / (past.var + new.var + self.eps).sqrt())
 
     def set_share(self, surprise: Tensor) -> None:
-        """Sets the share by how the last two surprises agree."""
+        """Adapts the share by the cosine between the last two surprises, taken over channels."""
         if self.surprise is not None:
             sizes = surprise.norm() * self.surprise.norm()
             if sizes > 0:
@@ -303,7 +303,7 @@ class Reference:
 
 
 class _Projected(torch.autograd.Function):
-    """Normalisation whose gradient in ``y`` has the past's share taken off as well."""
+    """Normalisation whose gradient for ``y`` also subtracts ``(1 - s) (e_b + x_hat e_g)``."""
 
     @staticmethod
     def forward(ctx, y: Tensor, mean: Tensor, r: Tensor, gamma: Tensor, reference: Reference):
@@ -336,7 +336,7 @@ def _moments(y: Tensor) -> Statistics:
 
 
 def _dot(derivative: Tensor, step: Tensor) -> Tensor:
-    """The product of each channel's derivative with its weights, ``(C,)``."""
+    """Dot product of each channel's derivative with its weight step, ``(C,)``."""
     return (derivative * step).flatten(1).sum(1)
 
 

@@ -1,28 +1,28 @@
 # Licensed under the Apache License, Version 2.0.
-"""The past of a layer: what its statistics are at today's weights, and how it grows.
+"""A layer's window: the statistics of past iterations, moved to today's weight.
 
-Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equations 5 to 9, in a
-centred form. A window tells the mean ``mu_p`` and variance ``V`` of past iterations at today's
-weight ``w``. With the share ``s`` of the current batch, whose statistics are ``mu`` and ``v``, the
-union of both is
+Paper: Cross-Iteration Batch Normalization, https://arxiv.org/abs/2002.05712, equations 5 to 9, here
+in centred form. A window computes the mean ``mu_p`` and variance ``V`` of past iterations at
+today's weight ``w``. The current batch, with mean ``mu`` and variance ``v``, is the share ``s`` of
+the union of past and batch. The union's mean and variance are
 
     d = mu - mu_p       mean = mu_p + s d       var = s v + (1 - s) V + s (1 - s) d^2
 
-Two windows do it. :class:`SlidingWindow` is the paper's: the last ``k - 1`` iterations, each moved
-to today's weight by its own derivative, with ``s = 1 / k``. :class:`MovingWindow` keeps the past as
-*one* function of the weight,
+There are two windows. :class:`SlidingWindow` is the paper's: it keeps the last ``k - 1`` iterations
+and moves each to today's weight by its own derivative; ``s = 1 / k``. :class:`MovingWindow` keeps
+the past as *one* function of the weight,
 
     mu_p = A + M . w                        V = max(R + H . w, 0)
 
-which at the end of an iteration becomes the union's value and derivative at the iteration's weight:
+At its end, an iteration gives this function the union's value and derivative at its own weight:
 
     M <- s m + (1 - s) M                    A <- mean - M . w
     H <- s h' + (1 - s) H                   R <- var - H . w
 
-where ``h' = h + 2 (1 - s) d (m - M)``, as ``d`` moves with the weight, too. It averages
-exponentially, over about ``2 / s - 1`` iterations. Its products with the weight are linear in what
-they are made of, so that only the first two of an iteration, ``M . w`` and ``H . w`` for the past,
-are computed, for all layers at once: the past depends on weights alone.
+where ``h' = h + 2 (1 - s) d (m - M)``, because ``d`` depends on the weight, too. This averages
+exponentially, over about ``2 / s - 1`` iterations. An iteration computes only the products of the
+old ``M`` and ``H`` with the weight, for all layers at once, as the past depends on weights alone.
+The products of the new ``M`` and ``H`` follow by linearity.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from . import kernels
 from .moments import full_precision
 from .record import Record, Vectors, pairs
 
-# A window that sets its own size: the largest, at which it begins, and how much a surprise changes
-# it, over some fifty iterations. Wider ones follow a deep network too late.
+# For a window that sets its own size: the largest size, with which it starts, and the rate at which
+# surprises change it, over some fifty iterations. Wider windows follow a deep network too late.
 LARGEST = 8
 RATE = 0.02
 
-ENDLESS = 1 << 30  # a window of all that there is
+ENDLESS = 1 << 30  # the size of a window without a limit
 
 WINDOW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MovingPast(NamedTuple):
-    """What a moving window tells at today's weight and bias.
+    """Past statistics from a moving window, at today's weight and bias.
 
     Attributes:
         mean: ``mu_p``, ``(C,)``.
         var: ``V``, ``(C,)``.
         share: ``s``.
-        positive: Whether ``V`` was not cut to zero, bool ``(C,)``; None, as all that follows, if
-            the past is no function of the weight.
+        positive: Whether ``V`` was not cut to zero, bool ``(C,)``. This and all that follow are
+            None if the past is not a function of the weight.
         at: ``M . w`` and ``H . w``, each ``(C,)``.
         m: ``M``, ``(groups, P)``.
         h: ``H``, ``(C, P)``.
@@ -73,17 +73,17 @@ class MovingPast(NamedTuple):
 
     @property
     def mask(self) -> Tensor | None:
-        """What the gradient in ``V`` is to be multiplied by, ``(C,)``."""
+        """The factor for the gradient in ``V``, ``(C,)``: zero where ``V`` was cut."""
         return self.positive
 
     def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
-        """The gradient in the weight.
+        """Computes the weight gradient through the past.
 
         Args:
-            of: That in ``mu_p`` and in ``V``, times the mask, and if there are more rows what
-                belongs to ``m - M`` and ``h'`` of the batch, ``(2, C, 1)`` or ``(4, C, 1)``.
-            record: Of the batch, after :func:`add_distances`.
-            out: Where to write it, ``(C, P)``.
+            of: Gradients in ``mu_p`` and in ``V``, times the mask, ``(2, C, 1)``; or ``(4, C, 1)``,
+                followed by the factors of the batch's ``m - M`` and ``h'``.
+            record: The batch's record, after :func:`add_distances`.
+            out: Tensor to write the weight gradient to, ``(C, P)``.
         """
         if self.h.dtype == out.dtype:
             torch.mul(self.h, of[1], out=out)
@@ -98,15 +98,15 @@ class MovingPast(NamedTuple):
 
 
 class SlidingPast(NamedTuple):
-    """What a sliding window of ``T`` past iterations tells at today's weight and bias.
+    """Past statistics from a sliding window of ``T`` iterations, at today's weight and bias.
 
     Attributes:
         mean: ``mu_p``, the mean of the compensated means ``mu_hat``, ``(C,)``.
         var: ``V``, the mean of the compensated variances plus the variance of the means, ``(C,)``.
         share: ``s``, that is ``1 / (T + 1)``.
         moved: How far the compensation moved each mean, ``(C, T)``.
-        positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``; None, as all
-            that follows, if the past is no function of the weight.
+        positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``. This and all
+            that follow are None if the past is not a function of the weight.
         offset: ``mu_hat - c delta - mu_p``, ``(C, T)``.
         m: ``m`` of each iteration, ``(groups, T, P)``.
         h: ``h`` of each iteration, ``(C, T, P)``.
@@ -123,11 +123,11 @@ class SlidingPast(NamedTuple):
 
     @property
     def mask(self) -> None:
-        """Each iteration has its own, which :meth:`gradient` sees to."""
+        """None: each past iteration has its own mask, which :meth:`gradient` applies."""
         return None
 
     def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
-        """As that of :class:`MovingPast`, but of ``m`` and ``h`` of the batch."""
+        """As :meth:`MovingPast.gradient`, but the further rows are for the batch's ``m``, ``h``."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
         of_mean, of_var = of[:2] / count
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
@@ -145,21 +145,21 @@ Past = MovingPast | SlidingPast
 
 
 class Window:
-    """What both windows have in common.
+    """The base class of both windows.
 
     Args:
-        size: The largest window size in force, the current iteration included.
-        sets_itself: Whether the share of the current batch is found from the surprises.
-        dtype: Of ``H`` or the ``h``; everything else is float32.
+        size: The largest window size in force, including the current iteration.
+        sets_itself: Whether the window finds the share of the current batch from its surprises.
+        dtype: Dtype of ``H``, or of each ``h``; everything else is float32.
 
     Attributes:
-        conv: Reference to the module whose output it describes.
-        why_not: Why that is not compensated, though other layers are; or None.
-        rows_of: Reference to the module of which autograd has shown that channels are rows.
-        seen: How many iterations were added.
-        lag: Average over iterations of how consecutive surprises agree, from -1 to 1.
+        conv: Weak reference to the module whose output the statistics describe.
+        why_not: Why this module is not compensated although others are, or None.
+        rows_of: Weak reference to the module whose channels autograd has shown to be rows.
+        seen: Number of iterations that were added.
+        lag: Running average of the cosine between consecutive surprises, from -1 to 1.
         surprise: ``d / sqrt(V + v + eps)`` of the last iteration, ``(C,)``, or None.
-        sums: Averages of the backward pass's sums, ``(2, C)``, or None.
+        sums: ``E_b`` and ``E_g``, the averages of the backward pass's sums, ``(2, C)``, or None.
     """
 
     def __init__(self, size: int, sets_itself: bool, dtype: torch.dtype) -> None:
@@ -177,50 +177,50 @@ class Window:
         self.sums: Tensor | None = None
         self.m: Tensor | None = None
         self.h: Tensor | None = None
-        self.cached: tuple | None = None  # the past at today's weight, and of which weight
+        self.cached: tuple | None = None  # the past, and for which weight and bias
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Everything held, by name."""
+        """All tensors that the window holds, by name."""
         return {
             name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
 
     @property
     def kind(self) -> str:
-        """What windows of one kind have in common, in words."""
+        """Type and size in words; a saved state loads only into a window of the same kind."""
         own = "of its own size up to" if self.sets_itself else "of"
         return f"{type(self).__name__} {own} {self.size}"
 
     @property
     def device(self) -> torch.device | None:
-        """Where the window lives, None while it is empty."""
+        """The device of the window's tensors; None while it is empty."""
         return next((tensor.device for tensor in self.tensors.values()), None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Memory that the window holds, in bytes."""
         return sum(each.numel() * each.element_size() for each in self.tensors.values())
 
     def move(self, device: torch.device) -> None:
-        """Moves what is held to ``device``; the dtype stays."""
+        """Moves all tensors to ``device``; their dtype does not change."""
         if self.device in (None, device):
             return
-        if device.type == "meta":  # no values survive there, so there is nothing to come back to
+        if device.type == "meta":  # values do not survive there, so none could come back
             return self.clear()
         self.cached = None
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device))
 
     def state(self) -> dict:
-        """Everything but the convolution, as plain values and tensors."""
+        """Everything but the reference to the convolution, as plain values and tensors."""
         held = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         plain = {name: getattr(self, name) for name in self._plain}
         return dict(kind=self.kind, size=self.size, **plain, **held)
 
     @torch.inference_mode(False)
     def load(self, state: dict, device: torch.device) -> None:
-        """Takes over what :meth:`state` returned."""
+        """Restores what :meth:`state` returned."""
         self.clear()
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
@@ -237,17 +237,17 @@ class Window:
         return self.weight_size == weight.numel() and self.h.device == weight.device
 
     def cache(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Keeps what was computed for today's weight."""
+        """Keeps a past that was computed for today's weight and bias."""
         ref = None if weight is None else weakref.ref(weight)
         self.cached = past, ref, kernels.version_of(weight), kernels.version_of(bias)
 
     def past(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Past | None:
-        """The past at today's weight, or None if there is none that fits.
+        """The past at today's weight; None if the window is empty or does not fit the weight.
 
         Args:
-            weight: The convolution's, or None if it does not train.
-            bias: The convolution's, or None.
-            dtype: To compute in.
+            weight: The convolution's weight, or None if it does not train.
+            bias: The convolution's bias, or None.
+            dtype: Dtype to compute in.
         """
         if self.seen == 0:
             return None
@@ -261,7 +261,7 @@ class Window:
             )
             if is_it and past.mean.dtype == dtype:
                 return past
-        if not self.fits(weight):  # the iteration's end forgets it
+        if not self.fits(weight):  # the end of the iteration clears it
             return None
         (past,) = pasts([(self, weight, bias)], dtype)
         return past
@@ -269,11 +269,11 @@ class Window:
     _plain = ("seen", "lag")
 
     def adapt(self, correlation: float) -> None:
-        """Takes note of how the last two surprises, as vectors over channels, agree.
+        """Averages into ``lag`` the correlation of the last two surprises, vectors over channels.
 
-        If the past is as good as it can be, surprises do not depend on one another. In a window too
-        wide for how fast the network moves they point the same way, in one too narrow opposite
-        ways (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
+        With the best possible past, consecutive surprises are independent. If the window is too
+        wide for the network's speed they point the same way, if it is too narrow opposite ways
+        (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
         """
         if math.isfinite(correlation):
             self.lag += RATE * (correlation - self.lag)
@@ -288,11 +288,11 @@ class MovingWindow(Window):
     """The past as one first-order function of the weight.
 
     Attributes:
-        values: ``A``, without the convolution's bias, and ``R``, ``(2, C)``.
-        m: ``M``, ``(groups, P)``, or None if the past is no function of the weight.
+        values: ``A`` (without the convolution's bias) and ``R``, ``(2, C)``.
+        m: ``M``, ``(groups, P)``, or None if the past is not a function of the weight.
         h: ``H``, ``(C, P)``, likewise.
-        recorded: The union's mean at the last iteration's weight, without the bias, ``(C,)``.
-        log_share: Logarithm of the share that the surprises led to.
+        recorded: Mean of the union at the last iteration's weight, without the bias, ``(C,)``.
+        log_share: Logarithm of the share that the surprises have set.
     """
 
     _plain = ("seen", "lag", "log_share")
@@ -306,20 +306,20 @@ class MovingWindow(Window):
 
     @property
     def share(self) -> float:
-        """``s``: the next iteration's share of the union. The past fills as a plain mean."""
+        """``s``: the next iteration's share of the union; the past starts as a plain mean."""
         own = math.exp(self.log_share) if self.sets_itself else 0.0
         return max(own, 1 / self.size, 1 / (self.seen + 1))
 
     def moved(self, past: MovingPast) -> Tensor:
-        """For a diagnosis: how far means were moved, ``(C, 1)``; the last step times the size.
+        """For diagnostics: how far means moved in the last step, times the size, ``(C, 1)``.
 
         Args:
-            past: At today's weight, without the bias.
+            past: The past at today's weight, without the bias.
         """
         return ((past.mean - self.recorded) / past.share)[:, None]
 
     def adapt(self, correlation: float) -> None:
-        """Adapts the share to how the last two surprises agree, if it sets itself."""
+        """Also adapts the share to ``correlation``, if the window sets its own."""
         super().adapt(correlation)
         if self.sets_itself and math.isfinite(correlation):
             changed = self.log_share + RATE * correlation
@@ -330,8 +330,8 @@ class SlidingWindow(Window):
     """The paper's window: a ring of the last ``size - 1`` iterations.
 
     Attributes:
-        vectors: Mean without the convolution's bias, what is left of mean and of variance after the
-            products with the weight of that iteration, ``(size - 1, 3, C)``.
+        vectors: Mean without the convolution's bias, then that mean less ``m . w`` and the variance
+            less ``h . w``, at the iteration's own weight, ``(size - 1, 3, C)``.
         m: ``m``, ``(groups, size - 1, P)``, or None if nothing is compensated.
         h: ``h``, ``(C, size - 1, P)``, likewise.
     """
@@ -343,7 +343,7 @@ class SlidingWindow(Window):
 
     @property
     def held(self) -> int:
-        """``T``: the number of past iterations."""
+        """``T``: the number of past iterations in the window."""
         return min(self.seen, self.size - 1)
 
     @property
@@ -352,7 +352,7 @@ class SlidingWindow(Window):
         return 1 / (self.held + 1)
 
     def moved(self, past: SlidingPast) -> Tensor:
-        """For a diagnosis: how far each past mean was moved, ``(C, T)``."""
+        """For diagnostics: how far the compensation moved each past mean, ``(C, T)``."""
         return past.moved
 
     @property
@@ -363,7 +363,7 @@ class SlidingWindow(Window):
     @torch.inference_mode(False)
     @torch.no_grad()
     def push(self, record: Record) -> None:
-        """Adds an iteration, in the place of the oldest one if the window is full."""
+        """Adds an iteration, which replaces the oldest one if the window is full."""
         if record.past is None:
             self.clear()
         mean, var, of = *record.moments[:2], record.derivative
@@ -395,7 +395,7 @@ class SlidingWindow(Window):
     def past_at(
         self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
     ) -> SlidingPast:
-        """The past at today's weight."""
+        """The past at today's weight and bias."""
         count = self.held
         recorded, mean_rest, var_rest = self.vectors[:count].to(dtype).permute(1, 2, 0)  # C, T
         means, variances, positive, delta, m, h = mean_rest, var_rest, None, None, None, None
@@ -427,12 +427,12 @@ class SlidingWindow(Window):
 def pasts(
     together: Sequence[tuple[Window, Tensor | None, Tensor | None]], dtype: torch.dtype
 ) -> list[Past]:
-    """What windows that are not empty tell at today's weights.
+    """The pasts of several windows, none of which is empty, at today's weights.
 
     Args:
-        together: Windows on one device, each with its weight, or None if the past is no function of
-            one, and with the convolution's bias, or None.
-        dtype: To compute in.
+        together: Windows on one device, each with its weight (None if the past is not a function of
+            one) and the convolution's bias (or None).
+        dtype: Dtype to compute in.
     """
     moving = [each for each in together if isinstance(each[0], MovingWindow)]
     with full_precision(together[0][0].device.type):
@@ -446,7 +446,7 @@ def pasts(
 def _moving_pasts(
     together: list[tuple[MovingWindow, Tensor | None, Tensor | None]], dtype: torch.dtype
 ) -> list[MovingPast]:
-    """In a few launches for all layers of equal patches; their channels are one dimension here."""
+    """The same for moving windows, in few launches: all their channels are one dimension here."""
     products = iter(
         kernels.weight_products(
             [window.m for window, weight, _ in together if weight is not None],
@@ -485,22 +485,22 @@ def _moving_pasts(
 
 
 def _left_out(weight: Tensor, h: Tensor, rounded: Tensor) -> Tensor | float:
-    """``(h - rounded) . w`` of each channel, at the weight as it is: what rounding would take off.
+    """``(h - rounded) . w`` of each channel at the present weight, which rounding would lose.
 
-    Put back, the rounding touches what the weight will have moved by alone, and not the variance.
+    Once the caller adds it back, rounding affects only how the variance changes with the weight.
     """
-    if weight.untyped_storage().nbytes() == 0:  # FSDP gathers it for the forward alone
+    if weight.untyped_storage().nbytes() == 0:  # FSDP gathers it only for the forward
         return 0.0
     return ((h - rounded.to(h.dtype)) * weight.reshape(h.shape).to(h.dtype)).sum(1)
 
 
 class Surprise(NamedTuple):
-    """How far batches were from what their windows told.
+    """How far batches were from what their windows predicted.
 
     Attributes:
         values: ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``.
-        agreement: Of each window's ``z_t`` with its last one, ``(4, L)``: ``z_t^2``, ``z_t
-            z_{t-1}`` twice and ``z_{t-1}^2``, summed over channels.
+        agreement: Sums over the channels of each window, ``(4, L)``: of ``z_t^2``, of ``z_t
+            z_{t-1}`` twice and of ``z_{t-1}^2``, where ``z_{t-1}`` is the last iteration's.
     """
 
     values: Tensor
@@ -508,7 +508,7 @@ class Surprise(NamedTuple):
 
     @classmethod
     def of(cls, vectors: Vectors) -> Surprise:
-        """The surprises of an iteration."""
+        """Computes the surprises of an iteration."""
         now = vectors.distance * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
         last = [each.past and each.window.surprise for each in vectors.records]
         both = torch.cat([now, *vectors.parts(last, 0.0)]).view(2, -1)
@@ -518,11 +518,11 @@ class Surprise(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """What moving windows become by their records, still to be kept or dropped.
+    """New values of moving windows, which :func:`grow` keeps or drops.
 
     Attributes:
         values: ``A`` and ``R`` of all channels, ``(2, N)``.
-        recorded: The union's means without the bias, ``(N,)``.
+        recorded: Means of the unions without the bias, ``(N,)``.
     """
 
     values: Tensor
@@ -530,7 +530,7 @@ class Growth(NamedTuple):
 
 
 def growth(vectors: Vectors) -> Growth:
-    """The new values of moving windows."""
+    """Computes the new values of moving windows from their records."""
     records, union = vectors.records, vectors.union
     # m . w and h . w of the batch, M . w and H . w of the past.
     ofs = [record.derivative for record in records]
@@ -540,7 +540,7 @@ def growth(vectors: Vectors) -> Growth:
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
-    at = past_at.lerp(batch_at, vectors.share)  # and with h' in the place of h:
+    at = past_at.lerp(batch_at, vectors.share)  # with h, which the next lines turn into h'
     values = union - at
     values[1].addcmul_(at[0] - past_at[0], vectors.from_union, value=-2)
     return Growth(values, union[0])
@@ -549,13 +549,13 @@ def growth(vectors: Vectors) -> Growth:
 @torch.inference_mode(False)
 @torch.no_grad()
 def add_distances(vectors: Vectors) -> None:
-    """Makes ``h`` of each batch ``h'``, which enters a moving window, in its place."""
+    """Turns each batch's ``h`` in place into ``h'``, which is what enters a moving window."""
     found = []
     for place, record in enumerate(vectors.records):
         of, past = record.derivative, record.past
         if of is None or record.mean_patches is not None:
             continue
-        if of.var.is_inference():  # not to be changed outside of inference mode
+        if of.var.is_inference():  # cannot be changed in place outside inference mode
             record.derivative = of = of._replace(mean=of.mean.clone(), var=of.var.clone())
         if past is not None and past.m is not None:
             found.append((place, of, past.m.to(of.mean.dtype)))
@@ -564,7 +564,7 @@ def add_distances(vectors: Vectors) -> None:
     distances = vectors.split_columns(vectors.from_union[None])
     changes = torch._foreach_sub([of.mean for _, of, _ in found], [m for *_, m in found])
     for (place, of, m), change in zip(found, changes, strict=True):
-        # Of one group they are the rows of one matrix: a launch for both, backward.
+        # With one group, as rows of one matrix: the backward pass needs one launch for both.
         both, is_one = (m, change), m.shape[0] == change.shape[0] == 1
         vectors.records[place].mean_patches = torch.cat(both) if is_one else both
         kernels.add_outer_(of.var, distances[place], (change,), 2.0)
@@ -573,10 +573,10 @@ def add_distances(vectors: Vectors) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
-    """Makes moving windows what :func:`growth` found, but for those whose record is dropped."""
-    add_distances(vectors)  # of those that no backward pass has reached
+    """Puts what :func:`growth` found into the moving windows whose record is to be kept."""
+    add_distances(vectors)  # for records that no backward pass has reached
     stored = [vectors.split(each.float()) for each in new]
-    grown, mixed = [], []  # of these the past has a share
+    grown, mixed = [], []  # mixed: batch, past and the share of the past
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):
         window, of = record.window, record.derivative
         window.cached = None
