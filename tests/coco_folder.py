@@ -1,4 +1,4 @@
-"""A folder laid out as COCO has it, with a handful of images of coloured shapes on noise."""
+"""A folder laid out like COCO's, with a handful of images of coloured shapes on noise."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-# COCO numbers its 80 categories from 1 to 90; these numbers were given up.
+# COCO's 80 category ids lie between 1 and 90; these ids were given up.
 GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 CATEGORY_IDS = [number for number in range(1, 91) if number not in GAPS]
 
@@ -51,7 +51,7 @@ def build_coco(root, seed=0) -> Path:
         rng = np.random.default_rng([seed, number])
         (root / split).mkdir()
         images, annotations = [], []
-        # No split has COCO's ids in a row, nor in order.
+        # COCO's ids are neither consecutive nor sorted in any split.
         image_ids = rng.choice(600_000, len(layouts), replace=False).tolist()
         object_ids = iter(rng.choice(10**9, 100, replace=False).tolist())
         kinds = iter(rng.permutation(CATEGORY_IDS).tolist())
@@ -97,7 +97,7 @@ def build_coco(root, seed=0) -> Path:
 
 
 def draw_object(rng, kind, width, height):
-    """The segmentation as the annotation file has it, and its mask as a compressed RLE."""
+    """The segmentation in the annotation file's form, and its mask as a compressed RLE."""
     size = min(width, height)
     if kind in ("polygon", "rle"):
         outlines = [draw_outline(rng, width, height, size / 4)]
@@ -123,7 +123,7 @@ def draw_outline(rng, width, height, radius):
 
 
 def count_runs(mask):
-    """The lengths of the runs of a mask, column by column, the first one of zeros."""
+    """The run lengths of a mask, column by column, starting with the run of zeros."""
     pixels = np.concatenate([[0], mask.ravel(order="F"), [-1]])
     changes = np.flatnonzero(np.diff(pixels))
     return np.diff(changes, prepend=0).tolist()

@@ -14,17 +14,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Tests of small models run beside one another better than on threads of their own.
+# With small models, tests in parallel use the cores better than threads within a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# As in an activated environment, which the shell scripts ask for.
+# The shell scripts ask for an activated environment: this PATH is that of one.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-# The folders of what is run as a script, whose own modules are imported by name.
+# The folders of the scripts, which import the modules beside them by name.
 SCRIPTS = [str(ROOT / "tools"), str(ROOT / "studies")]
 sys.path += SCRIPTS
 
 
 def computes_in_float16():
-    """Whether torch convolves in float16 on the CPU, which 2.1 does not."""
+    """Whether torch convolves in float16 on the CPU; torch 2.1 does not."""
     import torch  # after the number of threads is set
 
     try:
@@ -60,11 +60,11 @@ needs_float16 = pytest.mark.skipif(
 
 
 def run_on_full_disk(limit, *command):
-    """Runs Python on a disk that is full, for which a largest size of a file, in bytes, stands."""
+    """Runs Python as if on a full disk: no file may grow beyond ``limit`` bytes."""
     return subprocess.run(
         [sys.executable, *command],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        # Coverage would write a larger file than this.
+        # Coverage's own data file would exceed the limit.
         env={key: value for key, value in os.environ.items() if not key.startswith("COV")},
         capture_output=True,
         text=True,
@@ -72,14 +72,14 @@ def run_on_full_disk(limit, *command):
 
 
 def cut(path, target=None):
-    """Writes the first half of a file to `target`, or leaves no more of the file itself."""
+    """Writes the first half of a file to `target`; without one, cuts the file itself."""
     content = path.read_bytes()
     (target or path).write_bytes(content[: len(content) // 2])
     return target or path
 
 
 def damage(path, target):
-    """Writes a file that is as long, but whose middle was lost."""
+    """Writes a copy of a file, of the same length, whose middle is zeros."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 1000] = bytes(1000)
@@ -105,7 +105,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
-    """A handful of images in a folder as COCO has it."""
+    """A handful of images in a folder laid out like COCO's."""
     from coco_folder import build_coco
 
     return build_coco(tmp_path_factory.mktemp("data") / "coco")
@@ -135,7 +135,7 @@ def small_config(digits):
 
 @pytest.fixture(scope="session")
 def tool_module():
-    """Imports one of ``tools/``, for what only its functions can show."""
+    """Imports one of ``tools/``, for tests that need to call its functions."""
 
     def load(name):
         spec = spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
@@ -148,10 +148,10 @@ def tool_module():
 
 @pytest.fixture(scope="session")
 def tool():
-    """Runs one of ``tools/`` or ``studies/`` as a user does, without the seconds of its imports.
+    """Runs one of ``tools/`` or ``studies/`` as a user does, but saves the seconds of its imports.
 
-    Each run is a process of its own, forked from one that has imported the frameworks. What it says
-    is in stdout, unless its errors are asked for apart.
+    Each run is a process of its own, forked from one that has imported the frameworks. The result's
+    stdout also holds what the tool wrote to stderr, unless ``apart`` is set.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
@@ -176,11 +176,11 @@ def tool():
 
 
 def be_tool(command, cwd, env, streams):
-    """Becomes a tool: the whole life of a process."""
+    """Turns this process into a run of a tool, from start to end."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    # What the imports said is still in the buffer if Python was not told to do without.
+    # Unless Python runs unbuffered, the buffer still holds what the imports printed: discard it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout.flush()
     for number, path in enumerate(streams, 1):

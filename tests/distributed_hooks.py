@@ -1,4 +1,4 @@
-"""mmengine hooks that the configs of test_distributed.py import: they look in, or do harm."""
+"""mmengine hooks for the configs of test_distributed.py: they observe a training or harm it."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class SaveStates(Hook):
-    """Saves what each rank holds when the training ends; a checkpoint is of rank 0 alone."""
+    """Saves each rank's state when the training ends; a checkpoint holds rank 0's alone."""
 
     def after_train(self, runner):
         path = os.path.join(runner.work_dir, f"state_rank{get_rank()}.pth")
@@ -21,9 +21,9 @@ class SaveStates(Hook):
 
 @HOOKS.register_module()
 class SeedIterations(Hook):
-    """Lets an iteration draw the same regions whether or not the run was resumed before it.
+    """Makes an iteration sample the same regions whether or not the run was resumed before it.
 
-    A detector samples them with torch's random generator, whose state mmengine does not keep.
+    A detector samples with torch's random generator, whose state mmengine does not save.
     """
 
     def before_train_iter(self, runner, **kwargs):
@@ -32,7 +32,7 @@ class SeedIterations(Hook):
 
 @HOOKS.register_module()
 class KillRank1(Hook):
-    """Kills rank 1 after an iteration, as the kernel does if memory runs out; never if it is 0."""
+    """Kills rank 1 after iteration `after`, as the kernel does if memory runs out; 0: never."""
 
     def __init__(self, after=0):
         self.after = after

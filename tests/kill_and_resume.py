@@ -2,10 +2,10 @@
 """Kill trainings again and again, resume each, and compare what comes out.
 
 A small detector trains on a few digits. A third of the kills comes at a random moment, a third
-while a checkpoint is being written, and a third after it was noted as the last one, which is when
-most can go wrong.
-A training that gets to its end must hold, to the last bit, the weights and windows of one that
-nobody disturbed; then the next training begins.
+while a checkpoint is being written, and a third just after ``last_checkpoint`` names it, which is
+when most can go wrong.
+A training that reaches its end must hold the weights and windows of an undisturbed training, equal
+to the last bit; then the next training begins.
 
 Run it as ``python tests/kill_and_resume.py``. Its status is 1 if a training failed or differs.
 """
@@ -26,11 +26,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "studies"))
 
-from digits.build import build_digits  # noqa: E402  of the studies, which no package has
+from digits.build import build_digits  # noqa: E402  studies/ is in no package
 
-# What a kill waits for to change, in turn; None is a random moment.
+# The files whose change triggers a kill, in turn; None kills at a random moment.
 AIMS = (None, "epoch_*.pth", "last_checkpoint")
-# What torch draws in an iteration must not depend on the draws before a resume: SeedIterations.
+# SeedIterations: what torch draws in an iteration must not depend on the draws before a resume.
 CONFIG = """
 _base_ = "{root}/studies/digits/configs/faster-rcnn_r18_fpn_cbn-all_1xb2_digits.py"
 custom_imports = dict(imports=["cbn_mmdet", "distributed_hooks"], allow_failed_imports=False)
@@ -95,7 +95,7 @@ def kill_and_resume(folder, times, moments, epochs):
 
 
 def train(config, work_dir):
-    """Starts the training, or goes on with it; what it prints goes to a file."""
+    """Starts or resumes the training; its output goes to a file in the work dir."""
     work_dir.mkdir(exist_ok=True)
     command = [sys.executable, "tools/train.py", config, "--work-dir", work_dir, "--resume"]
     paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -106,19 +106,19 @@ def train(config, work_dir):
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a kill takes the workers of its data along
+            start_new_session=True,  # so that a kill also ends the data loader's workers
         )
 
 
 def kill(process, work_dir, moment, length, aim):
-    """Kills a training, unless it ended before; says whether it did.
+    """Kills a training unless it ends first; returns whether it was killed.
 
     Args:
         process: The training.
         work_dir: Its work dir.
-        moment: When, from 0 to 1.
-        length: What a moment of 1 means, in seconds from the start.
-        aim: What files to wait for instead, to be written, and up to 50 ms from then on; or None.
+        moment: When to kill, from 0 to 1.
+        length: The seconds from the start that a moment of 1 stands for.
+        aim: A pattern of files, or None. The kill then comes within 50 ms of one being written.
     """
     before, start = aim and changed(work_dir, aim), time.monotonic()
     while aim or time.monotonic() - start < moment * length:
@@ -134,7 +134,7 @@ def kill(process, work_dir, moment, length, aim):
 
 
 def changed(work_dir, pattern):
-    """When the newest of the files of a pattern was changed; None if there is none."""
+    """The time of the last change to any file that matches a pattern; None without a match."""
     try:
         return max((path.stat().st_mtime_ns for path in work_dir.glob(pattern)), default=None)
     except FileNotFoundError:
@@ -142,7 +142,7 @@ def changed(work_dir, pattern):
 
 
 def finish(process, work_dir, epochs):
-    """Waits for a training to end, and reads its weights and what its windows hold."""
+    """Waits for a training to end, and reads its weights and the contents of its windows."""
     if process.wait() != 0:
         output = (work_dir / "output.txt").read_text()
         sys.exit(f"a training failed:\n{output[-3000:]}")

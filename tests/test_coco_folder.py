@@ -1,4 +1,4 @@
-"""The generated COCO folder has what real COCO has, so that tests on it say something."""
+"""The generated COCO folder has the peculiarities of real COCO, so that tests on it count."""
 
 import cv2
 import numpy as np

@@ -1,8 +1,8 @@
 """Every config is what its name says, builds, trains, evaluates, and is listed in its README.
 
-All of the COCO configs are read here and compared, and others made of them as their README says; a
-part, with each norm, also trains. `-m sweep` trains them all, in three minutes of one core; with
-`-k faster-rcnn` and `-k mask-rcnn` two processes share it.
+These tests read and compare all COCO configs, and others made from them by the README's options.
+Part of them, with each norm, also trains. `-m sweep` trains them all, in three minutes of one core;
+with `-k faster-rcnn` and `-k mask-rcnn` two processes share the sweep.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DIGITS = sorted((ROOT / "studies/digits/configs").glob("*.py"))
 FOLDERS = [ROOT / "configs/faster_rcnn", ROOT / "configs/mask_rcnn"]
 COCO = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 
-# How the README makes any other config of one that is there.
+# The README's options, which turn an existing config into any other.
 BATCH = "train_dataloader.batch_size="
 R101 = "model.backbone.depth=101 model.backbone.init_cfg.checkpoint=torchvision://resnet101"
 TRAINED = "model.backbone.norm_eval=False model.backbone.frozen_stages=-1"
@@ -68,7 +68,7 @@ PAPER = {
     "derivative_stride": 1,
 }
 RECOMMENDED = {"type": "CBN", "momentum": 0.02}  # else the layer's defaults
-# By the norm of the name: the setting at 4 images per GPU, and below if it is another one there.
+# By the norm in the name: the setting at 4 images per GPU, then the one below 4 if it differs.
 NORMS = {
     "bn": [{"type": "BN"}],
     "syncbn": [{"type": "SyncBN"}],
@@ -78,7 +78,7 @@ NORMS = {
     "cbn": [PAPER, RECOMMENDED],
     "synccbn": [{**PAPER, "type": "SyncCBN"}],
 }
-LAYERS = {"BN": "BatchNorm2d", "SyncBN": "SyncBatchNorm", "GN": "GroupNorm"}  # else the type's
+LAYERS = {"BN": "BatchNorm2d", "SyncBN": "SyncBatchNorm", "GN": "GroupNorm"}  # else the type
 HOOKS = {
     "bn": {"type": "SyncBuffersHook"},
     "brn": {"type": "SyncBuffersHook"},
@@ -113,7 +113,7 @@ PUBLISHED_SETTING = {
     "custom_imports.imports.0": "cbn_mmdet",
     "custom_imports.allow_failed_imports": False,
 }
-# And what it has in common with them.
+# What the published setting and MMDetection's configs have in common.
 COMMON_SETTING = {
     "model.data_preprocessor.mean": [123.675, 116.28, 103.53],
     "model.data_preprocessor.std": [58.395, 57.12, 57.375],
@@ -144,14 +144,14 @@ COMMON_SETTING = {
 
 @pytest.fixture(scope="module", autouse=True)
 def metafiles():
-    """For each `mmdet::` base mmengine reads the metafiles of all models; here it does so once."""
+    """Caches the metafiles of all models, which mmengine reads again for each `mmdet::` base."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmengine.config.utils.load", functools.cache(load))
         yield
 
 
 def read(path):
-    """The config, to change at will."""
+    """A copy of the config, which the caller may change."""
     return copy.deepcopy(read_once(path))
 
 
@@ -183,7 +183,7 @@ def names(paths):
 
 
 def test_which_there_are():
-    """Each norm at each batch, the whole network where the paper has it, and another depth."""
+    """There is each norm at each batch, on the paper's whole networks, and at another depth."""
     parts = ["", *(f"{norm}_" for norm in NORMS)]
     rows = {f"r50_fpn_{part}{batch}" for part in parts for batch in ("4xb4", "8xb2", "16xb1")}
     rows -= {"r50_fpn_synccbn_4xb4"}
@@ -198,7 +198,7 @@ def test_which_there_are():
 
 @pytest.mark.parametrize("options", [f"{BATCH}1", R101, TRAINED, OF_FEW])
 def test_how_to_make_others(options):
-    """What makes the others that are compared and trained here is what the README says."""
+    """The README has the options that make the other configs compared and trained here."""
     assert f"`{options}`" in (FOLDERS[0] / "README.md").read_text()
 
 
@@ -229,7 +229,7 @@ def test_published_setting(detector):
 def flat(settings, prefix=""):
     """Nested settings as one dict, with keys as `--cfg-options` has them.
 
-    `_scope_` is a note of mmengine's, of the package that a base came from.
+    It drops `_scope_`, in which mmengine notes the package that a base came from.
     """
     if isinstance(settings, dict):
         items = settings.items()
@@ -247,7 +247,7 @@ def flat(settings, prefix=""):
 
 @pytest.mark.parametrize("path", **names(COCO + MADE))
 def test_name_says_what_differs(path):
-    """A config is the one without norm at 4 images per GPU, and what its name says."""
+    """A config differs from that without norm at 4 images per GPU only in what its name says."""
     said = facts(path)
     assert said["gpus"] * said["images"] == 16
     cfg = read(path).to_dict()
@@ -315,7 +315,7 @@ def test_metafile(folder):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_pretrained_weights_fit(norm):
-    """With the norm in the backbone, what the file of an R-50 with BN lacks."""
+    """The weights of an R-50 with BN fit a backbone with any norm, but for the names of GN."""
     cfg = read(ROOT / "configs/faster_rcnn/faster-rcnn_r50_fpn_bn-all_4xb4-1x_coco.py")
     init_default_scope("mmdet")
     with torch.device("meta"):
@@ -324,7 +324,7 @@ def test_pretrained_weights_fit(norm):
     keys = backbone.load_state_dict(weights, strict=False, assign=True)
     lost = [key for key in keys.unexpected_keys if not key.startswith("fc.")]
     if norm == "gn":
-        # Other names, apart from the shortcuts', whose norm is the second of two modules.
+        # A shortcut's norm has no name of its own: it is the second of two modules.
         assert all(re.search(r"(^|\.)gn[123]\.(weight|bias)$", key) for key in keys.missing_keys)
         assert len(keys.missing_keys) == 2 * (53 - 4)
         assert all(".bn" in f".{key}" or ".downsample.1." in key for key in lost)
@@ -335,7 +335,7 @@ def test_pretrained_weights_fit(norm):
 def reduced(path, data):
     """The config with settings that a CPU can afford, on the test images."""
     cfg = read(path)
-    # What is not trained detects nothing with confidence.
+    # An untrained detector detects nothing with confidence.
     test_cfg = cfg.model.test_cfg
     test_cfg.get("rcnn", test_cfg).update(score_thr=0, max_per_img=5)
     if path in DIGITS:
@@ -359,7 +359,7 @@ def reduced(path, data):
 
 
 def training_batches(loader):
-    """Two batches, and one without objects where the data has such images: a crowd is none."""
+    """Two batches, and one without objects (crowds do not count) if the data has such images."""
     samples = [loader.dataset[index] for index in range(len(loader.dataset))]
     full = [batch for batch in loader if all(map(has_objects, batch["data_samples"]))]
     empty = [sample for sample in samples if not has_objects(sample["data_samples"])]
@@ -371,7 +371,7 @@ def has_objects(sample):
 
 
 def train_and_evaluate(path, data):
-    """Iterations with an open window, and an evaluation."""
+    """Trains a few iterations with an open window, and evaluates."""
     init_default_scope("mmdet")
     cfg = reduced(path, data)
     torch.manual_seed(0)
@@ -412,7 +412,7 @@ def train_and_evaluate(path, data):
 
 
 def check_placement(model, said):
-    """The norm follows each convolution of FPN and heads; the backbone's is frozen or the same."""
+    """The norm follows each convolution of FPN and heads; the backbone has it or a frozen BN."""
     layer = said["norm"] and LAYERS.get(said["norm_cfg"]["type"], said["norm_cfg"]["type"])
     heads = [(model.neck, 8), (model.roi_head.bbox_head, 4)]
     if said["detector"] == "mask":
@@ -448,9 +448,9 @@ def test_digits_train_and_evaluate(path, digits):
 
 
 def in_part(path):
-    """Each detector with each norm, and one more for each other value of an axis."""
+    """Picks each detector with each norm, and one config for each other value of an axis."""
     said = facts(path)
-    if path in MADE:  # of the norms that have no config for the whole network at this batch
+    if path in MADE:  # stand in for norms without a whole-network config at this batch
         return said["depth"] == 50 and said["norm"] != "gn"
     if said["depth"] == 50 and said["images"] == 4:
         return True

@@ -30,9 +30,9 @@ log_processor = dict(window_size=1)
 train_cfg = dict(max_epochs=4, val_begin=5)
 """
 
-# A detector without sampled regions, whose losses are normalised by the objects of all ranks: the
-# gradient of one step is that of the union of their batches, if the norm's statistics are. With so
-# large a rate the weights after the step are the gradient, without a digit lost to the weights.
+# FCOS samples no regions and normalises its losses by the objects of all ranks. So the gradient of
+# a step is that of the union of the ranks' batches, if the norm's statistics are the union's. With
+# so large a rate the weights after the step are the gradient, with no digit lost to rounding.
 ONE_STEP = """
 norm = dict(type="SyncCBN", window_size=1)
 model = dict(
@@ -67,7 +67,7 @@ SETTINGS = {"NNODES", "NODE_RANK", "MASTER_ADDR", "PORT", "GPUS", "GPUS_PER_NODE
 
 
 def start(root, script, *args, cwd, **environment):
-    """Starts one of the scripts as a user without a GPU does, from a folder of their own."""
+    """Starts one of the scripts as a user without a GPU does, from the user's own folder."""
     inherited = {key: value for key, value in os.environ.items() if key not in SETTINGS}
     ours = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root / "tests")}
     return subprocess.Popen(
@@ -85,7 +85,7 @@ def finish(process, status=0, limit=300):
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun takes its processes along
+        process.terminate()  # torchrun then ends its processes
         output, _ = process.communicate()
         pytest.fail(f"still running after {limit} s:\n{output[-5000:]}")
     assert process.returncode == status, output[-5000:]
@@ -109,7 +109,7 @@ def on_two_ranks(tool, root, *args, cwd, limit=300, name="train.py"):
     with ThreadPoolExecutor(2) as pool:
         ranks = [pool.submit(start, rank) for rank in "01"]
         for rank in as_completed(ranks):
-            rank.result()  # of the first to fail, and not of one that waited for it
+            rank.result()  # raises for the rank that failed first, not for one that waited for it
         return "".join(rank.result().stdout for rank in ranks)
 
 
@@ -120,12 +120,12 @@ def free_port():
 
 
 def norm(kind, *parts):
-    """The settings of a config that give parts of its model another norm."""
+    """The options that give parts of a config's model another norm."""
     return [f"model.{part}.norm_cfg.type={kind}" for part in parts]
 
 
 def steps(work_dir):
-    """What was logged of each iteration, by its number; the last word counts."""
+    """What was logged of each iteration, by its number; of repeated iterations, the last time."""
     files = sorted(work_dir.glob("*/vis_data/scalars.json"))
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return {row["step"]: row for row in rows if "loss" in row}
@@ -145,13 +145,13 @@ def assert_same_on_both_ranks(work_dir):
     first, second = (load(work_dir / f"state_rank{rank}.pth") for rank in (0, 1))
     batches = {name for name in first if name.endswith("num_batches_tracked")}
     assert {int(first[name]) for name in batches} == {max(steps(work_dir))}
-    # A head without regions sees no batch, so that the count of batches is the rank's own.
+    # A head without regions counts no batch, so the counts may differ between ranks.
     differing = [n for n in first if n not in batches and not torch.equal(first[n], second[n])]
     assert not differing
     assert all(value.isfinite().all() for value in first.values())
 
 
-# What needs no training.
+# Tests that need no training.
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_environment(script, environment, message, root, tmp_path):
 
 
 def path_with(folder, name, body):
-    """A PATH that finds a shell script of ours first."""
+    """A PATH on which our own shell script comes first."""
     folder.mkdir()
     (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (folder / name).chmod(0o755)
@@ -201,7 +201,7 @@ def test_python_without_torch(root, tmp_path):
 
 @pytest.mark.slow
 def test_slurm(root, small_config, tmp_path):
-    """What srun is asked for; this one then runs the command here, once."""
+    """The arguments that srun gets; the fake srun then runs the command here, once."""
     srun = path_with(
         tmp_path / "bin",
         "srun",
@@ -225,7 +225,7 @@ def test_slurm(root, small_config, tmp_path):
             *("--launcher", "slurm", "--resume"),
         )
     )
-    # The tool found config and data, and stopped where GPUs come in.
+    # The tool found config and data, and stopped where it needs GPUs.
     assert last == "train.py: error: --launcher slurm needs GPUs; on CPUs use torchrun and pytorch"
 
 
@@ -299,7 +299,7 @@ def test_rank_without_regions(kind, heads, root, tool, digits, small_config, tmp
         *norm(kind, "backbone", "neck", "roi_head.bbox_head", "roi_head.mask_head"),
     ]
     if heads == 2:
-        # No background either. mmdet then has no loss for the classes, whose layer goes unused.
+        # Nor any background: mmdet then computes no classification loss, and that layer is unused.
         options += ["model.train_cfg.rcnn.sampler.neg_pos_ub=0", "find_unused_parameters=True"]
     on_two_ranks(
         *(tool, root, config, "--work-dir", "work", "--cfg-options", *options),
@@ -311,7 +311,7 @@ def test_rank_without_regions(kind, heads, root, tool, digits, small_config, tmp
 
 @pytest.fixture(scope="module")
 def killed(root, uninterrupted, tmp_path_factory):
-    """The same training, of which rank 1 dies in the last epoch; and what it printed."""
+    """The same training, but rank 1 dies in the last epoch: folder, output, seconds to the end."""
     folder = tmp_path_factory.mktemp("killed")
     config = uninterrupted / "config.py"
     args = config, 2, "--work-dir", "work", "--cfg-options", "custom_hooks.3.after=21"
@@ -333,7 +333,7 @@ def test_a_dead_rank_ends_the_job(killed):
 @pytest.mark.slow
 @pytest.mark.parametrize("save_window", [True, False])
 def test_resume(save_window, killed, root, tool, uninterrupted, tmp_path):
-    """With the windows of rank 0 on both ranks; or with none, and it is said so."""
+    """Both ranks resume with rank 0's windows; or, as the log then says, with empty ones."""
     work_dir = tmp_path / "work"
     shutil.copytree(killed[0] / "work", work_dir)
     if not save_window:
@@ -350,22 +350,22 @@ def test_resume(save_window, killed, root, tool, uninterrupted, tmp_path):
     assert len(resumed) == len(expected) == 24
     for step in range(1, 19):  # up to the checkpoint, from which both go on
         assert losses(resumed[step]) == losses(expected[step])
-    # Rank 0, which logs, has its windows again; rank 1 has others than before, and tells by the
-    # next step of the weights.
+    # Rank 0, which logs, has its own windows back. Rank 1 has rank 0's instead of its own, which
+    # shows in the losses after the next update of the weights.
     assert (losses(resumed[19]) == losses(expected[19])) == save_window
     assert losses(resumed[20]) != losses(expected[20])
 
 
 @pytest.mark.slow
 def test_test_on_two_ranks_and_on_two_nodes(root, tool, uninterrupted, tmp_path):
-    """Three images on two ranks: one of them is padded, and counts once."""
+    """Three images on two ranks: the sampler repeats one as padding, but it counts once."""
     config, checkpoint = uninterrupted / "config.py", uninterrupted / "work" / "epoch_4.pth"
 
     def args(name):
         return (
             *("--work-dir", tmp_path / name, "--out", tmp_path / f"{name}.pkl", "--cfg-options"),
             *("test_dataloader.dataset.indices=3", "test_dataloader.batch_size=1"),
-            # So little trained, it finds something only if all that it suspects counts.
+            # After so little training it only finds something if low scores and overlaps count.
             *("model.test_cfg.rcnn.score_thr=0.0", "model.test_cfg.rcnn.max_per_img=1000"),
             "model.test_cfg.rcnn.nms.iou_threshold=0.9",
         )

@@ -72,8 +72,8 @@ def test_each_page_is_listed():
     assert {name for name in pages if f"({name})" not in index} == set()
 
 
-# What runs each command of the README and the pages: a script that is kept, or a test with
-# another config, or fewer images, than the page has.
+# What runs each command of the README and the pages: a script that is kept, or a test, with
+# another config or fewer images than on the page.
 RUN_BY = {
     r"make test( PYTEST_ARGS=.*)?": ".ci/run",
     "make train": "test_tools/test_training.py",  # its recipe's three commands
@@ -99,7 +99,7 @@ RUN_BY = {
         )
         for name in names.split()
     },
-    # Of photographs that the test draws, in folders like a clone's.
+    # With images that the test draws, in folders laid out like a clone's.
     r"git clone .* data/\w+|python studies/evidence\.py (photos|cells)(-all)?": (
         "test_studies/test_photos.py"
     ),
@@ -108,14 +108,14 @@ RUN_BY = {
     r"tools/dist_train\.sh .*": "test_distributed.py",
     r"tools/dist_test\.sh .*": "test_distributed.py",
     r"mim=.*|python \$mim/tools/train\.py .*|mim train mmdet .*": "test_wheel.py",
-    # Setting up, which the Makefile's recipe does likewise.
+    # Set-up commands, which the Makefile's recipe also runs.
     r"(python -m )?pip install .*|source .*": "Makefile",
     r'python -c "import .*': "Makefile",
 }
 
 
 def commands():
-    """Each line of the pages' commands, without comment, and the name of its page."""
+    """Yields each command line of the pages, without its comment, after the page's name."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), DIGITS_PAGE]
     for page in pages:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
@@ -139,7 +139,7 @@ def test_commands_are_run_by_something():
 
 
 def test_commands_are_the_projects():
-    """Each tool and each of its options, each target of make, that a page or the README names."""
+    """Every tool, option and make target that a page or the README names exists."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page, command in commands():
         assert set(re.findall(r"^make ([\w-]+)", command)) <= targets, f"{page}: {command}"

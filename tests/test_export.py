@@ -140,6 +140,23 @@ class TestCompile:
         assert graphs == [["cos", "sin"], ["relu", "add"], ["tanh", "neg"]]
         assert cbn_mmdet.links(model) == {"norm": "first", "last": "second"}
 
+    def test_why_a_graph_ends(self):
+        """The compiler sees what Python does instead as one thing each, and traces none of it."""
+        widths, blocks = range(3, 11), []
+        for width in widths:  # unequal, so that no two share what is compiled
+            blocks += [nn.Conv2d(width, width + 1, 1), CBN(width + 1)]
+        model = nn.Sequential(*blocks)
+        link(model)
+        compiled = torch.compile(model, backend="eager")
+        torch._dynamo.utils.counters.clear()
+        for number in range(3):
+            compiled(images(seed=number)).sum().backward()
+            step(model)
+        reasons = torch._dynamo.utils.counters["graph_break"]
+        assert len(reasons) == 2
+        for name in ("Hook.__call__", "CBN._train"):
+            assert any(f"`{name}` should not be traced" in reason for reason in reasons)
+
     def test_evaluation_is_one_graph(self):
         """Of a model that is not linked, or not any more."""
         for model in (Model().eval(), to_batchnorm(trained())):

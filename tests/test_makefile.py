@@ -12,7 +12,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of what set-up reads."""
+    """A copy of the files that set-up reads."""
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -62,7 +62,7 @@ def test_no_compiler(project):
 
 
 def test_operators_do_not_import(project):
-    """As after a build that did not see torch: pip is content, the import is not."""
+    """After a build of mmcv that did not see torch, pip succeeds but the import fails."""
     (project / ".venv/bin").mkdir(parents=True)
     script(
         project / ".venv/bin/python",
@@ -75,7 +75,7 @@ def test_operators_do_not_import(project):
 
 
 def test_what_pip_builds_finds_the_environments_ninja(project):
-    """Without it torch compiles on one core."""
+    """Without ninja on the PATH torch compiles on one core."""
     (project / ".venv/bin").mkdir(parents=True)
     script(
         project / ".venv/bin/python",

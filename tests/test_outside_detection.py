@@ -30,7 +30,7 @@ outside = pytest.mark.skipif(
 IMAGENET = ROOT / "configs/imagenet"
 CITYSCAPES = ROOT / "configs/cityscapes/fcn_r50-d8_cbn_8xb1-40k_cityscapes-512x1024.py"
 PAPER = dict(window="sliding", window_size=4, backward="current", derivative_stride=1)
-# By the norm of the name: the layer, some of its settings, and the epochs of its burn-in.
+# By the norm in the name: the layer, some of its settings, and the epochs of its burn-in.
 NORMS = {
     "bn": (nn.BatchNorm2d, {}, None),
     "gn": (nn.GroupNorm, dict(num_groups=32), None),
@@ -43,7 +43,7 @@ NORMS = {
 LEAVES = [f"resnet18_{norm}" for norm in NORMS]
 LEAVES += [f"resnet50_{norm}" for norm in ("bn", "gn", "cbn-paper", "cbn")]
 
-# What a CPU can afford.
+# Settings that a CPU can afford.
 FEW = """
 train_dataloader = dict(
     batch_size=2,
@@ -83,7 +83,7 @@ CITYSCAPES_VAL = """pipeline=[
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]"""
-# As deep, but thin.
+# The same depth, with few channels.
 THIN = "model = dict(backbone=dict(stem_channels=8, base_channels=8), head=dict(in_channels=64))"
 THIN_FCN = """model = dict(
     data_preprocessor=dict(size=(64, 64)),
@@ -96,7 +96,7 @@ THIN_FCN = """model = dict(
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """ImageNet's 1,000 folders, of one small image each."""
+    """ImageNet's 1,000 folders, with one small image each."""
     root = tmp_path_factory.mktemp("data") / "imagenet"
     pixels = np.random.default_rng(0).integers(0, 256, (8, 70, 80, 3), dtype=np.uint8)
     images = [cv2.imencode(".jpg", each)[1].tobytes() for each in pixels]
@@ -109,7 +109,7 @@ def imagenet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cityscapes(tmp_path_factory):
-    """A city, with the folders and names of Cityscapes."""
+    """Images of one generated city, in the folders and with the file names of Cityscapes."""
     root, rng = tmp_path_factory.mktemp("data") / "cityscapes", np.random.default_rng(0)
     for split, count in ("train", 3), ("val", 2):
         for kind in ("leftImg8bit", "gtFine"):
@@ -118,7 +118,7 @@ def cityscapes(tmp_path_factory):
             name = f"{split}/town/town_{number:06}_000019"
             truth = np.repeat(rng.integers(0, 19, (2, 4), dtype=np.uint8), 32, 0).repeat(32, 1)
             image = rng.normal(truth[..., None] * 10 + 30, 8, (*truth.shape, 3)).clip(0, 255)
-            truth[:4] = 255  # which is not to be learnt
+            truth[:4] = 255  # the label that training ignores
             for path, pixels in (
                 (f"leftImg8bit/{name}_leftImg8bit.png", image.astype(np.uint8)),
                 (f"gtFine/{name}_gtFine_labelTrainIds.png", truth),
@@ -140,7 +140,7 @@ def classifier(imagenet):
 
 @pytest.fixture(scope="module")
 def segmentor(cityscapes):
-    """Writes the config of ``configs/cityscapes`` likewise."""
+    """Writes the config of ``configs/cityscapes`` for the small images."""
 
     def write(folder, extra=""):
         extra = (
@@ -179,7 +179,7 @@ def lines_of(done, status):
 
 
 def test_the_burn_in_of_the_segmentor():
-    """In iterations, as its loop counts."""
+    """Its burn-in is in iterations, as its loop counts."""
     hooks = re.findall(r"^custom_hooks = (.*)$", CITYSCAPES.read_text(), re.MULTILINE)
     assert hooks == ['[dict(type="CBNHook", burn_in=1000, by_epoch=False)]']
 
@@ -236,7 +236,7 @@ def test_config_trains_and_evaluates(name, classifier, tmp_path):
 
 @outside
 def test_the_config_of_one_image():
-    """What the page says of one image, and nothing else."""
+    """The config of one image differs from that of 32 in momentum and batch size alone."""
     one, of_32 = (
         Config.fromfile(IMAGENET / f"resnet18_cbn_8xb{images}_in1k.py") for images in (1, 32)
     )
@@ -249,7 +249,7 @@ def test_the_config_of_one_image():
 @outside
 @pytest.mark.parametrize("images", [32, 4, 1])
 def test_images_per_gpu(images, tool, classifier, tmp_path):
-    """One option sets them, and the learning rate of the first step follows."""
+    """One option sets the images per GPU; the learning rate follows from the first step on."""
     extra = f"{THIN}\ntrain_cfg = dict(max_epochs=2, val_begin=2)"
     config = classifier(tmp_path, f"resnet18_cbn_8xb{1 if images == 1 else 32}_in1k", extra)
     option = f"train_dataloader.batch_size={images}"
@@ -271,7 +271,7 @@ def test_images_per_gpu(images, tool, classifier, tmp_path):
 
 @outside
 def test_other_depths(classifier, tmp_path):
-    """What the page says makes a ResNet-50 of any."""
+    """The page's options turn a ResNet-18 config into that of a ResNet-50."""
     options = "model.backbone.depth=50 model.head.in_channels=2048"
     assert f"`{options}`" in (ROOT / "docs/beyond-detection.md").read_text()
     made = Config.fromfile(IMAGENET / "resnet18_cbn_8xb32_in1k.py")
@@ -286,7 +286,7 @@ def test_other_depths(classifier, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tool, classifier, tmp_path_factory):
-    """A classifier trained for two epochs, the second of them resumed."""
+    """A classifier trained for two epochs, with a resume between them."""
     folder = tmp_path_factory.mktemp("classifier")
     schedule = "train_cfg = dict(max_epochs=2)\ncustom_hooks = [dict(type='CBNHook', burn_in=1)]"
     config, work_dir = classifier(folder, "resnet18_cbn", f"{THIN}\n{schedule}"), folder / "work"
@@ -362,7 +362,7 @@ def test_test(trained, tool, tmp_path):
 
 @outside
 def test_publish(trained, tool, tmp_path):
-    """A checkpoint for BN, which evaluates alike."""
+    """The published checkpoint is for BN and gives the same outputs."""
     config, work_dir, _ = trained
     out = tmp_path / "published.pth"
     done = tool("publish.py", work_dir / "epoch_2.pth", out)
@@ -376,7 +376,7 @@ def test_publish(trained, tool, tmp_path):
 
 
 def evaluate_both(published, config, checkpoint):
-    """What the model of a published checkpoint returns, and what the one it was made of does."""
+    """The outputs of the model of a published checkpoint, and of the model that was published."""
     init_default_scope("mmpretrain")
     dumped = Config.fromstring(torch.load(published)["meta"]["cfg"], ".py")
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -392,7 +392,7 @@ def evaluate_both(published, config, checkpoint):
 
 @outside
 def test_publish_of_moving_averages(tool, classifier, tmp_path):
-    """MABN has buffers that BN lacks, and a convolution that is still this package's."""
+    """MABN has buffers that BN lacks, and its published model keeps this package's convolution."""
     config, work_dir = classifier(tmp_path, "resnet18_mabn"), tmp_path / "work"
     tool("train.py", config, "--work-dir", work_dir, "--cfg-options", "train_cfg.max_epochs=1")
     tool("publish.py", work_dir / "epoch_1.pth", tmp_path / "published.pth")
@@ -402,7 +402,7 @@ def test_publish_of_moving_averages(tool, classifier, tmp_path):
 
 @outside
 def test_two_processes(tool, classifier, tmp_path):
-    """They share an epoch, and the learning rate is that of both; resumed, tested, published."""
+    """Two processes share an epoch and scale the learning rate; they resume, test and publish."""
     schedule = "train_cfg = dict(max_epochs=2)\ncustom_hooks = [dict(type='CBNHook', burn_in=1)]"
     config, work_dir = (
         classifier(tmp_path, "resnet18_cbn", f"{THIN}\n{schedule}"),
@@ -438,7 +438,7 @@ def test_tables_and_plot(trained, tool, tmp_path):
 
 
 def test_plot_of_several(tool_module, tmp_path):
-    """A line of means for each config over its batches, of the runs that finished."""
+    """Each config has a line: the means of its finished runs, over the batch sizes."""
     from common.errors import UsageError
     from common.runs import Run
     from matplotlib.figure import Figure
@@ -472,7 +472,7 @@ def test_plot_of_several(tool_module, tmp_path):
 
 @outside
 def test_segmentation(tool, segmentor, tmp_path):
-    """Checked, trained in a loop of iterations, resumed, tested, published, tabled."""
+    """A segmentor is checked, trained by iterations, resumed, tested, published and tabled."""
     config, work_dir = segmentor(tmp_path), tmp_path / "work"
     cfg = Config.fromfile(CITYSCAPES)
     assert cfg.train_dataloader.batch_size == 1 and "SyncBN" not in cfg.pretty_text
@@ -507,11 +507,11 @@ def test_segmentation(tool, segmentor, tmp_path):
     assert re.search(r"\| mIoU +\|", done.stdout) and "box AP" not in done.stdout
 
 
-# Who does not use them.
+# Without MMPretrain and MMSegmentation.
 
 
 def test_who_does_not_use_them_does_not_need_them(small_config, tmp_path):
-    """A detector is checked, trained, tested, published and tabled where neither is there."""
+    """A detector is checked, trained, tested, published and tabled without either package."""
     config = small_config(tmp_path, "faster-rcnn_r18_fpn_cbn-all_1xb2_digits")
     work_dir = tmp_path / "work"
     short = ["--cfg-options", "train_cfg.max_epochs=1", "custom_hooks.0.burn_in=0"]

@@ -43,7 +43,7 @@ def test_config():
 
 
 def test_options_are_the_layers():
-    """Each option of the layer and the hooks stands in its table, with its default."""
+    """The page's tables list each option of the layer and the hooks, with its default."""
     import inspect
 
     from cbn_mmdet import CBN, CBNHook, DiagnoseHook, PreciseStatsHook
@@ -72,7 +72,7 @@ def test_commands_exist():
 
 
 def test_the_layer_needs_torch_alone():
-    """Without the OpenMMLab packages the layer imports, and trains in the loop of its page."""
+    """Without the OpenMMLab packages the layer imports, and trains in docs/pytorch.md's loop."""
     page = (ROOT / "docs" / "pytorch.md").read_text()
     build, loop, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = (

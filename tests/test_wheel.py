@@ -1,6 +1,6 @@
-"""What the wheel has, and what it does where there is no clone.
+"""What the wheel contains, and what works without a clone.
 
-Beside torch alone the layer trains; beside OpenMMLab's packages configs and tools do.
+With torch alone the layer trains; with OpenMMLab's packages the configs and tools run.
 """
 
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 MIM = "cbn_mmdet/.mim"
 CONFIG = "configs/faster_rcnn/faster-rcnn_r50_fpn_cbn_16xb1-1x_coco.py"
-# What a CPU can afford; what is hardly trained detects nothing with confidence.
+# Settings that a CPU can afford; a barely trained detector detects nothing with confidence.
 SMALL = [
     "train_dataloader.dataset.indices=4",
     "train_dataloader.dataset.pipeline.2.scale=(96,64)",
@@ -68,7 +68,7 @@ print(cbn_mmdet.__file__)
 
 
 def environment():
-    """Without what would lead another Python to this one's packages."""
+    """The environment without the variables that lead another Python to this one's packages."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV"))}
 
 
@@ -81,7 +81,7 @@ def run(*command, **options):
 
 
 def build(source, folder):
-    """The wheel of a folder or of an sdist, with the build tools that are here."""
+    """Builds the wheel of a folder or of an sdist, with the build tools installed here."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder]
     run(sys.executable, "-m", "pip", "wheel", source, *options)
     (path,) = folder.glob("*.whl")
@@ -90,7 +90,7 @@ def build(source, folder):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A clone, without what git ignores but for one compiled file."""
+    """A clone without ignored files, except compiled ones, which must stay out of the wheel."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("cbn_mmdet", "configs", "docs", "studies", "tests", "tools"):
         ignore = shutil.ignore_patterns("__pycache__")
@@ -109,9 +109,9 @@ def wheel(tree, tmp_path_factory):
 
 
 def install(wheel, folder, others):
-    """A Python with the wheel, and with what else is in ``others``, whose .pth files it ignores.
+    """A Python with the wheel and the packages in ``others``, whose .pth files it ignores.
 
-    An editable install would lead to the clone by such a file.
+    The .pth file of an editable install would lead to the clone.
     """
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
@@ -132,7 +132,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("source", ["clone", "sdist"])
 def test_files(source, wheel, tree, tmp_path):
-    """The method and its hooks, and beside them what OpenMMLab's packages have, too."""
+    """The wheel holds the method, its hooks, and a .mim folder as OpenMMLab's packages do."""
     if source == "sdist":
         code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
         run(sys.executable, "-c", code, cwd=tree)
@@ -149,7 +149,7 @@ def test_files(source, wheel, tree, tmp_path):
 
 
 def test_index(wheel):
-    """What the index and the metafiles name is there; a name is that of one config, as mim asks."""
+    """All that index and metafiles name is there; config names are unique, as mim requires."""
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     configs = [name for name in names if re.fullmatch(rf"{MIM}/configs/\w+_rcnn/.*\.py", name)]
@@ -166,7 +166,7 @@ def test_index(wheel):
 
 
 def test_beside_torch_alone(wheel, tmp_path):
-    """The wheel, torch and what torch requires: the layer trains."""
+    """With only the wheel, torch and torch's requirements installed, the layer trains."""
     others = tmp_path / "others"
     others.mkdir()
     wanted = ["torch"]
@@ -187,7 +187,7 @@ def test_beside_torch_alone(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(wheel, coco, tmp_path_factory):
-    """A Python with the wheel and this one's packages, and a folder with COCO where it belongs."""
+    """A Python with the wheel and this one's packages, and a folder with COCO in data/coco."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "data").mkdir()
     (folder / "data" / "coco").symlink_to(coco)
@@ -198,7 +198,7 @@ def installed(wheel, coco, tmp_path_factory):
     return folder, python, site
 
 
-# The first and the last of each folder whose package is there.
+# Reads the first and the last config of each folder whose package is installed.
 READ = """
 import sys
 from importlib.util import find_spec
@@ -219,7 +219,7 @@ print(count)
 
 
 def test_configs_are_read(installed):
-    """By their path in the package, from any folder."""
+    """Configs can be read by their path in the package, from any folder."""
     folder, python, site = installed
     configs = site / MIM / "configs"
     said = run(python, "-W", "ignore", "-c", READ, configs, cwd=folder)
@@ -228,7 +228,7 @@ def test_configs_are_read(installed):
 
 @pytest.mark.parametrize("tool", ["mmdet's train.py", "dist_train.sh"])
 def test_a_config_trains(tool, installed):
-    """A config by its path in the package, with MMDetection's own tool, as by openmim, and ours."""
+    """A packaged config trains with MMDetection's own tool, as openmim runs it, and with ours."""
     folder, python, site = installed
     mim = site / "cbn_mmdet" / ".mim"
     if tool == "dist_train.sh":  # which runs tools/train.py

@@ -26,7 +26,7 @@ def test_every_folder_is_there():
 @pytest.mark.sweep
 @pytest.mark.parametrize("folder", ZOO)
 def test_it_trains(folder):
-    """With as many layers, by the same ways, as the page has; or not, and with BN neither."""
+    """A folder trains with the page's row; or it fails for the page's reason, and so does BN."""
     found, why = run(folder), reason_of(folder)
     if why is None:
         assert found["reason"] == ""

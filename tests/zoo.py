@@ -37,9 +37,9 @@ WITHOUT_MMPRETRAIN = (
     "train, 53 layers each, and convnext has layer norms alone)"
 )
 
-# By folder a config, and what it needs: images of another size or count, options of the norm, a
-# part of the model alone, a mend of what is built. Of those that cannot be tried here, what the
-# failure says and the reason in words.
+# Per folder a config and what it needs: images of another size or count, options of the norm, a
+# part of the model alone, a fix to the built model. For configs that cannot be tried here: what the
+# failure says, and the reason in words.
 ZOO = {
     "albu_example": dict(config="mask-rcnn_r50_fpn_albu-1x_coco"),
     "atss": dict(config="atss_r50_fpn_1x_coco"),
@@ -245,7 +245,7 @@ FEW = dict(num=32, max_per_img=100)  # regions, where a config has them
 
 
 def replaced(old, norm):
-    """The norm in place of another, which says nothing but its type, `eps` and `momentum`."""
+    """The norm in place of an old one, of which it keeps `eps` and `momentum` alone."""
     if isinstance(old, dict) and old.get("type") in REPLACED:
         return {**{key: old[key] for key in KEPT if old.get(key)}, **norm}  # torch takes no eps=0
     return old
@@ -266,7 +266,7 @@ def default_norm(kind):
 
 
 def with_norm(node, norm=NORM):
-    """A config with the norm in all places of a batch or group norm, from no pretrained weights."""
+    """A config with the norm for every batch and group norm, and without pretrained weights."""
     if isinstance(node, list | tuple):
         return type(node)(with_norm(value, norm) for value in node)
     if not isinstance(node, dict):
@@ -292,9 +292,9 @@ def with_norm(node, norm=NORM):
 
 
 def stock_model(name, parts=(), norm=NORM, change=None):
-    """A detector of mmdet's own config with the norm, also in parts that default to none.
+    """Builds a detector of mmdet's with the norm, also in ``parts`` that default to none.
 
-    The config may be changed, to be smaller, before it is built.
+    ``change`` may edit the config before that, say to make the model smaller.
     """
     from mmengine.config import Config
 
@@ -302,7 +302,7 @@ def stock_model(name, parts=(), norm=NORM, change=None):
 
 
 def build(cfg, parts=(), norm=NORM, change=None):
-    """The model of a config, as `stock_model` has it."""
+    """Builds the model of a config, as `stock_model` does."""
     import mmdet.datasets  # noqa: F401  registers CLRNet's preprocessor
     from mmdet.registry import MODELS
     from mmengine.config import ConfigDict
@@ -346,11 +346,11 @@ def total(losses):
     )
 
 
-# What it is given.
+# The inputs.
 
 
 def find(node, key):
-    """All values that any dictionary in a config has of a key."""
+    """All values of a key, in any dictionary of a config."""
     if isinstance(node, list | tuple):
         return [value for each in node for value in find(each, key)]
     if not isinstance(node, dict):
@@ -360,7 +360,7 @@ def find(node, key):
 
 
 def images(cfg, size, count=1):
-    """Images of three objects with their masks, and what else the model's own pipeline loads."""
+    """Images of three objects with masks, and whatever else the model's own pipeline loads."""
     from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 
     loads = find(cfg.get("train_dataloader", {}), "type")
@@ -403,7 +403,7 @@ def one_road():
 
 
 def batch(cfg, trains, size=SIZE, count=1):
-    """What the model's data preprocessor takes."""
+    """A batch in the form that the model's data preprocessor takes."""
     import numpy as np
     from mmdet.testing import demo_track_inputs
 
@@ -429,7 +429,7 @@ def batch(cfg, trains, size=SIZE, count=1):
 
 
 def images_of(data):
-    """The tensors of the images, whatever the form."""
+    """The tensors of the images, however they are nested."""
     if hasattr(data, "random_"):
         return [data]
     values = data.values() if isinstance(data, dict) else data
@@ -442,7 +442,7 @@ WAYS = dict(closed="closed form", autograd="autograd", naive="not compensated", 
 
 
 class Layers:
-    """The batch norms of a model that is to train, and what they were handed.
+    """The batch norms of a model to train, and how each one's statistics follow its weight.
 
     Args:
         model: With `BN`, or with `CBN` where a `norm_cfg` reaches; the others are converted here.
@@ -472,7 +472,7 @@ class Layers:
         self.running = layer
 
     def watch(self):
-        """Notes in which way each layer's statistics follow the weight that feeds it."""
+        """Records in which way each layer's statistics follow the weight that feeds it."""
         from cbn_mmdet.norm import linking
 
         source_of = linking.source_of
@@ -491,7 +491,7 @@ class Layers:
         return mock.patch.object(linking, "source_of", watched)
 
     def check(self):
-        """Each layer that ran has a window, and `links` tells of it what was seen."""
+        """Checks that each layer that ran has a window, and that `links` agrees with `watch`."""
         import cbn_mmdet
 
         names = {module: name for name, module in self.model.named_modules()}
@@ -584,7 +584,7 @@ def run(folder, norm="CBN"):
 
 
 def row(folder, found):
-    """The line of the table of a config that trains."""
+    """The table's row for a config that trains."""
     ways = [str(found.get(way, 0) or "") for way in ("closed", "autograd", "naive")]
     ran = sum(found.get(way, 0) for way in WAYS)
     notes = [f"{found['converted']} by `from_batchnorm`"] if found["converted"] else []
@@ -596,7 +596,7 @@ def row(folder, found):
 
 
 def table(results):
-    """What came out, in Markdown: who trains, and who does not and why."""
+    """The results in Markdown: which folders train, and why the others do not."""
     trained = {folder: found for folder, found in results.items() if not found["reason"]}
     lines = ["| folder | config | CBN layers | closed form | autograd | not compensated | |"]
     lines += ["|---|---|---|---|---|---|---|"]

@@ -168,15 +168,17 @@ class CBNHook(Hook):
         """Ends the iteration and logs its figures."""
         model = unwrapped(runner.model)
         updated = _has_updated(runner.optim_wrapper)
-        clamped, warning = end_iteration(model, _loss_scaler(runner), updated)
-        if warning:
-            # On processes other than rank 0, mmengine shows errors only.
+        ended = end_iteration(model, _loss_scaler(runner), updated)
+        if ended.dropped:
+            # mmengine logs nothing below an error for processes other than rank 0.
             log = runner.logger.warning if get_rank() == 0 else runner.logger.error
-            log(f"CBNHook: {warning}")
+            log(f"CBNHook: {ended.dropped}")
+        if ended.narrow:
+            runner.logger.warning(f"CBNHook: {ended.narrow}")
         self._differs = get_world_size() > 1
         if self._is_read_each_time or _is_saved(self, runner):
             self._average(runner)
-        fraction = 0.0 if clamped is None else clamped.item()
+        fraction = 0.0 if ended.clamped is None else ended.clamped.item()
         if not self._has_told_links:
             self._tell_links(runner, model)
         layers = cbn_layers(model).values()

@@ -109,7 +109,6 @@ class CBN(NormLayer):
         dtype: Dtype of parameters and buffers.
 
     Attributes:
-        own_window_size: The largest window size that the layer can have in force.
         window_limit: The size last given to :meth:`set_window`; None for the layer's own.
         window_in_force: The largest window size in force: 1 in a burn-in; 8 where the window sets
             its own.
@@ -178,15 +177,18 @@ class CBN(NormLayer):
         self.derivative_stride = derivative_stride
         self.sync = sync
         self.window_dtype = window_dtype
-        own = window_size
-        if window_size == "auto":
-            own = ENDLESS if window == "step" else LARGEST
-        self.own_window_size: int = own
         self.window_limit: int | None = None
-        self.window_in_force = own
+        self.window_in_force = self.own_window_size
         self.__dict__.update(_FRESH, _windows=[])
 
     # The window in force.
+
+    @property
+    def own_window_size(self) -> int:
+        """The largest window size that the layer can have in force."""
+        if self.window_size != "auto":
+            return self.window_size
+        return ENDLESS if self.window == "step" else LARGEST
 
     @property
     def mean_window_size(self) -> float:
@@ -351,7 +353,7 @@ class CBN(NormLayer):
         gathers running statistics: that function resets them, sets ``momentum`` to None, and then
         runs forwards that no ``step`` follows.
         """
-        if self._was_reset and self.is_reset_by_torch():
+        if self._was_reset and self.is_reset_by_torch():  # the first is cheap, and mostly False
             return True
         if "_is_replica" in self.__dict__:
             raise self.refusal(

@@ -65,6 +65,20 @@ class Call(NamedTuple):
     repeats: bool
 
 
+class Ended(NamedTuple):
+    """What the end of an iteration tells.
+
+    Attributes:
+        clamped: What :func:`step` returns.
+        dropped: The warning about records with NaN or infinite values, which are dropped, or None.
+        narrow: The warning about windows that stay narrow, or None.
+    """
+
+    clamped: Tensor | None
+    dropped: str | None
+    narrow: str | None
+
+
 class Iteration:
     """The state of a linked model's current iteration.
 
@@ -314,10 +328,8 @@ class Iteration:
         self.records[:] = [record for record in self.records if record.layer is not layer]
 
     @torch.no_grad()
-    def step(
-        self, loss_scale: object = None, updated: bool = True
-    ) -> tuple[Tensor | None, str | None]:
-        """Ends the iteration as :func:`step` does; returns the result and the warning."""
+    def step(self, loss_scale: object = None, updated: bool = True) -> Ended:
+        """Ends the iteration as :func:`step` does; returns the result and the warnings."""
         self._depth = 0
         linking.unmark(self._marked)
         if loss_scale is not None and (self._scaler is None or is_number(loss_scale)):
@@ -334,7 +346,7 @@ class Iteration:
             if fraction is not None:
                 clamped.append(fraction)
         _update_running_stats(kept)
-        told = list(filter(None, (self._of_dropped(dropped), self._of_narrow(kept))))
+        told = self._of_dropped(dropped), self._of_narrow(kept)
         self._scaler = loss_scale
         self._has_stepped = True
         self.scale = 1.0
@@ -349,8 +361,7 @@ class Iteration:
             layer._was_reset = False
             if updated and layer.window == "step":
                 layer._forget()
-        fraction = torch.tensor(sum(clamped) / len(clamped)) if clamped else None
-        return fraction, " ".join(told) or None
+        return Ended(torch.tensor(sum(clamped) / len(clamped)) if clamped else None, *told)
 
     def _of_dropped(self, dropped: list[Record]) -> str | None:
         """The warning about records that were dropped, or None."""
@@ -369,15 +380,18 @@ class Iteration:
         sizes = [
             1 / record.share
             for record in kept
-            if record.past is not None and record.window.sets_itself and record.window.size > 1
+            # Where set_window allows 2 at most, they are to be narrow.
+            if record.past is not None and record.window.sets_itself and record.window.size > 2
         ]
-        size = sum(sizes) / len(sizes) if sizes else math.inf
+        if not sizes:  # neither wide nor narrow: another network's turn, say
+            return None
+        size = sum(sizes) / len(sizes)
         self._narrow_for = self._narrow_for + 1 if size < _NARROW else 0
         if self._has_told or self._narrow_for < _LONG:
             return None
         self._has_told = True
         return (
-            f"windows have averaged {size:.1f} batches, the current one included, for {_LONG} "
+            f"CBN: windows have averaged {size:.1f} batches, the current one included, for {_LONG} "
             "iterations: CBN does what batch normalisation does. They narrow where the last batch "
             "tells more of the next one than the average of several: images that come in an order "
             "(shuffle them, or set window_size=8), weights that move fast (a lower learning rate, "
@@ -741,16 +755,15 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     """
     if not cbn_layers(model):
         _warn_without_layers(model, "step")
-    clamped, warning = end_iteration(model, loss_scale, updated)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
-    return clamped
+    ended = end_iteration(model, loss_scale, updated)
+    for warning in (ended.dropped, ended.narrow):
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+    return ended.clamped
 
 
-def end_iteration(
-    model: nn.Module, loss_scale: object = None, updated: bool = True
-) -> tuple[Tensor | None, str | None]:
-    """Does what :func:`step` does; returns the fraction, and the warning or None."""
+def end_iteration(model: nn.Module, loss_scale: object = None, updated: bool = True) -> Ended:
+    """Does what :func:`step` does, but returns its warnings."""
     is_scale = is_number(loss_scale) and loss_scale > 0
     if not (loss_scale is None or is_scale or hasattr(loss_scale, "scale")):
         raise ValueError(
@@ -765,11 +778,11 @@ def end_iteration(
     # A part that was linked after the model has an iteration of its own.
     iterations = dict.fromkeys([own, *[layer._iteration for layer in layers]])
     results = [each.step(loss_scale, updated) for each in iterations if each is not None]
-    clamped = [each for each, _ in results if each is not None]
-    warned = [warning for _, warning in results if warning]
-    return (
+    clamped = [each.clamped for each in results if each.clamped is not None]
+    told = ([each.dropped for each in results], [each.narrow for each in results])
+    return Ended(
         torch.stack(clamped).mean() if clamped else None,
-        " ".join(warned) if warned else None,
+        *(" ".join(filter(None, texts)) or None for texts in told),
     )
 
 

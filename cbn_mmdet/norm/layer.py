@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +13,10 @@ from torch import Tensor, fx, nn
 is_compiling = getattr(torch.compiler, "is_compiling", None) or (
     lambda: torch._dynamo.is_compiling()
 )
+
+# ``torch.compiler.disable`` imports the compiler at once, which takes a second; torch's own
+# optimisers use the former, which leaves that to the first call.
+outside_graphs = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 
 class NormLayer(nn.BatchNorm2d):
@@ -79,19 +81,6 @@ class NormLayer(nn.BatchNorm2d):
             "torch.jit.script does not know it. Turn it into the batch normalisation that it is in "
             "evaluation first: cbn_mmdet.to_batchnorm(model)."
         )
-
-
-def outside_graphs(function: Callable) -> Callable:
-    """``torch.compiler.disable`` at the first call: it imports a compiler, which takes a second."""
-
-    @functools.wraps(function)
-    def call(*args: object, **kwargs: object) -> object:
-        disabled = function.__dict__.get("disabled")
-        if disabled is None:
-            disabled = function.disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
-
-    return call
 
 
 def is_recomputation() -> bool:

@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+import cbn_mmdet.norm.iteration
 from cbn_mmdet import CBN, CBNHook, CmBN, DiagnoseHook, links, window_state
 from cbn_mmdet.norm.reference import Reference
 
@@ -549,6 +550,15 @@ def test_what_is_logged(tmp_path):
     tensorboard = EventAccumulator(str(events.parent))
     tensorboard.Reload()
     assert {"cbn/window_size", "cbn/clamped"} <= set(tensorboard.Tags()["scalars"])
+
+
+def test_windows_that_stay_narrow_are_told_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cbn_mmdet.norm.iteration, "_NARROW", 9)  # wider than any
+    monkeypatch.setattr(cbn_mmdet.norm.iteration, "_LONG", 3)
+    made, _ = runner(tmp_path, CBNHook(burn_in=0), CBN(4))
+    made.train()
+    (line,) = [line for line in log_of(tmp_path).splitlines() if "windows have averaged" in line]
+    assert "WARNING - CBNHook: CBN: windows have averaged" in line
 
 
 def test_window_sizes_as_they_are(tmp_path):

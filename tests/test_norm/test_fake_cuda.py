@@ -223,8 +223,7 @@ class TestLaunches:
     @pytest.mark.parametrize(("name", "half"), LIMITS)
     def test_of_an_iteration(self, name, half):
         few, many = (
-            list(zip(launches(name, n, half), launches("BN", n, half), strict=True))
-            for n in (2, 6)
+            list(zip(launches(name, n, half), launches("BN", n, half), strict=True)) for n in (2, 6)
         )
         limits = self.LIMITS[name, half]
         for (one, plain), (other, of_bn), (a_layer, model) in zip(few, many, limits, strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import os
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 from layers import KINDS, backward, chain, descend, iterate, linked, state_of
 from torch import nn
 
-from cbn_mmdet import CBN, step
+from cbn_mmdet import CBN, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm.reference import Reference
 
 
@@ -70,6 +71,33 @@ def test_windows_that_stay_narrow_are_told_of_once(frames, size, count):
     assert len(told) == count
     for message in told:
         assert "windows have averaged 1." in message and "for 100 iterations" in message
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "told_at"),
+    [
+        (lambda number: 1, None, [99]),
+        (lambda number: 1, 2, []),  # windows of at most 2 are narrow on purpose
+        (lambda number: 1 if number % 100 else 1 / 8, None, []),  # never 100 in a row
+        (lambda number: 1 if number else 1 / 8, None, [100]),
+    ],
+)
+def test_which_windows_are_narrow(share, limit, told_at):
+    """A ``step`` without a forward neither counts nor interrupts."""
+    model, told = linked(size="auto"), []
+    set_window(model, limit)
+    iterate(model, 3)
+    for number in range(250):
+        state = window_state(model)
+        state["1"][0].update(log_share=math.log(share(number)), seen=1000)
+        load_window_state(model, state)
+        model(torch.randn(1, 3, 8, 8)).square().sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(model)
+            step(model)
+        told += [number for each in caught if "windows have averaged" in str(each.message)]
+    assert told == told_at
 
 
 @KINDS

@@ -1,4 +1,4 @@
-"""What studies/compensation.py says of a training, against what must be so."""
+"""What studies/compensation.py reports of a training, against what must hold."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"  # windows set their own size
-SLIDING = "faster-rcnn_r18_fpn_cbn-current-all_1xb2_digits"  # of 8
+SLIDING = "faster-rcnn_r18_fpn_cbn-current-all_1xb2_digits"  # window size 8
 SHORT = (
     "train_cfg = dict(type='IterBasedTrainLoop', max_iters=20, val_interval=1000)\n"
     "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]\n"
@@ -17,8 +17,8 @@ SHORT = (
 
 
 def measure(tool, small_config, folder, rate, *args, base=DIGITS):
-    """The rows of the report, by truth and estimate."""
-    # mmengine merges dictionaries: what the epoch-based loop has besides must be deleted.
+    """Runs the study; returns what it printed, and its rows by truth and estimate."""
+    # mmengine merges dictionaries: the other keys of the epoch-based loop must be deleted.
     extra = SHORT.replace("dict(type='Iter", "dict(_delete_=True, type='Iter")
     done = tool(
         "compensation.py",
@@ -46,7 +46,7 @@ def measure(tool, small_config, folder, rate, *args, base=DIGITS):
 
 
 def test_weights_that_rest_leave_no_error(tool, small_config, tmp_path):
-    """So what is measured is the weights' doing, of the layer and of the whole network."""
+    """So the errors come from moving weights alone, the layer's or the whole network's."""
     _, rows = measure(tool, small_config, tmp_path, 0.0, "--strides", 1, 4, "--bfloat16")
     variants = {"naive", *(f"stride {n}{half}" for n in (1, 4) for half in ("", ", bfloat16"))}
     assert {row["estimate"] for row in rows} == variants

@@ -1,4 +1,4 @@
-"""What the models of cost are made of: counts against other counts, formulas at round numbers."""
+"""The parts of the cost models: counts against other counts, formulas at round numbers."""
 
 import cost
 import pytest
@@ -26,7 +26,7 @@ def test_terms(monkeypatch):
 
 
 def test_counted_operations_are_those_of_the_shapes(monkeypatch):
-    """Of each convolution three products, of the first two; BN has one operation a layer more."""
+    """A convolution takes three products, the first one two; BN has one operation a layer more."""
     monkeypatch.setattr(cost, "SIZE", (96, 128))
     bn = cost.count_step("BN", 1, False)
     products = []
@@ -63,7 +63,7 @@ def test_model(monkeypatch, capsys):
     ]
     modelled = [row for row in rows if row and row[0] in cost.GPUS]
     assert len(modelled) == 4 * 2 * 2
-    # Where maps are this small the host is all that is waited for.
+    # With maps this small, all the time goes to the host.
     assert all("(1.00×, host" in row[3] and ", host" in row[4] for row in modelled)
 
 
@@ -80,7 +80,7 @@ def test_pay(monkeypatch):
 
 @pytest.mark.slow
 def test_collectives(monkeypatch, capsys):
-    """Two processes: SyncCBN says what SyncBN says, and CBN nothing before an evaluation."""
+    """Two processes: SyncCBN sends what SyncBN sends, CBN nothing before an evaluation."""
     heard = {}
     listen = cost.listen
     monkeypatch.setattr(cost, "listen", lambda count: heard.setdefault(count, listen(count)))

@@ -227,7 +227,7 @@ def test_a_killed_build_leaves_no_set(tmp_path):
         process.wait()
     assert not root.exists()
     assert not list(tmp_path.rglob("digits.json"))
-    # What the dead process left behind does not stand in the way of the next.
+    # The files that the dead process left behind do not block the next build.
     assert (build_digits(root, **SMALL) / "digits.json").is_file()
 
 

@@ -33,7 +33,7 @@ def evidence():
 
 
 def test_classifier(tool, tmp_path):
-    """Ends with all figures, adds to them, and does not run again what it has."""
+    """The study prints all figures, adds new runs, and does not repeat those it has."""
     args = ["classifier", *SHORT, "--folder", tmp_path, "--batches", 8, 32]
     norms = ["--norms", "BN", "CBN", "BRN", "CmBN", "MABN"]
     tool("evidence.py", *args, "--seeds", 1, *norms)
@@ -42,7 +42,7 @@ def test_classifier(tool, tmp_path):
         (norm, batch, 0) for norm in norms[1:] for batch in (8, 32)
     }
     for row in first:
-        row["accuracy"] = 50.0  # what was run again would change it
+        row["accuracy"] = 50.0  # a repeated run would change it
     path = tmp_path / "classifier.json"
     path.write_text(json.dumps(dict(json.loads(path.read_text()), runs=first)))
     done = tool("evidence.py", *args, "--seeds", 2, *norms, "GN(num_groups=8)")
@@ -66,7 +66,7 @@ KINDS = ("", ", precise statistics")
 
 
 def test_burn_in(tool, tmp_path):
-    """Is kept and shown beside the study's own, and trains no norm again that has no window."""
+    """Another burn-in's runs join the study's own; norms without a window do not train again."""
     args = ["classifier", *SHORT, "--folder", tmp_path, "--batches", 32, "--seeds", 1]
     args += ["--norms", "BRN", "CBN"]
     tool("evidence.py", *args)
@@ -92,7 +92,7 @@ def test_burn_in(tool, tmp_path):
     ],
 )
 def test_when_the_classifiers_windows_open(norm, burn_in, changes, forwards, evidence, monkeypatch):
-    """By the forwards before; in eighths of a run of 18, or of two steps of CmBN's 8."""
+    """Keys of `changes` are forwards; burn-ins are eighths of a run of 18, or of CmBN's 2 x 8."""
     from trainings import classifier
 
     sizes, steps = {}, []
@@ -163,7 +163,7 @@ def test_each_step_has_its_images():
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_frames_come_in_a_row(batch, evidence, monkeypatch):
-    """Each image as often as the study says, and then another; without frames, once."""
+    """Each image comes as often in a row as the study says; without frames, once."""
     from trainings import classifier
 
     def images_of(study):
@@ -231,7 +231,7 @@ def test_momentum(tool, tmp_path):
     tool("evidence.py", "momentum", *SHORT, *args)
     found = rows(tmp_path, "momentum")
     assert len(found) == 4
-    # The momentum changes what is evaluated with, and not the training.
+    # The momentum changes the statistics of the evaluation, not the training.
     assert len({row["precise"] for row in found}) == 1
 
 
@@ -252,7 +252,7 @@ def test_continued(evidence, tool, tmp_path):
     assert min(way.values()) == round(found[0]["worst"], 3)
     numbers = [f"{share:.3f} (1)" for share in way.values()]
     assert re.search(rf"^\| BN +\| {re.escape(' | '.join(numbers))} +\|$", printed, re.MULTILINE)
-    # What was trained first is kept, and what goes on from it does so in the same way.
+    # The first training's weights are kept, and continuing from them again gives the same.
     (weights,) = tmp_path.glob("runs/continued/0.02/*.pth")
     written = weights.stat().st_mtime_ns
     options = dict(evidence.CONTINUED, shorten=0.02, work_dir=str(weights.parent))
@@ -265,7 +265,7 @@ def test_continued(evidence, tool, tmp_path):
 
 
 def test_ablation(evidence, tool, tmp_path):
-    """Of results that are there but for one."""
+    """All results but one are there already."""
     settings = dict(evidence.ABLATION, shorten=0.02)
     row = dict(batch=2, seed=0)
     norms = [evidence.sliding(k) for k in (1, 2, 4, 8, 16)]
@@ -360,7 +360,7 @@ def test_levels(name, tool, tmp_path):
 
 @pytest.mark.parametrize(("name", "norms"), [("levels", 1), ("levels-apart", 4)])
 def test_the_norms_of_levels(name, norms, evidence, monkeypatch, digits):
-    """Whose convolutions have one norm, or one for each."""
+    """The levels share the norm of each convolution, or each level has its own."""
     from trainings import detector
     from trainings.shared import Job
 
@@ -376,7 +376,7 @@ def test_the_norms_of_levels(name, norms, evidence, monkeypatch, digits):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_cmbn_accumulates_in_the_detector(batch, monkeypatch, digits):
-    """Eight forwards in a step of the optimiser, and a rate that grows over as many steps."""
+    """A step of the optimiser has eight forwards; the rate's warm-up has as many steps as ever."""
     from trainings import detector
     from trainings.shared import Job
 
@@ -437,7 +437,7 @@ def test_what_continued_has_no_use_for(args, complaint, evidence, monkeypatch):
 
 
 def test_a_gpu_that_is_not_there(evidence, tmp_path, monkeypatch):
-    """Said before anything trains, and not where nothing is left to train."""
+    """The error comes before anything trains, and not if nothing is left to train."""
     args = ["photos", "--device", "cuda", "--folder", str(tmp_path)]
     args += ["--norms", "BN", "--batches", "1", "--seeds", "1"]
     monkeypatch.setattr("sys.argv", ["evidence.py", *args])
@@ -497,7 +497,7 @@ ALL_KEPT = sorted([*KEPT.glob("*.json"), *KEPT.glob("h100/*.json")])
 
 @pytest.mark.parametrize("kept", ALL_KEPT, ids=lambda path: str(path.relative_to(KEPT)))
 def test_the_page_has_the_results_kept_beside_it(kept, evidence):
-    """Each row that the command prints of what is kept, in all its cells."""
+    """The page has each row that the command prints of the kept results, with all its cells."""
     from trainings.results import grouped, on_the_way, summary, title
 
     page = KEPT.with_suffix(".md").read_text().replace("**", "")

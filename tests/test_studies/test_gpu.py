@@ -35,7 +35,7 @@ def results(folder):
 
 @pytest.mark.parametrize("torch_only", [False, True])
 def test_what_a_gpu_is_asked(torch_only, tmp_path, monkeypatch):
-    """All commands are understood, and would take ten minutes if each takes its time."""
+    """All commands parse, and their expected times add up to ten minutes at most."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     parts = of_a_gpu(tmp_path, torch_only)
     assert sum(part.seconds for part in parts) <= 600
@@ -57,7 +57,7 @@ def test_what_a_gpu_is_asked(torch_only, tmp_path, monkeypatch):
 
 
 def test_the_options_of_a_training(root, tmp_path):
-    """Each is one that the config has, and there are 50 steps, most with an open window."""
+    """The config has each option, and there are 50 steps, most with an open window."""
     for config in gpu.CONFIGS:
         cfg = read_config(str(root / "configs" / config))
         options = dict(each.split("=", 1) for each in gpu.settings(tmp_path / "coco", False))
@@ -69,7 +69,7 @@ def test_the_options_of_a_training(root, tmp_path):
 
 @pytest.mark.slow
 def test_without_mmdetection(tool, tmp_path):
-    """With torch and torchvision alone; what is done is kept, what failed is tried again."""
+    """Torch and torchvision suffice; a rerun keeps finished parts and retries failed ones."""
     hidden = ["mmengine", "mmcv", "mmdet", "rich", "matplotlib"]
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules.update(dict.fromkeys({hidden}))\n"

@@ -74,14 +74,14 @@ def build(folder, count):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Where clones are, of which there is a small one."""
+    """The folder that holds the clones, with one small clone."""
     folder = tmp_path_factory.mktemp("photos")
     build(folder / "raccoon", 7)  # 5 to train: 40 iterations, and each tenth is drawn
     return folder
 
 
 def convert(folder, *args, **kwargs):
-    """The report, and the contents of both files."""
+    """Runs the converter; returns its report and the contents of both files."""
     source = str(folder / "annotations"), str(folder / "images"), str(folder / "out")
     report = voc.convert(*source, *args, **kwargs)
     paths = [folder / f"out/instances_{split}.json" for split in ("train", "val")]
@@ -89,7 +89,7 @@ def convert(folder, *args, **kwargs):
 
 
 def test_conversion(tmp_path):
-    """Boxes, from pixels that are counted from 1 to coordinates; classes; difficult objects."""
+    """Boxes (pixels counted from 1 become coordinates), classes, and difficult objects."""
     for name in "abcd":
         draw(tmp_path, name)
         annotate(tmp_path, name, [("dog", 1, 1, *SIZE), ("cat", 0, 11, 30, 20)], difficult=[1])
@@ -127,7 +127,7 @@ def test_splits(tmp_path):
 
 
 def test_what_is_left_out(tmp_path):
-    """Is told, and nothing else is lost."""
+    """The report names what is left out, and nothing else is lost."""
     box = ("cell", 1, 1, 20, 20)
     for name, size in (("a", SIZE), ("b", SIZE), ("wrong", (64, 96))):
         draw(tmp_path, name, size)
@@ -155,7 +155,7 @@ def test_what_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     "corners, found",
     [
-        ((0, 0, 30, 20), [[0, 0, 30, 20]]),  # of a tool that counts from 0
+        ((0, 0, 30, 20), [[0, 0, 30, 20]]),  # from a tool that counts from 0
         ((1, 1, 1, 20), []),
         ((1, 1, 20, 1), []),
         ((-1, 1, 20, 20), []),
@@ -174,7 +174,7 @@ def test_a_box_at_the_edge(corners, found, tmp_path):
     assert len(report) == (2 if found else 4)
 
 
-# An entry of a picture's header: its first row is the right side.
+# An Exif entry, by which the first row of pixels is the picture's right side.
 ORIENTATION = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)
 
 
@@ -227,7 +227,7 @@ def test_command(tmp_path, tool):
 
 
 def file_names():
-    """Of the published file, which was read; blocks have three convolutions, but for the first."""
+    """Names read off the published file; blocks have three convolutions, the first one two."""
     for number in range(16):
         parts = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
         for conv, norm in parts[number == 0 :]:
@@ -264,7 +264,7 @@ def test_every_weight_is_loaded(norm, drawn):
     loaded = [value for key, value in model.state_dict().items() if "num_batches" not in key]
     skipped = "num_batches_tracked", *(("running_mean", "running_var") if norm == "GN" else ())
     heads = "_conv_head", "_bn1.", "_fc"
-    # Of the file, in its own order.
+    # The values of the file, in its own order.
     expected = [
         value
         for key, value in weights.items()
@@ -304,7 +304,7 @@ def test_weights_that_are_not_installed(monkeypatch):
 
 
 def test_a_photograph_has_the_classes_that_it_has_elsewhere():
-    """Those that timm 1.0.19's tf_efficientnet_lite0 gives it, with the weights in its order."""
+    """timm 1.0.19's tf_efficientnet_lite0, with these weights in its order, gives the same."""
     model = EfficientNetLite(out_indices=(2, 3, 4, 5, 6))
     model.init_weights()
     crop = cv2.resize(load_sample_image("flower.jpg"), (336, 224), interpolation=cv2.INTER_AREA)
@@ -362,7 +362,7 @@ def test_where_the_photographs_are(data):
 
 
 def test_no_norm(data):
-    """In FPN and head, while the backbone keeps its own; a backbone that trains it has to."""
+    """FPN and head have none, the backbone keeps its own; a backbone that trains needs one."""
     cfg = detector.detector_config(Job("none", 1, 0), options(data))
     assert cfg.model.neck.norm_cfg is cfg.model.roi_head.bbox_head.norm_cfg is None
     assert cfg.model.backbone.norm_cfg.type == "BN" and cfg.custom_hooks == []
@@ -379,7 +379,7 @@ def test_no_clone(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_configs(path):
-    """Each is what its name says, and is in the README."""
+    """Each config is what its name says, and is in the README."""
     cfg = Config.fromfile(path)
     is_all, source = "cbn-all" in path.name, path.stem.rpartition("_")[2]
     classes = {"raccoon": ("raccoon",), "bccd": ("Platelets", "RBC", "WBC")}[source]

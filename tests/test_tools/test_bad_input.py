@@ -1,4 +1,4 @@
-"""What is damaged, missing, full or of another model ends in one line that says how to mend it."""
+"""Damaged, missing or foreign files and full disks end in one line that says how to mend it."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def case(trained, digits, tmp_path):
 
 
 def other_model(root):
-    """The weights of a detector whose layers but for the norms are the same."""
+    """The weights of a detector that differs in its norms alone."""
     from mmdet.registry import MODELS
 
     init_default_scope("mmdet")
@@ -71,7 +71,7 @@ class Code:
 
 
 def last_line(tool, *args, **kwargs):
-    """The last line of a tool that has to end with a line for its user."""
+    """Runs a tool that must fail with a line for its user, and returns that last line."""
     done = tool(*args, check=False, **kwargs)
     assert done.returncode == 2, done.stdout[-3000:]
     assert "Traceback" not in done.stdout
@@ -100,7 +100,7 @@ def test_damaged_data(name, case, tool):
 
 @pytest.mark.slow
 def test_unwritable_folders(case, tool):
-    """A file in the place of a folder stops everyone, root too, whom no permission stops."""
+    """A file takes the folder's place: that stops root, too, whom no permission stops."""
     config, weights = case / "config.py", case / "work" / "epoch_1.pth"
     (case / "file").touch()
     line = last_line(tool, "train.py", config, "--work-dir", case / "file")
@@ -140,7 +140,7 @@ def test_resume_from_what_is_no_training(case, root, tool):
 
 @pytest.mark.slow
 def test_test_of_what_is_not_the_model(case, root, tool):
-    """mmengine would warn, and evaluate layers that were never trained."""
+    """mmengine alone would only warn, and evaluate layers that were never trained."""
     config, path = case / "config.py", case / "bad.pth"
     args = "test.py", config, path, "--work-dir", case / "new"
     torch.save({"state_dict": other_model(root)}, path)
@@ -181,7 +181,7 @@ def test_code_in_a_checkpoint_does_not_run(case, tool):
     assert not trace.exists()
     assert f"{path} holds more than weights, posix.system, and could run any code" in line
     tool(*args, env={**os.environ, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"})
-    assert trace.exists()  # so that the above means something
+    assert trace.exists()  # where it is allowed, the code does run
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_tables_of_what_is_damaged(case, tool):
     content = scalars.read_bytes()
     scalars.write_bytes(b"\xff" + content)
     assert f"{scalars}: line 1 is damaged" in last_line(tool, "tables.py", case / "work")
-    scalars.write_bytes(content[:-20])  # which is what a kill leaves
+    scalars.write_bytes(content[:-20])  # as a kill leaves it
     tool("tables.py", case / "work")
     settings = cut(next((case / "work").glob("*/vis_data/config.py")))
     assert f"cannot read {settings}" in last_line(tool, "tables.py", case / "work")

@@ -43,11 +43,11 @@ def checkpoint(path, when):
 
 
 def test_last_checkpoint_that_is_whole(tmp_path, capsys):
-    """A kill while a checkpoint or its note is written costs an epoch at most."""
+    """A kill while a checkpoint or `last_checkpoint` is written costs an epoch at most."""
     work_dir = str(tmp_path)
     assert latest_checkpoint(work_dir) is None
     first, tenth = checkpoint(tmp_path / "epoch_1.pth", 1), checkpoint(tmp_path / "epoch_10.pth", 2)
-    assert latest_checkpoint(work_dir) == str(tenth)  # the run was killed before it made its note
+    assert latest_checkpoint(work_dir) == str(tenth)  # killed before last_checkpoint was written
     (tmp_path / "epoch_10_bn.pth").write_bytes(first.read_bytes())  # published, no training's
     assert latest_checkpoint(work_dir) == str(tenth)
     (tmp_path / "last_checkpoint").write_text(str(first))
@@ -97,7 +97,7 @@ def test_checkpoint_of_a_moved_work_dir(tmp_path):
 
 
 def test_checkpoint_that_was_written_elsewhere(tmp_path):
-    """By CheckpointHook(out_dir=...); a checkpoint in the work dir itself goes before."""
+    """CheckpointHook(out_dir=...) wrote it; one in the work dir itself takes precedence."""
     work_dir, other = tmp_path / "run", tmp_path / "out/run"
     for folder in (work_dir, other):
         folder.mkdir(parents=True)

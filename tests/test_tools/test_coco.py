@@ -36,7 +36,7 @@ def test_good(content, folder):
 
 
 def test_images_in_folders_of_their_own(content, folder):
-    """As a file name of the annotations may have it."""
+    """The file names in the annotations may include a folder."""
     (folder / "part").mkdir()
     first = content["images"][0]
     shutil.move(folder / first["file_name"], folder / "part")

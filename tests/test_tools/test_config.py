@@ -80,7 +80,7 @@ def test_mistyped_norm(tmp_path, setting, message):
         ("type='CBNHook', k=1", "'k'; it takes burn_in, by_epoch, save_window$"),
         ("type='CBNHook', burn_in=-1", "burn_in must be a whole number of at least 0"),
         ("type='DiagnoseHook', interval=0", "interval must be a whole number of at least 1, got 0"),
-        ("type='EMAHook', momentums=1, priority='LOW'", None),  # which hands its options on
+        ("type='EMAHook', momentums=1, priority='LOW'", None),  # it hands its options on
         ("type='mmdet.NumClassCheckHook', priority=60", None),
     ],
 )
@@ -102,7 +102,7 @@ def test_mistyped_hook(hook, message):
         (dict(), dict(max_iters=9), "3 epochs is not shorter than the run of 1 epochs"),
         (dict(burn_in=9, by_epoch=False), dict(max_iters=9), "burn_in=2, by_epoch=False\\)\\]$"),
         (dict(burn_in=8, by_epoch=False), dict(max_iters=9), None),
-        (dict(burn_in=9, by_epoch=False), dict(max_epochs=3), None),  # of a length not known
+        (dict(burn_in=9, by_epoch=False), dict(max_epochs=3), None),  # iterations unknown
     ],
 )
 def test_burn_in(hook, length, message):
@@ -135,7 +135,7 @@ def test_mistyped_option():
 
 
 def test_option_that_nothing_would_read(capsys):
-    """A name that a config only wrote its settings with: their values were copied."""
+    """The config only used these names to write other settings, which hold copies of them."""
     norm = dict(type="CBN", momentum=0.02)
     parts = dict(neck=dict(norm_cfg=norm), heads=[dict(norm_cfg=norm), dict(num_stages=4)])
     own = dict(norm_cfg=norm, copy=norm, max_epochs=4, note="a", data_preprocessor=dict(mean=1))
@@ -153,12 +153,12 @@ def test_option_that_nothing_would_read(capsys):
     config.merge_options(cfg, {"model.heads.0.norm_cfg.momentum": 0.1, "load_from": "x"})
     assert cfg.model.heads[0].norm_cfg.momentum == 0.1 and cfg.load_from == "x"
     assert capsys.readouterr().err == ""
-    config.merge_options(cfg, {"note": "b"})  # a hook of the user's may read it
+    config.merge_options(cfg, {"note": "b"})  # a user's own hook may read it
     assert cfg.note == "b" and "note: no setting of the frameworks" in capsys.readouterr().err
 
 
 def test_settings_that_differ():
-    """In what defines a training, however they are written; nothing of the texts is run."""
+    """Compares what defines a training, however it is written, and runs none of the text."""
     weights = "init_cfg=dict(type='Pretrained', checkpoint='{}/r50.pth')"
     before = (
         f"model = dict(neck=dict(type='FPN', a=1e-5), head=[dict(a=1)], {weights.format('a')})\n"

@@ -1,4 +1,4 @@
-"""How a tool ends that was asked for what cannot be."""
+"""How a tool ends when it cannot do what it was asked to."""
 
 import errno
 
@@ -8,7 +8,7 @@ from common.errors import UsageError
 
 
 def test_run_tool(capfd, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # which it sets for its process
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # else run_tool sets it for good
 
     def fail():
         raise UsageError("this is wrong")

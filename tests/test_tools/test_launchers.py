@@ -20,7 +20,7 @@ def test_processes_without_a_gpu(monkeypatch):
 
 
 def test_processes_with_gpus(monkeypatch):
-    """A GPU for each process, and processes of the launcher's."""
+    """Each process needs a GPU, and the launcher must have started the processes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("SLURM_PROCID", raising=False)
@@ -39,7 +39,7 @@ def test_processes_with_gpus(monkeypatch):
     "error", [AttributeError("no attribute"), torch.cuda.OutOfMemoryError("out of memory")]
 )
 def test_a_good_checkpoint_is_not_blamed(error, tmp_path):
-    """For a mistake in a hook that is called once it was read, or for a small GPU."""
+    """A hook that fails after the read, or a GPU that is too small, is to blame."""
 
     class Mistaken(Hook):
         def after_load_checkpoint(self, runner, checkpoint):

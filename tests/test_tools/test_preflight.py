@@ -19,7 +19,7 @@ DIGITS = "faster-rcnn_r18_fpn_cbn-all_1xb1_digits"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file as the pretrained backbone's."""
+    """A file like that of the pretrained backbone."""
     path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     return path
@@ -68,7 +68,7 @@ def test_layers_in_evaluation_mode_need_no_convolution(tool, small_config, tmp_p
 
 
 def test_iterations_of_a_repeated_data_set(tool, small_config, tmp_path):
-    """Of 12 images, three times each; and the hook that a training of this length is given."""
+    """12 images, three times each; and the default hook for a training of this length."""
     config = small_config(
         tmp_path,
         DIGITS,
@@ -86,7 +86,7 @@ def test_iterations_of_a_repeated_data_set(tool, small_config, tmp_path):
 
 
 def test_coco(tool, coco, weights):
-    """At the size of postage stamps, on fewer GPUs than the config's name says."""
+    """With tiny images, on fewer GPUs than the config's name says."""
     small = [
         "train_dataloader.dataset.pipeline.2.scale=(160,96)",
         "val_dataloader.dataset.pipeline.1.scale=(160,96)",
@@ -113,7 +113,7 @@ def test_coco(tool, coco, weights):
 
 
 def test_each_failure_is_a_line(tool, coco, tmp_path):
-    """One does not hide the others."""
+    """No failure hides the others."""
     folder = shutil.copytree(coco, tmp_path / "coco")
     first = min((folder / "train2017").iterdir())
     first.unlink()
@@ -156,7 +156,7 @@ def test_each_failure_is_a_line(tool, coco, tmp_path):
 
 
 def test_wrong_data_and_other_norm(tool, coco, weights, tmp_path):
-    """Also with a norm that the pretrained backbone was not trained with."""
+    """Wrong data, and a norm other than that of the pretrained backbone."""
     annotations = tmp_path / "renamed.json"
     content = json.loads((coco / "annotations/instances_val2017.json").read_text())
     content["categories"][0]["name"] = "human"
@@ -189,7 +189,7 @@ def test_wrong_data_and_other_norm(tool, coco, weights, tmp_path):
     assert ok["batch"].startswith("4 GPU(s) (the config's name) x 4 image(s) = 16 images per step")
     assert ok["CBN"] == "there is none in the model"
     text = lines_of(done, "NOTE")["model.backbone.init_cfg.checkpoint"]
-    # The 53 convolutions, and scale and shift of the 4 shortcuts' norms, whose names are no norm's.
+    # The 53 convolutions, and scale and shift of the 4 shortcuts' norms, whose names name no norm.
     assert text.startswith("61 of the 159 weights of ResNet are in")
     assert (
         "98 are not, and keep their initial values: gn1.weight, gn1.bias, layer1.0.gn1.weight"

@@ -13,7 +13,7 @@ from conftest import ROOT, run_on_full_disk
 from mmengine.config import Config
 
 CBN2 = "faster-rcnn_r18_fpn_cbn-all_1xb2_digits"
-# A short training of a model that is averaged, and that finds something however little it learnt.
+# A short training with averaged weights; the model detects something however little it learnt.
 SHORT = """
 train_cfg = dict(max_epochs=1)
 custom_hooks = [
@@ -38,7 +38,7 @@ def published_config(path):
 
 @pytest.fixture
 def publish(monkeypatch, capsys):
-    """Runs the tool in this process, which spares its start, and returns what it printed."""
+    """Runs the tool in this process, which saves starting one; returns what it printed."""
     main = runpy.run_path(str(ROOT / "tools" / "publish.py"))["main"]
 
     def run(*args):
@@ -51,7 +51,7 @@ def publish(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_config, tool):
-    """A trained checkpoint, its config, and what publishing it wrote and said."""
+    """A trained checkpoint, its config, the published file, and what the tool printed."""
     folder = tmp_path_factory.mktemp("publish")
     config = small_config(folder, CBN2, SHORT)
     tool("train.py", config, "--work-dir", folder)

@@ -59,7 +59,7 @@ def test_run_of_an_empty_folder(tmp_path):
 
 
 def test_run_has_the_name_and_length_of_its_config(tmp_path):
-    """Of two configs that were trained in one work dir, the last one's."""
+    """If two configs were trained in one work dir, the last one counts."""
     short, long = dict(type="EpochBasedTrainLoop", max_epochs=2), dict(max_epochs=12)
     write_run(tmp_path, "1", [*steps(1, 3, 1), evaluation(2, 0.1)])
     write_config(tmp_path / "1/vis_data/config.py", train_cfg=short, randomness=dict(seed=1))
@@ -77,7 +77,7 @@ def test_run_has_the_name_and_length_of_its_config(tmp_path):
 
 
 def test_a_config_is_known_whatever_statistics_were_tested(tmp_path):
-    """``tools/test.py --precise-stats`` writes the config again, with its option."""
+    """``tools/test.py --precise-stats`` dumps the config again, with that option set."""
     write_run(tmp_path, "1", steps(1, 3, 1))
     write_config(tmp_path / "1/vis_data/config.py", lr=0.1)
     write_config(tmp_path / "mine.py", lr=0.1, precise_stats=300)
@@ -93,7 +93,7 @@ def test_run_in_iterations(tmp_path):
 
 
 def test_half_a_line_is_no_line(tmp_path):
-    """A run may be killed while it logs. What is damaged elsewhere was not damaged by it."""
+    """A kill may cut the last line of the log; damage elsewhere is an error."""
     write_run(tmp_path, "1", [*steps(1, 3, 1), evaluation(1, 0.1)])
     path = tmp_path / "1" / "vis_data" / "scalars.json"
     text = path.read_text()
@@ -130,12 +130,12 @@ def test_tests_count_where_there_is_no_evaluation(tmp_path):
     assert alone == [evaluation(1, 0.3), evaluation(2, 0.2), evaluation(3, 0.6), *others]
     write_run(
         tmp_path, "9", steps(1, 3, 1)
-    )  # a new start, to which the old checkpoints are nothing
+    )  # a new start, for which the old checkpoints do not count
     assert read_run(str(tmp_path)).evaluations == []
 
 
 def test_nothing_detected_is_an_ap_of_zero(tmp_path):
-    """Unless the evaluation was another one than COCO's."""
+    """This holds for COCO's evaluation alone."""
     write_run(tmp_path, "1", [*steps(1, 3, 1), dict(time=1.0, step=1), {"voc/mAP": 0.5, "step": 2}])
     _, (first, second) = logged(tmp_path)
     assert first["coco/bbox_mAP"] == first["coco/bbox_mAP_75"] == 0

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 MASK = "mask-rcnn_r18_fpn_cbn-all_1xb2_digits"
 BOX = "faster-rcnn_r18_fpn_bn-all_1xb2_digits"
 COCO = "mask-rcnn_r50_fpn_4xb4-1x_coco"
-# A detector that has hardly learnt anything detects, too, and has an AP.
+# Without a threshold even a barely trained detector detects something, and has an AP.
 SCORE = "model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))"
 SMALL_COCO = """
 train_pipeline = [
@@ -59,7 +59,7 @@ def write_run(folder, *records):
 
 
 def read_tables(markdown):
-    """The cells of each table by its title, its rows and its columns."""
+    """The cells of each table, by title, row and column."""
     tables = {}
     for block in markdown.split("## ")[1:]:
         lines = [line.strip("| ").split(" | ") for line in block.splitlines() if line[:1] == "|"]
@@ -128,7 +128,7 @@ def test_runs_of_no_metafile(finished, interrupted, tool, tmp_path):
 
 
 def test_beside_published(finished, interrupted, tool, tmp_path):
-    """Runs of a metafile's configs are set beside it, in points; its other rows stay empty."""
+    """Runs stand beside the metafile's figures, in points; rows without a run stay empty."""
     (tmp_path / "configs" / "any").mkdir(parents=True)
     (tmp_path / "configs" / "any" / "metafile.yml").write_text(
         "Models:\n"
@@ -195,7 +195,7 @@ def test_coco(small_coco, root, tool):
         ("mask AP75", "coco/segm_mAP_75", 36.2),
     ):
         ap = 100 * last[key]
-        assert row[metric] == f"{ap:.1f} / {published}"  # no difference from another setting
+        assert row[metric] == f"{ap:.1f} / {published}"  # not compared: other settings
     changed = row["other than the config's"].split(", ")
     assert {"train_cfg", "train_dataloader.dataset.pipeline"} <= set(changed)
     assert "optim_wrapper" not in changed
@@ -229,7 +229,7 @@ def test_one_row_per_config_and_settings(finished, tool, tmp_path):
     (path,) = tmp_path.glob("mine_seed2/*/vis_data/scalars.json")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], '{"coco/bbox_mAP": 0.9, "step": 2}']) + "\n")
-    # Where its training stopped at the first logged step, with another learning rate.
+    # A run that stopped at the first logged step, with another learning rate.
     shutil.copytree(work_dir, tmp_path / "other")
     for dumped in (tmp_path / "other").rglob("*.py"):
         dumped.write_text(re.sub(r"\blr=0[.]\d+", "lr=0.5", dumped.read_text()))
@@ -246,7 +246,7 @@ def test_one_row_per_config_and_settings(finished, tool, tmp_path):
 
 
 def test_memory_and_what_is_not_there(tool, tmp_path):
-    """What only a GPU logs, runs that logged nothing, and a -1 for no such objects."""
+    """Memory, which only a GPU logs; runs that logged nothing; a -1 for no such objects."""
     steps = [
         {**STEP, "time": 0.5, "memory": 3000},
         {**STEP, "step": 2, "time": 0.25, "memory": 5000},

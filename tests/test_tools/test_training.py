@@ -67,14 +67,14 @@ def test_resume_goes_on_from_the_last_checkpoint(trained):
     sizes = {row["step"]: row["cbn/window_size"] for row in rows}
     assert list(sizes) == list(range(1, 19))
     assert {sizes[step] for step in range(1, 7)} == {1}
-    # They set themselves, from what a first iteration surprised with.
+    # The windows set their own sizes, starting from the surprise of a first iteration.
     assert len({sizes[step] for step in range(9, 19)}) > 1
     assert "other settings" not in output and "start empty" not in output
     assert re.search(r"coco/bbox_mAP: \d\.\d{4}|results of the whole dataset is empty", output)
 
 
 def test_resume_with_other_settings_is_told(trained, tool, tmp_path):
-    """Whatever the window size, the weights have the same names; and the windows start empty."""
+    """The weights' names fit any window size, so the tool must tell; the windows start empty."""
     work_dir, config, _ = trained
     changes = "train_cfg.max_epochs=4", "model.neck.norm_cfg.window_size=4"
     done = tool(
@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(args, message, small_config, tmp_path, tool):
 
 
 def test_a_refusal_ends_with_its_line(small_config, tmp_path, tool):
-    """Which the layer has in the first iteration: what feeds it cannot be followed."""
+    """The layer refuses in the first iteration, because it cannot follow what feeds it."""
     bent = f'{BENT_CONV}\nmodel = dict(backbone=dict(conv_cfg=dict(type="Bent")))\n'
     config = small_config(tmp_path, CBN2, bent)
     done = tool("train.py", config, "--work-dir", tmp_path / "work", check=False)
