@@ -27,14 +27,14 @@ def linked(kind="moving", size=4, bias=False, **kwargs):
 
 
 def reference(model, **kwargs):
-    """Of what :func:`linked` returns."""
+    """The plain reference of a model that :func:`linked` returned."""
     conv, norm = model
     kwargs = dict(window=norm.window, window_size=norm.window_size, eps=norm.eps, **kwargs)
     return Reference(conv, stride=None, **kwargs)
 
 
 def resnet(**kwargs):
-    """mmdet's, narrowed and in training, with the paper's derivative."""
+    """mmdet's ResNet-18, narrowed and in training; its CBN takes the paper's derivative."""
     from mmdet.models import ResNet
 
     norm = dict(type="CBN", window_size=3, derivative_stride=1)
@@ -45,7 +45,7 @@ def resnet(**kwargs):
     return model
 
 
-# What a training does.
+# Parts of a training loop.
 
 
 def train_once(model, *inputs):
@@ -56,7 +56,7 @@ def train_once(model, *inputs):
 
 
 def iterate(model, count, size=(2, 3, 8, 8)):
-    """Iterations whose weights and data move."""
+    """Runs iterations between which both the weights and the data's distribution change."""
     for _ in range(count):
         model(torch.randn(size) * torch.rand(1) + torch.randn(1)).sum()
         step(model)
@@ -84,20 +84,20 @@ def descend(model, rate=0.01):
 
 
 def take_over(model, other):
-    """The parameters of the other model; loading a state dict would empty the windows."""
+    """Copies the other model's parameters; loading a state dict would empty the windows."""
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             ours.copy_(theirs)
 
 
 def step_alike(model, other):
-    """Ends an iteration of both, after which both have the weights that the first descended to."""
+    """Ends an iteration of both models, then gives both the weights that the first descends to."""
     step(model), step(other)
     descend(model)
     take_over(other, model)
 
 
-# What it leaves.
+# What a training leaves behind.
 
 
 def held(model):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import cbn_mmdet
 from cbn_mmdet import BRN, CBN, link, set_window, step, to_batchnorm, window_state
 
-# torch itself says so of tracing and of its first exporter, which old versions of it need.
+# torch warns of tracing and of its first exporter, but its old versions need that exporter.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore:.*deprecated:DeprecationWarning",
@@ -110,7 +110,7 @@ class TestCompile:
             torch.testing.assert_close(ours["h"], theirs["h"], **close)
 
     def test_what_a_graph_ends_at(self):
-        """Modules with a weight and CBN stay with Python; what is between them is compiled."""
+        """Modules with a weight and CBN run in Python; the operations between them are compiled."""
 
         class Straight(nn.Module):
             def __init__(self):
@@ -136,12 +136,12 @@ class TestCompile:
         for number in range(3):
             compiled(images(seed=number)).sum().backward()
             step(model)
-        # The last operations read nothing that changes between iterations: no graph comes twice.
+        # The last operations read nothing that changes between iterations: nothing is recompiled.
         assert graphs == [["cos", "sin"], ["relu", "add"], ["tanh", "neg"]]
         assert cbn_mmdet.links(model) == {"norm": "first", "last": "second"}
 
     def test_why_a_graph_ends(self):
-        """The compiler sees what Python does instead as one thing each, and traces none of it."""
+        """The compiler sees each part left to Python as one call, and traces none of it."""
         widths, blocks = range(3, 11), []
         for width in widths:  # unequal, so that no two share what is compiled
             blocks += [nn.Conv2d(width, width + 1, 1), CBN(width + 1)]
@@ -158,7 +158,7 @@ class TestCompile:
             assert any(f"`{name}` should not be traced" in reason for reason in reasons)
 
     def test_evaluation_is_one_graph(self):
-        """Of a model that is not linked, or not any more."""
+        """For a model that was never linked, and for one that ``to_batchnorm`` unlinked."""
         for model in (Model().eval(), to_batchnorm(trained())):
             compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
             assert torch.equal(compiled(images()), model(images()))

@@ -123,7 +123,7 @@ ALL_OPTIONS = [(made, option) for made, options in OPTIONS.items() for option in
 
 
 def accepts_or_names(call, option, is_legal):
-    """What is legal is accepted; anything else is refused by its name, in one line."""
+    """A legal value is accepted; any other raises a one-line error that names the option."""
     if is_legal:
         call()
         return
@@ -146,10 +146,10 @@ class TestOptions:
     def test_any_value(self, made, option, value):
         needed = {} if made in HOOKS else dict(num_features=4)
         if option == "window":
-            needed["window_size"] = 4  # a sliding one has a number
+            needed["window_size"] = 4  # window='sliding' refuses 'auto'
         is_legal = OPTIONS[made][option](value)
         if option in ("num_features", "buffer_size") and is_legal and value > 1000:
-            return  # a matter of memory
+            return  # legal, but it would only fill memory
         accepts_or_names(lambda: made(**{**needed, option: value}), option, is_legal)
 
     @same_every_time

@@ -83,7 +83,7 @@ def runner(
         train_dataloader=dict(
             dataset=Noise(),
             batch_size=1,
-            # Where iterations are counted, the other one ends, and waits for two seconds.
+            # In a loop by iterations a DefaultSampler ends, and mmengine then waits two seconds.
             sampler=dict(type="DefaultSampler" if by_epoch else "InfiniteSampler", shuffle=False),
             collate_fn=dict(type="pseudo_collate"),
         ),
@@ -94,7 +94,7 @@ def runner(
             checkpoint=checkpoint or dict(type="CheckpointHook", interval=1, by_epoch=by_epoch),
         ),
         custom_hooks=[*([hook] if hook else []), *more_hooks, watch],
-        # A name that no other runner of this process has, a resumed one included.
+        # No two runners of a process may share a name, not even a run and its resume.
         experiment_name=f"{work_dir.name}_{next(_runs)}",
         **kwargs,
     )
@@ -106,7 +106,7 @@ def windows(seen):
 
 
 def log_of(work_dir):
-    """All that the runs in a work dir said."""
+    """The text logs of all runs in a work dir."""
     return "".join(path.read_text() for path in sorted(work_dir.rglob("*.log")))
 
 
@@ -128,7 +128,7 @@ class TestAccumulation:
     """``accumulative_counts``: one image per forward, several forwards in a step."""
 
     def run(self, folder, norm, counts, epochs=3):
-        """Of each forward the convolution's input, the state, and what the norm returned."""
+        """Trains; returns the run, and each forward's conv input, state dict and norm output."""
         hook, seen = dict(type="CBNHook", burn_in=0), []
         run, _ = runner(folder, hook, norm, epochs, checkpoint=dict(type="CheckpointHook"))
         run.optim_wrapper.update(accumulative_counts=counts, optimizer=dict(type="SGD", lr=0.3))
@@ -160,14 +160,14 @@ class TestAccumulation:
             union = nn.functional.batch_norm(torch.cat(group), None, None, *affine, training=True)
             torch.testing.assert_close(z, union[-1:], rtol=1e-4, atol=1e-4)
         assert window_state(run.model)["body.1"][0]["seen"] == 0
-        # And not more: the weights that a step moved are others.
+        # The union covers no more than a step: steps do move the weights.
         assert not torch.equal(seen[0][1]["0.weight"], seen[-1][1]["0.weight"])
 
     @pytest.mark.parametrize(
         "window, size", [("moving", 4), ("moving", "auto"), ("sliding", 4), ("step", "auto")]
     )
     def test_cbn_is_the_reference(self, tmp_path, window, size):
-        """Its window goes on over the steps, but for that of one step."""
+        """Its window carries over from step to step; only window='step' ends with the step."""
         norm = CBN(4, window=window, window_size=size)
         run, seen = self.run(tmp_path, norm, 4)
         slow = Reference(nn.Conv2d(3, 4, 3).double(), window, size, norm.eps)
@@ -242,7 +242,7 @@ def test_iteration_based_loop(tmp_path):
 @pytest.mark.parametrize("save_window", [True, False])
 @pytest.mark.parametrize("stop, burn_in", [(1, 2), (2, 2), (3, 2)])
 def test_resume(tmp_path, stop, burn_in, save_window):
-    """In the middle of the burn-in, at its end, and past it, which alone has windows to lose."""
+    """Within the burn-in, at its end, and past it; only then are there windows to lose."""
     hook = dict(type="CBNHook", burn_in=burn_in, save_window=save_window)
     runner(tmp_path, hook, epochs=max(stop, burn_in + 1))[0].train()
     checkpoint = tmp_path / f"epoch_{stop}.pth"
@@ -272,7 +272,7 @@ def assert_equal(one, other):
 
 
 def train_in_parts(folder, norm, hook, loop=None, **kwargs):
-    """What a run learnt as a whole, and stopped in the middle and resumed: weights and windows."""
+    """Weights and windows of a run as a whole, and of one stopped in the middle and resumed."""
     torch.manual_seed(0)
     weights = Net(copy.deepcopy(norm)).state_dict()
     middle = folder / "parts" / ("epoch_2.pth" if loop is None else "iter_8.pth")
@@ -311,14 +311,14 @@ def test_a_resume_is_exact(tmp_path, norm):
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_resume_of_a_loop_in_iterations_is_exact(tmp_path, ema):
-    """With averaged weights, too: windows belong to those that train."""
+    """Also with averaged weights: the windows belong to the weights that train."""
     hook = dict(type="CBNHook", burn_in=3, by_epoch=False)
     more = dict(more_hooks=[dict(type="EMAHook")]) if ema else {}
     assert_equal(*train_in_parts(tmp_path, CBN(4), hook, loop=True, **more))
 
 
 def test_a_resume_without_windows_is_not_exact(tmp_path):
-    """So that the tests above would tell."""
+    """So the tests above would notice windows that a resume loses."""
     hook = dict(type="CBNHook", burn_in=1, save_window=False)
     whole, parts = train_in_parts(tmp_path, CBN(4), hook)
     assert not torch.equal(whole[0]["body.0.weight"], parts[0]["body.0.weight"])
@@ -345,7 +345,7 @@ def test_what_a_checkpoint_holds(tmp_path, save_window):
     "before, after", [("CBN", "CBN"), ("BN", "CBN"), ("CBN", "BN"), ("CBN", "naive")]
 )
 def test_a_training_that_starts_from_a_checkpoint_has_no_past(before, after, tmp_path):
-    """Of whichever norm, strictly: and nobody is told of windows that start empty."""
+    """A checkpoint of any norm loads strictly, and no log says that windows start empty."""
     norms = dict(BN=nn.BatchNorm2d(4), CBN=CBN(4, window_size=3), naive=CBN(4, compensate=False))
     hook, first = dict(type="CBNHook", burn_in=0), tmp_path / "first"
     run, _ = runner(first, hook, norm=norms[before], epochs=1)
@@ -403,7 +403,7 @@ class TestResumesWithoutMatchingWindows:
         assert held == 0
         assert why in (
             "the checkpoint has none (save_window=False, or another norm).",
-            # A hook without CBN saves no window of no layer.
+            # Without a CBN layer the hook saves an empty state: windows of no layer.
             "load_window_state: only one of the model and the state has a CBN layer 'body.1'. "
             "Windows can only be loaded into the model that they were saved from.",
         )
@@ -436,7 +436,7 @@ class TestResumesWithoutMatchingWindows:
         assert held == 0 and what in why
 
     def test_of_a_shorter_burn_in(self, trained, tmp_path):
-        """The windows are held, and open later."""
+        """The resumed run's longer burn-in still holds the windows at 1; they open later, empty."""
         hook = dict(type="CBNHook", burn_in=14, by_epoch=False)
         run, seen = runner(tmp_path, hook, CBN(4), resume=True, load_from=str(trained(CBN(4))))
         run.train()
@@ -444,7 +444,7 @@ class TestResumesWithoutMatchingWindows:
         assert "'body.1' has a MovingWindow of its own size up to 1 in force" in log_of(tmp_path)
 
     def test_of_another_backward(self, trained, tmp_path):
-        """It is no setting of the window."""
+        """``backward`` is no setting of the window, so the windows load."""
         assert self.resume(trained(CBN(4)), tmp_path, CBN(4, backward="own")) == (2 * LENGTH, [])
 
 
@@ -459,7 +459,7 @@ class Scaler:
 
 
 class ScaledOptimWrapper(OptimWrapper):
-    """As AmpOptimWrapper, which asks for a GPU, does it: the scale changes before the hooks run."""
+    """Stands in for AmpOptimWrapper, which needs a GPU: the scale changes before the hooks run."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -562,7 +562,7 @@ def test_windows_that_stay_narrow_are_told_of_once(tmp_path, monkeypatch):
 
 
 def test_window_sizes_as_they_are(tmp_path):
-    """Of windows that set their own size what they found, in the mean over the layers."""
+    """Windows that set their own size log the size they found, in the mean over the layers."""
     sizes = []
 
     class Look(Hook):
@@ -722,7 +722,7 @@ def run_and_evaluate(folder, *hooks):
 @pytest.mark.parametrize("update_buffers", [True, False])
 @pytest.mark.filterwarnings("ignore:The prefix is not set")
 def test_ema_hook(tmp_path, update_buffers):
-    """It evaluates as BN with the averaged weights, and the training does not notice."""
+    """Evaluation is BN's with the averaged weights; the training is the same as without it."""
     plain, _ = run_and_evaluate(tmp_path / "plain")
     hook = EMAHook(momentum=0.3, update_buffers=update_buffers)
     model, outputs = run_and_evaluate(tmp_path / "ema", hook)
@@ -843,7 +843,7 @@ def process(rank, folder):
         world_size=WORLD,
         timeout=timedelta(seconds=60),
     )
-    os.environ["LOCAL_RANK"] = str(rank)  # which the wrapper would take for a GPU
+    os.environ["LOCAL_RANK"] = str(rank)  # by default the wrapper takes it for a GPU
     wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     found = {}
     for name, settings in RUNS.items():
@@ -876,7 +876,7 @@ def ranks(tmp_path_factory):
 
 
 def averaged(ranks, name):
-    """After which iterations the running statistics of both processes were the same."""
+    """The iterations after which both processes had the same running statistics."""
     first, second = (found[name]["trained"] for found in ranks[1])
     return [n for n, pair in enumerate(zip(first, second, strict=True), 1) if torch.equal(*pair)]
 
@@ -888,7 +888,7 @@ def running_mean(path):
 @pytest.mark.slow
 class TestTwoProcesses:
     def test_averages_after_epochs(self, ranks):
-        """For the checkpoint of each epoch, and not in its iterations."""
+        """The hook averages for the checkpoint of each epoch, not in the epoch's iterations."""
         folder, (first, second) = ranks
         assert averaged(ranks, "epochs") == []
         for epoch in (1, 2, 3):
@@ -912,7 +912,7 @@ class TestTwoProcesses:
         "name, path", [("epochs", "epoch_2"), ("iterations", None), ("EMA", "epoch_2")]
     )
     def test_both_evaluate_with_the_same(self, ranks, name, path):
-        """At first in the middle of the run; what a checkpoint of that time has."""
+        """The first evaluation, in mid-run, uses the statistics of a checkpoint of that time."""
         folder, (first, second) = ranks
         evaluated = [found[name]["evaluated"] for found in (first, second)]
         assert len(evaluated[0]) == len(evaluated[1]) == 4  # two images, twice

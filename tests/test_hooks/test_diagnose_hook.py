@@ -14,7 +14,7 @@ FIGURES = ("cbn/correction", "cbn/worst_correction", "cbn/noise", "cbn/lag")
 
 
 def train(folder, norm, interval=1, burn_in=0, epochs=1, *hooks):
-    """A run that is diagnosed, each row of whose log is of one iteration."""
+    """Runs with DiagnoseHook, and logs one row for each iteration."""
     run, _ = runner(
         folder,
         dict(type="CBNHook", burn_in=burn_in),
@@ -36,7 +36,7 @@ def logged(folder):
 
 @pytest.mark.parametrize("norm", [CBN(4), CBN(4, window="sliding", window_size=4)])
 def test_what_is_logged(tmp_path, norm):
-    """Every other iteration, after which mmengine repeats it; and nothing of an empty window."""
+    """The hook logs every other iteration, mmengine repeats it; an empty window logs nothing."""
     run = train(tmp_path, norm, interval=2, burn_in=1, epochs=2)
     no, yes = [False] * 4, [True] * 4
     assert logged(tmp_path) == [no] * (LENGTH + 1) + [yes] * (LENGTH - 1)
@@ -71,7 +71,7 @@ def test_noise_takes_two_past_iterations(tmp_path):
 
 
 def test_means_over_layers_and_the_narrowest_and_widest(tmp_path):
-    """Whatever their order in the model; a window that fills is as wide as it is."""
+    """Whatever the layers' order; a window that still fills counts with its current size."""
     norm = nn.Sequential(
         CBN(4, window_size=3), nn.Conv2d(4, 4, 1), CBN(4, window_size=2), nn.Conv2d(4, 4, 1), CBN(4)
     )
@@ -101,7 +101,7 @@ def test_means_over_layers_and_the_narrowest_and_widest(tmp_path):
 
 
 def test_weights_that_move_too_fast_are_warned_of_once(tmp_path):
-    """Of two layers the one whose convolution leaps; in a sliding window no variance is left."""
+    """Names the layer of two whose convolution leaps: its sliding window has no variance left."""
 
     class Flip(Hook):
         def after_train_iter(self, runner, **kwargs):

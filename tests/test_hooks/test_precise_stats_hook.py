@@ -99,7 +99,7 @@ def test_evaluations_that_begin_late(tmp_path):
 
 
 def test_training_goes_on_as_without_it(tmp_path):
-    """Weights, and all generators of random numbers."""
+    """Weights and all random number generators go on as without the hook."""
 
     class Draw(Hook):
         priority = "LOWEST"
@@ -184,7 +184,7 @@ def test_averaged_weights_are_warned_of(tmp_path):
 
 
 def test_a_test_estimates_for_averaged_weights(tmp_path, tool_module):
-    """tools/test.py, whose hook comes after EMAHook's; the time that it takes is no image's."""
+    """The hook of tools/test.py runs after EMAHook; its time counts as no image's."""
 
     class Slow(tool_module("test").EstimateStats):
         def before_test_epoch(self, runner):
@@ -218,7 +218,7 @@ def test_a_test_estimates_for_averaged_weights(tmp_path, tool_module):
 
 @pytest.mark.parametrize("images, shares", [(3, [[0], [1], [2], [3]]), (9, None)])
 def test_each_process_sees_as_many_images(images, shares, tmp_path, monkeypatch):
-    """Heads whose loss waits for the other processes would else hang."""
+    """Otherwise heads whose loss waits for the other processes would hang."""
     seen = []
 
     class Watched(Noise):

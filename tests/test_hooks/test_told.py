@@ -1,4 +1,4 @@
-"""What the hook tells of a model: calls that are too far apart, norms that are no CBN."""
+"""What the hook reports about a model: calls too far apart, norms that are not CBN."""
 
 import pytest
 from test_hooks.test_cbn_hook import evaluation, log_of, runner
@@ -63,7 +63,7 @@ def test_batch_norms_that_no_norm_cfg_reaches(tmp_path, beside):
     norm = CBN(4, window_size=3)
     if beside is not None:
         other = beside(*((2, 4) if beside is nn.GroupNorm else (4,)))
-        if beside is nn.SyncBatchNorm:  # on one process it is
+        if beside is nn.SyncBatchNorm:  # it becomes BatchNorm2d on one process
             other = nn.BatchNorm2d(4)
         norm = nn.Sequential(norm, nn.Conv2d(4, 4, 1), other, nn.BatchNorm2d(4).eval())
         norm[3].train = lambda mode=True: norm[3]  # frozen
@@ -79,7 +79,7 @@ def test_batch_norms_that_no_norm_cfg_reaches(tmp_path, beside):
 
 
 def test_layers_that_are_not_compensated(tmp_path):
-    """Each, once."""
+    """The hook names each of them, once."""
     norms = [CBN(4, window_size=3, compensate="where_possible") for _ in range(3)]
     activations = nn.Softmax(1), nn.Identity()
     norm = nn.Sequential(norms[0], activations[0], norms[1], activations[1], norms[2])

@@ -1,7 +1,7 @@
 """A CUDA device for machines without one: what would be launched, and what would wait for it.
 
 Under torch's ``FakeTensorMode`` a tensor has a shape, a dtype and a device but no values: its
-operations go the way that they go on that device, and compute nothing.
+operations take the code paths of that device, but compute nothing.
 """
 
 import sys
@@ -21,7 +21,7 @@ from cbn_mmdet.norm import iteration, linking
 
 PACKAGE = str(Path(cbn_mmdet.__file__).parent)
 
-# Beside views: what allocates, asks, or makes a new handle of the same memory.
+# Besides views: operations that allocate, query, or make a new handle of the same memory.
 NO_LAUNCH = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("detach", "lift_fresh", "alias", "device", "is_pinned", "_unsafe_view", "_reshape_alias"),
@@ -32,12 +32,12 @@ class Counted:
     """What ran on the device.
 
     Attributes:
-        launches: By operation and line of the package, how often it was called.
+        launches: Number of calls, by operation and line of the package.
         waits: Operations and lines that waited for the device: they read a value from it, or copied
-            from one side to the other memory that is not pinned.
-        largest: By operation and line, how many numbers its largest result has.
+            unpinned memory from or to it.
+        largest: Element count of the largest result, by operation and line.
         bytes: Of all arguments and results, as if no cache held any.
-        flops: Of convolutions and products of matrices.
+        flops: Operations of convolutions and matrix products.
     """
 
     def __init__(self):
@@ -55,10 +55,10 @@ class Counted:
 
 
 class Watch(TorchDispatchMode):
-    """Counts what runs on the device, and says what torch cannot of tensors without values.
+    """Counts what runs on the device, and answers what torch cannot for tensors without values.
 
     Args:
-        answer: What each value is that is read from the device.
+        answer: The value that every read from the device returns.
     """
 
     def __init__(self, answer):
@@ -66,12 +66,12 @@ class Watch(TorchDispatchMode):
         self.answer, self.counted = answer, Counted()
 
     def take(self):
-        """What was counted since the last time."""
+        """Returns what was counted since the last call, and starts anew."""
         counted, self.counted = self.counted, Counted()
         return counted
 
     def tolist(self, tensor):
-        """One copy, where a tensor without values would be read number by number."""
+        """Counts one copy; torch would read a tensor without values number by number."""
         if tensor.is_cuda:
             self.counted.launches["tolist", line()] += 1
             self.counted.waits.append(("tolist", line()))
@@ -108,7 +108,7 @@ class Watch(TorchDispatchMode):
         made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         devices = {each.device.type for each in (*tensors, *made)}
-        # A graph that is gone through by hand could be so again, for which cuDNN keeps its reserve.
+        # cuDNN clones its reserve, as a graph walked by hand could be walked again.
         is_reserve = name == "clone" and made[0].dtype == torch.uint8
         if "cuda" not in devices or is_reserve:
             return
@@ -124,7 +124,7 @@ class Watch(TorchDispatchMode):
 
 
 def launches_of(name, args):
-    """One of several tensors is one launch if they are alike; else torch goes through them."""
+    """A foreach operation is one launch if its tensors are alike; else torch loops over them."""
     lists = [each for each in args if isinstance(each, list | tuple) and len(each) > 0]
     lists = [each for each in lists if isinstance(each[0], torch.Tensor)]
     if not name.startswith("_foreach_") or not lists:
@@ -149,7 +149,7 @@ def line():
 
 
 def type_of(value):
-    """Of a parameter that of a real one."""
+    """The type of a value; for a fake parameter, that of a real one."""
     return torch.nn.Parameter if isinstance(value, torch.nn.Parameter) else type(value)
 
 
@@ -164,9 +164,9 @@ def clear_caches():
 
 @contextmanager
 def fake_cuda(answer=0.0):
-    """A CUDA device whose tensors have no values, watched; what is read is the answer.
+    """A watched CUDA device whose tensors have no values; every value read is the answer.
 
-    (That of ``step``, to what it asks first: 0, for nothing was infinite or NaN.)
+    (``step`` first asks whether anything was infinite or NaN: 0 says that nothing was.)
     """
     watch = Watch(answer)
     with ExitStack() as stack:
@@ -177,7 +177,7 @@ def fake_cuda(answer=0.0):
             stack.enter_context(mock.patch.object(where, name, by))
 
         replace(FakeTensor, "tolist", lambda tensor: watch.tolist(tensor))
-        # A parameter is of another type than nn.Parameter here.
+        # Under FakeTensorMode a parameter's type is not nn.Parameter.
         replace(linking, "is_plain", lambda conv: isinstance(conv, torch.nn.Conv2d))
         stack.enter_context(mock.patch.object(iteration, "type", type_of, create=True))
         replace(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -189,7 +189,7 @@ def fake_cuda(answer=0.0):
 
 @torch.no_grad()
 def backward(output):
-    """Goes through the graph as autograd does, which itself asks for a real device."""
+    """Walks the graph as autograd does; autograd itself asks for a real device."""
     waiting, leaves = {output.grad_fn: {0: torch.empty_like(output)}}, {}
     while waiting:
         node = max(waiting, key=lambda each: each._sequence_nr())

@@ -1,4 +1,4 @@
-"""Several forwards in one step of the optimiser: CBN, and CmBN, which is of those alone."""
+"""Several forwards in one optimiser step: CBN, and CmBN, whose window is those forwards."""
 
 import copy
 from functools import partial
@@ -28,7 +28,7 @@ from cbn_mmdet import (
 def test_equal_weights_mean_no_compensation(images, backward, kind):
     """Within a group the window is the union of its batches; across groups it compensates.
 
-    That is, a sliding one as long as a group; a moving one while it fills, in the first group.
+    For a sliding window as long as a group; for a moving one while it fills, in the first group.
     """
     torch.manual_seed(0)
     model = linked(kind, bias=True, backward=backward, momentum=1.0).double()
@@ -60,7 +60,7 @@ def test_equal_weights_mean_no_compensation(images, backward, kind):
         else:
             assert (output - slow.expected).norm() < 0.1 * (output - naive.expected).norm()
         slow.step(x), naive.step(x)
-        # With these gradients, so that each graph is gone through once, as averages take it.
+        # Averages assume one backward pass per graph, so this reuses the gradients from above.
         loss = sum((p * g).sum() for p, g in zip(model.parameters(), gradients[0], strict=True))
         wrapper.update_params(0.1 * loss)
         step(model)
@@ -75,7 +75,7 @@ MABN_AT_ONCE = partial(MABN, warmup=1, r_warmup=2)
     [nn.BatchNorm2d, partial(nn.GroupNorm, 2), BRN_AT_ONCE, MABN_AT_ONCE, CBN, SyncCBN, CmBN],
 )
 def test_what_each_norm_does_of_accumulation(norm):
-    """All but CmBN: what they do, and count, in as many forwards of steps of their own."""
+    """All but CmBN compute and count as if each forward had a step of its own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
     alone = copy.deepcopy(model)
@@ -85,7 +85,7 @@ def test_what_each_norm_does_of_accumulation(norm):
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.1), accumulative_counts=4)
     for number in range(8):
         x = torch.randn(1, 3, 6, 6) * (1 + number % 3)
-        with torch.no_grad():  # its steps take it to the same weights
+        with torch.no_grad():  # both forwards use the same weights
             torch._foreach_copy_(list(alone.parameters()), list(model.parameters()))
         with wrapper.optim_context(model):
             outputs = model(x), alone(x)
@@ -164,7 +164,7 @@ class TestStepWindow:
 
     @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
     def test_compensation_has_nothing_to_do(self, backward):
-        """The weights stand still within a step; its gradient may flow through the past."""
+        """The weights stand still within a step, though the gradient may flow through the past."""
         models = self.build(), self.build(CBN, window="step", backward=backward)
         for number in range(8):
             x = torch.randn(1, 3, 6, 6, dtype=torch.float64) + number % 4
@@ -183,7 +183,7 @@ class TestStepWindow:
         assert state_of(model, "2")["seen"] == 3
 
     def test_a_window_of_a_size(self):
-        """It averages exponentially from there; a burn-in closes it."""
+        """From that size on the window averages exponentially; a burn-in closes it."""
         model = self.build(window_size=2)
         for number in range(4):
             assert model[1].mean_window_size == (2 if number else 1)
@@ -209,7 +209,7 @@ class TestStepWindow:
             assert state_of(each)["seen"] == 0
 
     def test_other_windows_do_not_ask(self):
-        """Whether the optimiser stepped is no matter of theirs."""
+        """Other windows ignore whether the optimiser stepped."""
         for kind in ("moving", "sliding"):
             model = linked(kind)
             for updated in (True, False, True):

@@ -49,21 +49,21 @@ class Gated(nn.Conv2d):
 
 
 class Scaled(nn.Conv2d):
-    """Does something after the convolution."""
+    """Scales and shifts the convolution's output."""
 
     def forward(self, x):
         return 2 * super().forward(x) + 1
 
 
 class WithoutItsBias(nn.Conv2d):
-    """Has a bias, as the convolutions of DetectoRS have, and does not use it."""
+    """Has a bias that it does not use, as the convolutions of DetectoRS do."""
 
     def forward(self, x):
         return 2 * F.conv2d(x, self.weight)
 
 
 class Functional(nn.Module):
-    """Calls the convolution itself, with parameters of its own names."""
+    """Calls ``F.conv2d`` itself, with parameters under names of its own."""
 
     def __init__(self):
         super().__init__()
@@ -74,14 +74,14 @@ class Functional(nn.Module):
 
 
 class OfComputedBias(Functional):
-    """Its bias is no parameter, and is no part of what is followed."""
+    """Its bias is computed, no parameter, so compensation does not follow it."""
 
     def forward(self, x):
         return F.conv2d(x, self.kernel, self.shift.exp(), padding=1)
 
 
 class Offsets(nn.Module):
-    """A deformable convolution that is told its offsets, as heads of detectors have it."""
+    """A deformable convolution that is handed its offsets, as in heads of detectors."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class Offsets(nn.Module):
 
 
 class Modulated(nn.Module):
-    """The same of a modulated one, which is told its mask as well."""
+    """A modulated deformable convolution, which is handed its mask as well."""
 
     def __init__(self):
         super().__init__()
@@ -114,10 +114,10 @@ class Case(NamedTuple):
     """A layer with 4 channels in and 6 out, as a function of the weight that it uses.
 
     Attributes:
-        build: Makes it.
-        weight: The weight that it used, from its parameters, the output's channels first.
-        output: What it makes of its input with another weight in the place of that one.
-        bias: The bias that is added to its output, if it is no part of the weight.
+        build: Makes the layer.
+        weight: The weight that the layer used, from its parameters, output channels first.
+        output: The layer's output for an input, with another weight in place of that one.
+        bias: The bias that is added to the output, unless it is part of the weight.
     """
 
     build: Callable[[], nn.Module]
@@ -138,7 +138,7 @@ def without_bias(layer):
 
 
 def at_rest(layer):
-    """A parametrized weight; in training that of a spectral norm would move on."""
+    """A parametrized weight, read in evaluation: in training a spectral norm's moves on."""
     layer.eval()
     weight = layer.weight
     layer.train()
@@ -337,7 +337,7 @@ class Seen(nn.Module):
 
     def __init__(self, case, layer):
         super().__init__()
-        self.__dict__.update(case=case, layer=layer)  # whose parameters are not its own
+        self.__dict__.update(case=case, layer=layer)  # unregistered: their parameters stay out
         self.weight = nn.Parameter(self.rows().detach()[:, :, None, None].clone())
         self.out_channels = len(self.weight)
         bias = case.bias(layer)
@@ -356,7 +356,7 @@ class Seen(nn.Module):
     def forward(self, x):
         y = self.case.output(self.layer, x, self.weight.flatten(1))
         bias = self.case.bias(self.layer)
-        # The layer's own, which is equal, is no parameter of this module.
+        # The layer's own bias, of equal value, is no parameter of this module.
         return y if bias is None else y + (self.bias - bias.detach())[:, None, None]
 
 
@@ -371,7 +371,7 @@ def model_of(layer, dtype=torch.float64, size=3, **kwargs):
 
 
 def images(dtype=torch.float64):
-    """Of which no two batches are alike."""
+    """Random images; no two batches have the same scale and shift."""
     return torch.randn(2, 4, 9, 7, dtype=dtype) * (0.5 + torch.rand(1)) + torch.randn(1)
 
 
@@ -396,7 +396,7 @@ def grad_of(parameter):
 class TestDerivative:
     @each_case
     def test_by_finite_differences(self, case, monkeypatch):
-        """Of mean and variance of each channel's output in the weights of that channel."""
+        """Derivatives of each channel's mean and variance in the weights of that channel."""
         found, derive = [], cbn_mmdet.norm.cbn.batch_derivative
 
         def spy(*args):
@@ -474,7 +474,7 @@ class TestStatistics:
             target = torch.randn_like(y)
             (y * target).sum().backward()
             (expected * target).sum().backward(inputs=[theirs, *affine, *seen.parameters()])
-            # On from the weight that was used to the layer's parameters.
+            # The chain rule, from the weight that was used to the layer's parameters.
             of_own = torch.autograd.grad(
                 seen.rows(), own, seen.weight.grad.flatten(1), allow_unused=True
             )
@@ -513,7 +513,7 @@ class TestStatistics:
     @pytest.mark.filterwarnings("ignore:CBN. the weights changed since the last forward")
     @each_case
     def test_the_gradient_is_the_losss_derivative(self, case, kind):
-        """Finite differences of the whole: the past is a function of the weight as well."""
+        """Finite differences of the whole loss: the past, too, is a function of the weight."""
         if case in (CASES[name] for name in CASES if "spectral" in name):
             pytest.skip("its weight moves on with each forward; the reference has it above")
         torch.manual_seed(0)
@@ -528,7 +528,7 @@ class TestStatistics:
         found = gradients(model(x), target, parameters)
         for parameter, grad in zip(parameters, found, strict=True):
             direction, ends = torch.randn_like(parameter), []
-            for distance in (1e-7, -1e-7):  # so that no offset meets a pixel on its way
+            for distance in (1e-7, -1e-7):  # so small that no offset crosses a pixel
                 with torch.no_grad():
                     parameter += distance * direction
                 ends.append((model(x) * target).sum().item())
@@ -582,7 +582,7 @@ class TestStatistics:
             assert_same(model, other)
 
     def test_a_weight_that_is_frozen(self, kind):
-        """Whatever computed the output, it is a constant."""
+        """A frozen weight is a constant behind any layer: the window has no derivative."""
         for case in (CASES["weight norm"], CASES["transposed"], CASES["DCN"]):
             model = model_of(case.build().requires_grad_(False), window=kind)
             for _ in range(3):
@@ -593,7 +593,7 @@ class TestStatistics:
     def test_in_half_precision(self, kind):
         """Convolution and activations in bfloat16, statistics and window in float32."""
         for name, case in CASES.items():
-            # mmcv's operator does without bfloat16 here
+            # mmcv's operator has no bfloat16 here
             if name.startswith("DCN") or "Deform" in name:
                 continue
             torch.manual_seed(0)
@@ -622,7 +622,7 @@ class TestStatistics:
 
 
 class TestFound:
-    """What feeds a layer is asked in every forward."""
+    """CBN looks up what feeds it in every forward."""
 
     def test_links(self):
         for name, case in CASES.items():
@@ -634,7 +634,7 @@ class TestFound:
             assert links(model) == {"1": inner.get(name, "0")}
 
     def test_of_a_norm_that_is_linked_alone(self):
-        """Autograd knows the convolution that the linked model does not contain."""
+        """The convolution is outside the linked model; CBN finds it in the autograd graph."""
         torch.manual_seed(0)
         whole = nn.Sequential(nn.Conv2d(4, 6, 3), CBN(6, window_size=3)).double()
         parts = copy.deepcopy(whole)
@@ -651,7 +651,7 @@ class TestFound:
     @pytest.mark.parametrize("in_place", [True, False])
     @pytest.mark.parametrize("first", ["hook", "link"])
     def test_a_hook_that_changes_a_plain_convolutions_output(self, first, in_place):
-        """The norm is handed what no module returned."""
+        """The hook hands the norm a tensor that no module returned."""
         model = nn.Sequential(nn.Conv2d(4, 6, 3), CBN(6, window_size=3)).double()
 
         def change(module, args, y):
@@ -666,7 +666,7 @@ class TestFound:
             model(images())
 
     def test_a_forward_that_is_replaced(self):
-        """On the instance, after the link and after some iterations."""
+        """``forward`` is replaced on the instance, after the link and some iterations."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(4, 6, 3), CBN(6, window_size=3)).double()
         twin = nn.Sequential(Scaled(4, 6, 3), CBN(6, window_size=3)).double()
@@ -677,7 +677,7 @@ class TestFound:
             x = images()
             if number == 2:
                 model[0].forward = lambda x: 2 * plain(x) + 1
-                set_window(model, 1), set_window(model, None)  # another function's past
+                set_window(model, 1), set_window(model, None)  # drops the other function's past
                 set_window(twin, 1), set_window(twin, None)
             if number >= 2:
                 torch.testing.assert_close(model(x), twin(x))
@@ -706,7 +706,7 @@ class TestFound:
         assert diagnose(model) == {}
 
     def test_nothing_is_kept_of_the_graph(self):
-        """Of the weight that was used, and of the layer's input."""
+        """The window keeps the graph neither of the used weight nor of the layer's input."""
         model = model_of(CASES["weight norm"].build())
         y = model(images())
         y.sum().backward()
@@ -719,7 +719,7 @@ class TestFound:
             y.sum().backward()
 
     def test_a_batch_with_nan_is_dropped_behind_any_layer(self):
-        """Of a module that autograd has to tell of, too."""
+        """Also where CBN takes the derivative from autograd."""
         model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), CBN(4, window_size=4))
         link(model)
         for number in range(5):
@@ -780,11 +780,11 @@ class TestRefused:
         self.refuse(layer, r"'0.1' \(PReLU\), whose weight has not one row for each of its 6")
 
     def test_rows_that_are_no_channels(self):
-        """A linear layer over the maps' width, of which there are as many as channels."""
+        """A linear layer over the maps' width, with as many rows as there are channels."""
         self.refuse(nn.Linear(7, 4), r"'0' \(Linear\), whose weight has not one row", channels=4)
 
     def test_channels_that_mix(self):
-        """As behind a squeeze-and-excitation: each channel is a function of the rows of all."""
+        """As behind squeeze-and-excitation: each channel depends on the rows of all channels."""
 
         class Mixed(nn.Conv2d):
             def forward(self, x):
@@ -796,7 +796,7 @@ class TestRefused:
         )
 
     def test_a_bias_of_another_shape_is_a_constant(self):
-        """Of one number for each position, say, which is no column of the weight's rows."""
+        """A bias with one number per position, say, is no column of the weight's rows."""
 
         class Shifted(nn.Conv2d):
             def __init__(self):
@@ -814,7 +814,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("backward", ["mixed", "own", "window"])
     def test_what_becomes_another_kind_of_layer_is_followed(self, backward):
-        """From then on autograd tells its derivative, of which each channel has its own ``m``."""
+        """From then on autograd gives its derivative, and each channel has an ``m`` of its own."""
 
         class Layer(nn.Conv2d):
             is_plain = True
@@ -881,7 +881,7 @@ class TestWherePossible:
         return model
 
     def test_is_naive_where_it_must_be_and_says_so_once(self):
-        """Elsewhere it compensates; and by default it refuses."""
+        """The other layers are compensated; without 'where_possible' the model is refused."""
         model, twin = self.build(["where_possible"] * 2), self.build([True, False])
         for number in range(4):
             x, target = images(), None
@@ -928,7 +928,7 @@ class TestWherePossible:
         assert held(model) == {"norm": [1], "other": [1]}
 
     def test_where_possible_repeats_what_a_checkpoint_ran(self):
-        """The first forward has no graph to ask, so the repetition must not ask one either."""
+        """The first forward has no autograd graph to ask, so its repetition must not ask one."""
 
         class Doubled(nn.Conv2d):
             def forward(self, x):
@@ -973,7 +973,7 @@ class ByOneGradient(Reference):
 
 
 def narrow(cfg):
-    """A ResNet of an eighth of its channels, and heads of few."""
+    """Narrows a ResNet to an eighth of its channels, and gives its heads few."""
     cfg["backbone"]["base_channels"] = 8
     cfg["neck"].update(in_channels=[32, 64, 128, 256], out_channels=32)
     for name in ("rpn_head", "bbox_head"):
@@ -996,7 +996,7 @@ def narrow_recursive(cfg):
 
 
 def with_few_regions(cfg):
-    """TridentNet, whose head has the last stage of a ResNet of fixed width for each region."""
+    """For TridentNet, whose head runs the last stage of a fixed-width ResNet on each region."""
     cfg["train_cfg"]["rcnn"]["sampler"]["num"] = 8
 
 
@@ -1021,7 +1021,7 @@ class TestDetectors:
     """Models of MMDetection as they are."""
 
     def test_deformable_convolutions(self):
-        """20 steps; the statistics are the reference's with that layer's history."""
+        """20 steps; each layer agrees with a reference that has the same history."""
         torch.manual_seed(0)
         model = stock_model(
             "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
@@ -1080,7 +1080,7 @@ class TestDetectors:
     def test_trains(self, name, change):
         """All norms are compensated, but behind DetectoRS's switchable convolutions.
 
-        These add to each channel a function of the means of all.
+        These add a function of all channels' means to each channel.
         """
         torch.manual_seed(0)
         norm = dict(type="CBN", window_size=4)
@@ -1089,7 +1089,7 @@ class TestDetectors:
         model = stock_model(name, norm=norm, change=change).train()
         switchable = {name for name, each in model.named_modules() if isinstance(each, SAConv2d)}
         for module in model.modules():
-            if isinstance(module, TridentConv):  # which mmdet leaves to a checkpoint
+            if isinstance(module, TridentConv):  # mmdet leaves its weight to a checkpoint
                 nn.init.kaiming_normal_(module.weight)
         train_detector(model, 3)
         found, windows = links(model), window_state(model)

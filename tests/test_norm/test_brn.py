@@ -41,7 +41,7 @@ class Reference:
 
 
 def ramp(step, start, warmup, end, final):
-    """The limit in force in a step, counted from 1, as the paper tells it."""
+    """The limit in force at a step, counted from 1, as in the paper."""
     if step <= warmup:
         return start
     if step >= end:
@@ -103,7 +103,7 @@ class TestFormulas:
 
     @pytest.mark.parametrize("affine", [True, False])
     def test_gradcheck_where_both_limits_cut(self, affine):
-        """There r and d do not change with the input, so the gradient is the whole derivative."""
+        """Cut r and d do not change with the input, so the gradient is the whole derivative."""
         norm = BRN(3, affine=affine, momentum=0.0, r_max=2, d_max=0.5, **OPEN).double()
         norm.running_mean.fill_(100)
         norm.running_var.copy_(torch.tensor([1e-3, 1e3, 1e-3]))
@@ -151,7 +151,7 @@ class TestSchedule:
         ],
     )
     def test_the_papers_at_its_corners(self, done, r_max, d_max):
-        """After ``done`` steps; the step that is next, counted from 1, is one more."""
+        """The limits after ``done`` steps are those of step ``done + 1``, counted from 1."""
         norm = BRN(4)
         norm.num_batches_tracked.fill_(done)
         assert [limit.item() for limit in norm.limits()] == pytest.approx([r_max, d_max], rel=1e-6)
@@ -188,7 +188,7 @@ class TestSchedule:
                 results.append([y, x_.grad, *grads, *module.buffers()])
             for ours, theirs in zip(*results, strict=True):
                 assert torch.equal(ours, theirs)
-        if "warmup" in closed:  # and no longer
+        if "warmup" in closed:  # it differs after the warm-up
             assert not torch.equal(norm(x), bn(x))
 
 

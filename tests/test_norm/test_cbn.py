@@ -53,7 +53,7 @@ class TestIsBatchNorm:
     @KINDS
     @pytest.mark.parametrize("trains", [True, False])
     def test_evaluation_after_training_with_a_window(self, trains, kind):
-        """And its gradients, of a frozen layer in a model that goes on as well."""
+        """Output and gradients are BN's, also for a frozen layer in a model that trains on."""
         model = linked(kind)
         iterate(model, 6)
         bn = nn.BatchNorm2d(4)
@@ -102,7 +102,7 @@ class TestIsBatchNorm:
     @pytest.mark.parametrize("how", ["window_size", "set_window"])
     @pytest.mark.parametrize("forwards", [1, 2])
     def test_a_linked_window_of_one_in_training(self, forwards, momentum, how, kind):
-        """Bit for bit, but that nothing changes before the step, and repeated forwards are one."""
+        """BN bit for bit, but buffers change only in ``step``, and repeated forwards count once."""
         model = linked(kind, 1 if how == "window_size" else 8, momentum=momentum)
         set_window(model, 1)
         conv, cbn = model
@@ -180,7 +180,7 @@ class TestIsBatchNorm:
 
     @KINDS
     def test_one_value_per_channel(self, kind):
-        """BN's own error while the window is 1, the layer's while it is empty; later, no error."""
+        """At window size 1 BN's error, with an empty window the layer's own; later, no error."""
         x = torch.randn(1, 3, 1, 1).double()
         model = linked(kind, bias=True).double()
         for norm in (CBN(3, window_size=1), nn.BatchNorm2d(3)):
@@ -207,7 +207,7 @@ class TestIsBatchNorm:
     @pytest.mark.parametrize("size", [1, 3])
     @pytest.mark.parametrize("training", [True, False])
     def test_a_mask_head_without_regions(self, training, size, kind):
-        """Gives an empty output and gradients of zero; nothing is learnt, nothing forgotten."""
+        """The head gives an empty output and zero gradients; it learns and forgets nothing."""
         init_default_scope("mmdet")
         torch.manual_seed(0)
         norm = dict(type="CBN", window=kind, window_size=3, derivative_stride=1)
@@ -256,7 +256,7 @@ class TestWindow:
         assert [layer.window_in_force for layer in model] == [LARGEST, 6]
 
     def test_a_window_that_sets_itself_widens_in_noise_and_narrows_in_a_drift(self):
-        """Of means that differ by chance a few say little; of a drift the last one says most."""
+        """In noise a few batches say little of the next; in a drift the last one says most."""
         sizes = []
         for drift in (0, 1):
             torch.manual_seed(0)
@@ -272,7 +272,7 @@ class TestWindow:
     @pytest.mark.parametrize("compensate", [True, False])
     @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
     def test_running_statistics(self, backward, compensate, kind):
-        """The window's, but of the paper's gradient, and first, the batch's with BN's variance."""
+        """The window's; with the paper's gradient, and at first, the batch's with BN's variance."""
         model = linked(kind, 3, backward=backward, compensate=compensate, momentum=0.3)
         conv, norm = model
         slow = Reference(conv, kind, 3, norm.eps, compensate)
@@ -331,7 +331,7 @@ class TestWindow:
         for _ in range(4):
             levels = [torch.randn(1, 3, 9, 9), torch.randn(1, 3, 5, 5) * 3 + 2]
             if not direct:
-                call(*levels)  # a repeated forward of the linked model starts to count again
+                call(*levels)  # a repeated forward of the linked model restarts its count
             for ours, model, level in zip(call(*levels), single, levels, strict=True):
                 torch.testing.assert_close(ours, model(level))
                 step(model)
@@ -367,7 +367,7 @@ class TestWindow:
 
 @KINDS
 class TestLayersTogether:
-    """The pasts of all layers are computed at once; each alone comes to the same."""
+    """The pasts of all layers are computed at once, with the same result as one by one."""
 
     def build(self, kind):
         torch.manual_seed(0)
@@ -401,7 +401,7 @@ class TestLayersTogether:
 
     @pytest.fixture
     def calls(self, monkeypatch):
-        """How many windows each computation was for."""
+        """For each computation of pasts, the number of its windows."""
         calls, pasts = [], cbn_mmdet.norm.window.pasts
 
         def spy(together, dtype):
@@ -413,13 +413,13 @@ class TestLayersTogether:
         return calls
 
     def each_alone(self, model):
-        """A hook before a convolution's forward may set its weight: its layer looks for itself."""
+        """Adds pre-forward hooks: they may set a weight, so each layer computes its own past."""
         for conv in model[::2]:
             conv.register_forward_pre_hook(lambda conv, args: None)
 
     @pytest.mark.parametrize("moves", [False, True])
     def test_as_each_alone(self, moves, calls, kind):
-        """Even if a weight moves between the beginning and its own layer's forward."""
+        """Even if a weight moves after the forward began, but before its own layer runs."""
 
         def move(norm, args, output):
             with torch.no_grad():
@@ -434,13 +434,13 @@ class TestLayersTogether:
                 model[1].register_forward_hook(move)
             calls.clear()
             ends.append(self.train(model))
-            # The naive layer's past is of no weight.
+            # The naive layer's past depends on no weight.
             assert calls == ([1, 1, 1] if alone else [3, 1] if moves else [3]) * 5
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
     def test_a_weight_set_within_the_forward(self, calls, kind):
-        """As by layers that renormalise their weight, which raises no version."""
+        """As layers do that renormalise their weight: this does not bump the tensor's version."""
 
         class Constrained(nn.Conv2d):
             def forward(self, x):
@@ -457,13 +457,13 @@ class TestLayersTogether:
                 self.each_alone(model)
             calls.clear()
             ends.append(self.train(model))
-            # Its layer looks for itself.
+            # The constrained layer computes its own past.
             assert calls == ([1, 1, 1] if alone else [2, 1]) * 5
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
     def test_a_weight_that_is_away(self, kind):
-        """Offloaded until its own block runs, say: its past is left to its own layer."""
+        """A weight offloaded until its block runs, say: its own layer computes its past."""
         model = self.build(kind)
         full = {}
 
@@ -530,7 +530,7 @@ class TestLayersTogether:
 
 @KINDS
 class TestWhatChangesALayer:
-    """What a window holds is dropped where it is no longer of the layer as it is now."""
+    """A window is emptied once its contents no longer fit the layer as it is now."""
 
     def test_compensation_is_turned_off(self, kind):
         model = linked(kind)
@@ -558,7 +558,7 @@ class TestWhatChangesALayer:
             step(other)
 
     def test_a_convolution_in_the_same_place(self, kind):
-        """While the window is empty any other may come."""
+        """While its window is empty, a layer accepts any other convolution."""
         model = linked(kind)
         set_window(model, 1)
         iterate(model, 2)
@@ -570,7 +570,7 @@ class TestWhatChangesALayer:
 
 class TestCopies:
     def test_swa(self):
-        """torch's AveragedModel; its update_bn gathers as BN does, and training goes on."""
+        """torch's AveragedModel: ``update_bn`` gathers as with BN, and training goes on."""
         torch.manual_seed(0)
         model = linked(bias=True)
         twin = AveragedModel(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
@@ -589,7 +589,7 @@ class TestCopies:
         assert torch.equal(averaged(batches[0]), twin(batches[0]))
         assert held(model) == past == {"1": [5]}
         with pytest.raises(RuntimeError, match="CBN layer of 4 channels.* was never linked"):
-            averaged.train()(batches[0])  # to train the copy is another matter
+            averaged.train()(batches[0])  # the copy must be linked to train
 
     @KINDS
     def test_moving_the_model_moves_the_window(self, kind):
@@ -627,7 +627,7 @@ class TestCopies:
 
 class TestNotFinite:
     def run(self, model, spoil, value):
-        """Five iterations, of which the third may have a spoilt batch in its place."""
+        """Five iterations; the third has a spoilt batch, or is left out."""
         generator = torch.Generator().manual_seed(0)
         for index in range(5):
             x = torch.randn(2, 3, 8, 8, generator=generator)
@@ -671,7 +671,7 @@ class TestNotFinite:
     @KINDS
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_an_overflowing_derivative_is_dropped(self, dtype, kind):
-        """It can overflow although neither the activations do nor their variance."""
+        """The derivative can overflow although the activations and their variance do not."""
         model = linked(kind, 3, window_dtype=dtype)
         iterate(model, 2)
         x = torch.randn(2, 3, 8, 8) * 1e23
@@ -683,7 +683,7 @@ class TestNotFinite:
 
     @KINDS
     def test_what_no_output_sees_is_dropped(self, kind):
-        """NaN where a strided convolution never looks, but the mean of the patches does."""
+        """A strided convolution never reads the NaN, but the mean of the patches does."""
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3, stride=2, bias=False), CBN(4, window=kind, window_size=3)
         )
@@ -775,7 +775,7 @@ class TestErrors:
         ],
     )
     def test_arguments(self, kwargs, message):
-        """The words; which values are refused is in test_fuzz.py."""
+        """Tests the wording; test_fuzz.py tests which values are refused."""
         with pytest.raises(ValueError, match=message):
             CBN(**{"num_features": 4, **kwargs})
 
@@ -808,7 +808,7 @@ class TestErrors:
         ids=lambda value: type(value).__name__,
     )
     def test_outputs_that_are_no_maps(self, feeder, size, in_force):
-        """As nn.BatchNorm2d refuses them; of maps that no weight made, see test_places.py."""
+        """Refused as by nn.BatchNorm2d; for maps that no weight made, see test_places.py."""
         model = chain(feeder, CBN(4))
         set_window(model, in_force)
         for norm, name in ((model[1], r"'1' \(CBN\)"), (CBN(4), "of 4 channels")):

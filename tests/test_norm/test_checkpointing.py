@@ -61,7 +61,7 @@ def test_checkpointing_records_once(backward, size, reentrant, kind):
 
 @KINDS
 def test_an_evaluation_before_the_repetition(kind):
-    """The layer looked at by itself, in evaluation, loses neither window nor past."""
+    """A layer called alone, in evaluation, loses neither its window nor its past."""
     torch.manual_seed(0)
     model = linked(kind)
     iterate(model, 4)
@@ -79,7 +79,7 @@ def test_an_evaluation_before_the_repetition(kind):
 
 @KINDS
 def test_a_repetition_after_another_forward(kind):
-    """Of other weights, set in a way that raises no version; of layers whose pasts are one call."""
+    """The other forward's weights are set without a version bump; one call computes all pasts."""
     grads = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_a_repetition_after_the_step_is_refused(reentrant):
 @pytest.mark.parametrize("in_force", [1, 4])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_calls_that_cannot_be_told_apart(reentrant, in_force):
-    """Also in a burn-in, before its time is lost."""
+    """They are refused in a burn-in already, before its time is lost."""
     model = linked()
     set_window(model, in_force)
 
@@ -165,7 +165,7 @@ def test_resnet(how, amp, monkeypatch):
         assert_all_equal(plain.buffers(), saving.buffers())
         if how == "not reentrant":
             assert_all_equal(*results)
-        # A reentrant backward adds up in another order: as much as with BN in its place.
+        # A reentrant backward sums in another order; with BN results differ as much.
         assert_close_in_norm(*results, 0.08 if amp else 1e-4)
         descend(plain)
         take_over(saving, plain)

@@ -89,7 +89,7 @@ def hooks(model):
 
 
 def flags(model):
-    """What torch notes of hooks beside them."""
+    """The number of entries that torch keeps beside the hooks themselves."""
     return sum(
         len(module._forward_hooks_with_kwargs) + len(module._forward_hooks_always_called)
         for module in model.modules()
@@ -189,7 +189,7 @@ class TestToBatchnorm:
         assert not hooks(to_batchnorm(model)) and not flags(model)
 
     def test_a_part_of_a_linked_model(self):
-        """The rest goes on; a model with a batch norm in that place does the same."""
+        """The rest goes on as in a model with a batch norm in that place."""
         model, reference = mixed(), mixed()
         for each in (model, reference):
             trained(each)
@@ -203,7 +203,7 @@ class TestToBatchnorm:
         assert links(model) == {"1": "0"}
 
     def test_an_optimizer_goes_on_with_batch_norm(self):
-        """As it would have with batch norm and the same weights and momenta from the start."""
+        """As if the model had been batch norm all along, with the same weights and momenta."""
         model = mixed()
         link(model)
         optimizer = sgd(model)
@@ -350,7 +350,7 @@ class TestFromBatchnorm:
         assert kinds(model) == {nn.BatchNorm2d}
 
     def test_refuses_to_widen_the_group_of_a_sync_batch_norm(self):
-        group = object()  # of all that a group is, only that there is one matters here
+        group = object()  # any object: only that there is a group matters here
         model = nn.Sequential(nn.SyncBatchNorm(2, process_group=group))
         with pytest.raises(ValueError, match=r"'0' \(SyncBatchNorm\) synchronises a process group"):
             from_batchnorm(model)
@@ -469,7 +469,7 @@ class TestCopies:
 
     @COPIES
     def test_in_the_midst_of_an_iteration(self, copied):
-        """The original ends it as if there were no copy, which a training of it leaves alone."""
+        """The original ends it as if there were no copy: training the copy leaves it alone."""
         model, reference = trained(), trained()
         for each in (model, reference):
             each(images(seed=5)).square().mean().backward()
@@ -481,7 +481,7 @@ class TestCopies:
             assert torch.equal(model.state_dict()[name], tensor), name
 
     def test_an_averaged_model(self):
-        """Which torch copies from the one that trains, and evaluates."""
+        """torch copies it from the model that trains; the copy only evaluates."""
         model = trained()
         averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
         averaged.update_parameters(model)

@@ -27,7 +27,7 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
 ]
-# Large maps and small ones, for which other kernels are chosen.
+# Large and small maps take different kernels.
 SIZES = [(2, 40, 36), (3, 9, 9), (1, 40, 36), (2, 9, 9)]
 LARGE = [(2, 96, 90), (3, 9, 9)]
 SLIDING = dict(window="sliding", window_size=8)
@@ -50,7 +50,7 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    """Not TF32, whose rounding is half precision's."""
+    """Turns TF32 off, which rounds as half precision does."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -76,7 +76,7 @@ def build(norm, dtype=torch.float64, bias=True, **layer):
 
 
 def images(number, sizes=SIZES):
-    """One iteration's, in float64 on the CPU."""
+    """The images of one iteration, in float64 on the CPU."""
     count, *size = sizes[number % len(sizes)]
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(count, 3, *size, dtype=torch.float64, generator=generator)
@@ -124,7 +124,7 @@ def train(
 
 
 def assert_close(found, expected, tolerance):
-    """To a share of the largest number of each tensor."""
+    """Within a tolerance relative to the largest number of each tensor, or to 1."""
     for iteration, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             limit = tolerance * max(1.0, float(other.abs().max()))
@@ -135,7 +135,7 @@ def assert_close(found, expected, tolerance):
 
 
 def assert_similar(found, expected):
-    """To the rounding of half precision."""
+    """Equal but for the rounding of half precision."""
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert (one - other).norm() < 0.1 * max(1.0, float(other.norm()))
@@ -153,7 +153,7 @@ def test_cbn(name, repeat, channels_last, device):
 
 
 def train_as_on_a_gpu(*args, **kwargs):
-    """Computes on the CPU what the layers compute on a GPU: what asks for the device is told so."""
+    """Trains on the CPU by a GPU's code paths; also returns whether ``is_gpu`` was asked."""
     with mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu:
         return train(*args, **kwargs), is_gpu.called
 
@@ -181,7 +181,7 @@ class TestTheWaysOfAGPU:
         assert_similar(found, expected)
 
     def test_a_window_at_once_and_in_parts(self, monkeypatch):
-        """On the CPU a large one in bfloat16 is read in parts that fit a cache."""
+        """The CPU reads a large window in bfloat16 in parts that fit a cache."""
         monkeypatch.setattr(kernels, "_BLOCK", 16)
         for name in ("bfloat16", "sliding, bfloat16"):
             of_gpu, in_parts = (
@@ -242,7 +242,7 @@ def test_brn(dtype, device):
     "name", ["mixed", "full", "own", "current", "naive", "bfloat16", "sliding", "sliding, bfloat16"]
 )
 def test_autocast(name, channels_last, device):
-    """To the rounding of bfloat16, and of float16 on a GPU. (A bias has no gradient but that.)"""
+    """To the rounding of bfloat16, or float16 on a GPU. (A bias's gradient is rounding alone.)"""
     expected = train(build(CBN, bias=False, **LAYERS[name]), "cpu")
     half = torch.float16 if device == "cuda" else torch.bfloat16
     model = build(CBN, torch.float32, bias=False, **LAYERS[name])

@@ -12,7 +12,7 @@ KINDS = pytest.mark.parametrize("window", ["moving", "sliding"])
 
 
 def train(norm, steps, rate=0.05):
-    """A training, and of its iterations the images, the weight and the share of the window."""
+    """A trained model, and the images, weight and window share of each iteration."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Conv2d(4, 1, 1)).double()
     link(model)
@@ -30,7 +30,7 @@ def train(norm, steps, rate=0.05):
 
 
 def statistics(weight, images, shares=None):
-    """Mean and variance of all images together, each with its share, at a weight."""
+    """Mean and variance at a weight over all images together, each with its share."""
     outputs = [nn.functional.conv2d(x, weight) for x in images]
     if shares is None:
         shares = [1 / len(images)] * len(images)
@@ -40,7 +40,7 @@ def statistics(weight, images, shares=None):
 
 
 def shares_of(own):
-    """Of each iteration in the past, from its own share when it was added."""
+    """Each iteration's share of the past, from its own share when it was added."""
     shares = []
     for share in own:
         shares = [(1 - share) * each for each in shares] + [share]
@@ -52,7 +52,7 @@ def root_mean_square(values):
 
 
 def test_a_sliding_window_against_the_inputs():
-    """With the last of them through today's weight, or that of the last iteration."""
+    """Recomputes from the last inputs, at today's weight or the last iteration's."""
     model, seen = train(CBN(4, window="sliding", window_size=4, eps=1e-12), 9)
     found = diagnose(model)
     assert list(found) == ["1"]
@@ -76,7 +76,7 @@ def test_a_sliding_window_against_the_inputs():
 
 @pytest.mark.parametrize("window_size", [4, "auto"])
 def test_a_moving_window_against_the_inputs(window_size):
-    """With all of them through the weights of today and of the last iteration."""
+    """Recomputes from all inputs, at today's weight and at the last iteration's."""
     norm = CBN(4, window_size=window_size, eps=1e-12)
     model, seen = train(norm, 9, rate=0.002)
     found = diagnose(model)["1"]
@@ -118,7 +118,7 @@ def test_without_compensation_there_is_none(window):
 
 @KINDS
 def test_a_frozen_weight_needs_none(window):
-    """Its bias, which trains, is no part of what is recorded."""
+    """The bias trains, but the window does not record it."""
     norm = CBN(4, window=window, window_size=4)
     model, _ = train(norm, 0)
     model[0].weight.requires_grad_(False)
@@ -126,7 +126,7 @@ def test_a_frozen_weight_needs_none(window):
         model(torch.randn(2, 2, 6, 6, dtype=torch.float64)).square().mean().backward()
         step(model)
         model[0].bias = nn.Parameter(model[0].bias.detach() + 1)
-    model(torch.randn(2, 2, 6, 6, dtype=torch.float64))  # which makes the past with the bias
+    model(torch.randn(2, 2, 6, 6, dtype=torch.float64))  # computes the past with the bias
     found = diagnose(model)["1"]
     assert found.correction == found.clamped == 0.0 and 0 < found.noise < 1
 
@@ -164,7 +164,7 @@ class Often(nn.Module):
 
 @KINDS
 def test_a_window_that_is_younger_than_the_layers_others(window):
-    """The noise is that of the windows that can tell."""
+    """The noise is that of the windows with enough past iterations to tell it."""
     torch.manual_seed(0)
     model = Often(window)
     link(model)
@@ -192,7 +192,7 @@ def test_lag_is_the_mean_agreement_of_surprises(window, size):
 
 @KINDS
 def test_lag_tells_what_earlier_layers_do_from_noise(window):
-    """A layer before moves the means by little in one direction; or images differ by much."""
+    """An earlier layer moves the means by little in one direction; or images differ by much."""
     lags = []
     for drift in (0.05, 0.0):
         torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_how_far_calls_are_apart(window, compensate):
 
 
 def moments_of(conv):
-    """Mean and variance of what it makes of an input."""
+    """A function of the input: mean and variance of the convolution's output."""
     return lambda x: (conv(x).mean((0, 2, 3)), conv(x).var((0, 2, 3), correction=0))
 
 
@@ -251,7 +251,7 @@ def test_from_the_narrowest_window_to_the_widest():
     sizes = [each.window_size for each in found.values()]
     assert sizes == sorted(sizes) and found.keys() == {"1", "3", "5", "7"}
     assert (found["1"].window_size, found["3"].window_size) == (5, 3)
-    for name in ("5", "7"):  # which set their own
+    for name in ("5", "7"):  # they set their own size
         size = model.get_submodule(name).mean_window_size
         assert found[name].window_size == pytest.approx(size)
 

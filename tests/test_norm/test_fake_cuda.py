@@ -1,6 +1,6 @@
 """What the layers ask of a GPU, on a machine without one: launches, waits, and no mix of devices.
 
-Where a number of launches is a limit, the message of a failure says by which line each is made.
+Where launches are limited, the message of a failure says which line makes each of them.
 """
 
 from functools import lru_cache
@@ -76,7 +76,7 @@ def iterate(watch, model, half=None, scaler=None, size=(2, 40, 36)):
 
 
 def assert_no_wait(forward, backward, ended):
-    """But for the one of ``step``."""
+    """Nothing waits for the device, but ``step`` once."""
     assert forward.waits == []
     assert backward.waits == []
     assert len(ended.waits) <= 1, ended.waits
@@ -85,7 +85,7 @@ def assert_no_wait(forward, backward, ended):
 class TestWaits:
     @pytest.mark.parametrize(("name", "half"), CASES)
     def test_of_cbn(self, name, half):
-        """One in ``step``; none for a new size of images either."""
+        """One wait in ``step``; a new image size adds none."""
         with fake_cuda() as watch:
             model = build(CBN, odd=True, **SETTINGS[name])
             link(model)
@@ -93,7 +93,7 @@ class TestWaits:
                 assert_no_wait(*iterate(watch, model, half, size=size))
 
     def test_of_windows_that_differ(self):
-        """The end of a burn-in, a share of its own for each layer, a layer that trains no more."""
+        """After a burn-in, with shares that differ by layer, and after a layer is frozen."""
         with fake_cuda() as watch:
             model = build(CBN, 4, odd=True, momentum=0.02)
             link(model)
@@ -108,7 +108,7 @@ class TestWaits:
                 assert_no_wait(*iterate(watch, model))  # records of both kinds are read together
 
     def test_of_plain_averages(self):
-        """Each layer reads its count of batches, as batch normalisation does."""
+        """Without momentum each layer reads its count of batches, as batch normalisation does."""
         with fake_cuda(answer=1.0) as watch:
             model, layers = build(CBN, momentum=None), 3
             link(model)
@@ -136,7 +136,7 @@ class TestWaits:
 
 @pytest.fixture
 def two_processes():
-    """The first of two, whose collectives return at once."""
+    """Makes this the first of two processes; collectives return at once."""
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("fake", rank=0, world_size=2, store=fake_pg.FakeStore())
     yield
@@ -153,7 +153,7 @@ def collectives(counted):
 class TestSync:
     @pytest.mark.parametrize(("name", "half"), CASES)
     def test_waits_and_collectives(self, name, half, two_processes):
-        """One collective of a layer in each direction, as SyncBN has; one of all in step."""
+        """One collective per layer in each direction, as in SyncBN; one for all layers in step."""
         with fake_cuda() as watch:
             model = build(SyncCBN, odd=True, **SETTINGS[name])
             link(model)
@@ -163,7 +163,7 @@ class TestSync:
                 forward, back, ended = map(collectives, counts)
                 assert forward == 3 and back <= 3 and ended <= 1
                 names = {name for name, _ in counts[0].launches}
-                assert "allgather_" not in names  # of lists, which are copied
+                assert "allgather_" not in names  # it takes lists, and copies them
 
 
 def tell_apart(model):
@@ -190,11 +190,11 @@ def launches(name, layers, half=None):
 
 
 class TestLaunches:
-    """Beside batch normalisation, in an iteration with full windows, each of its own share."""
+    """Compared with batch normalisation, with full windows whose shares differ."""
 
-    # More than BN's: of a forward, of a backward and of step, each for a layer and for the model.
-    # The beginning of a forward, which moves all pasts, is part of it. Where maps have 256
-    # positions or more, as here, a forward picks out those of the derivative ("stride 1" does not).
+    # Launches beyond BN's in forward, backward and step, each as (per layer, for the model).
+    # A forward includes its beginning, which moves all pasts. Where maps have 256 positions or
+    # more, as here, it also picks out those of the derivative ("stride 1" does not).
     LIMITS = {
         ("default", None): ((11.5, 8), (9, 55), (0, 28)),
         ("stride 1", None): ((9, 8), (9, 55), (0, 28)),
@@ -209,11 +209,11 @@ class TestLaunches:
         ("paper", None): ((26.5, 2), (3, 25), (8, 15)),
     }
     LAYERS = 61  # of a ResNet-50 with FPN
-    BUDGET = 12, 10, 30 / LAYERS  # of each
+    BUDGET = 12, 10, 30 / LAYERS  # forward, backward, step: of each layer
 
     @pytest.mark.parametrize("name", ["default", "stride 1", "full", "own", "window"])
     def test_a_layers_budget(self, name):
-        """What all layers of a detector have in common is shared by them."""
+        """Launches made once for a detector count in equal parts for its layers."""
         parts = (zip(launches(name, n), launches("BN", n), strict=True) for n in (2, 6))
         for few, many, budget in zip(*parts, self.BUDGET, strict=True):
             few_more, more = (one.total - of_bn.total for one, of_bn in (few, many))
@@ -246,7 +246,7 @@ def test_products_write_no_more_than_a_weight():
 
 
 class TestTheCount:
-    """The tool itself."""
+    """Tests of the counting itself."""
 
     def test_a_read_value_and_a_copy_are_waits(self):
         with fake_cuda() as watch:

@@ -23,7 +23,7 @@ from cbn_mmdet import (
 
 
 def images():
-    """Of which no two batches are alike."""
+    """Random images; no two batches have the same scale and shift."""
     return torch.randn(2, 4, 9, 7) * (0.5 + torch.rand(1)) + torch.randn(1)
 
 
@@ -84,17 +84,17 @@ class TestToolsThatLookForBatchNorm:
             torch.testing.assert_close(value, before[name])
 
     def test_precise_statistics_of_what_to_batchnorm_makes(self):
-        """Or this package's own, of the model as it is."""
+        """fvcore's agree with this package's, gathered on the unconverted model."""
         model, batches = trained(), [images() for _ in range(12)]
         other = to_batchnorm(copy.deepcopy(model)).train()
         self.update_bn_stats(other, batches)
         precise_statistics(model, batches)
-        # Behind another norm, and in variances, they differ by what batches differ.
+        # Variances, and layers behind another norm, differ as much as batches do.
         torch.testing.assert_close(model[1].running_mean, other[1].running_mean)
 
     @staticmethod
     def configure_model(model):
-        """TENT's: scales and shifts alone train, with the statistics of the test batch."""
+        """As TENT does: only scales and shifts train, with the test batch's statistics."""
         model.train()
         model.requires_grad_(False)
         for module in model.modules():
@@ -105,7 +105,7 @@ class TestToolsThatLookForBatchNorm:
         return model
 
     def test_adaptation_at_test_time(self):
-        """Convolutions stand still, so the past of those that trained is none: as BN does."""
+        """The convolutions are frozen, so their past from training is dropped: CBN adapts as BN."""
         model, bn = trained(), blocks(nn.BatchNorm2d)
         bn.load_state_dict(model.state_dict())
         optimizers = []
@@ -135,7 +135,7 @@ def test_adaptation_of_a_norm_that_needs_its_statistics_is_refused(norm):
 
 
 class TestWeightDecay:
-    """detectron2, yolov5: groups of parameters by what is a batch norm."""
+    """detectron2 and yolov5 group parameters by whether a module is a batch norm."""
 
     def test_of_mmengine(self):
         """``norm_decay_mult`` of its optimiser's constructor."""
@@ -157,7 +157,7 @@ class TestWeightDecay:
 
 
 class TestModelsWithoutCBN:
-    """accelerate#791: somebody converted them, and every call of this package passed in silence."""
+    """accelerate#791: a tool converted the layers, and this package's calls passed in silence."""
 
     @pytest.mark.parametrize(
         "call", [link, step, lambda model: set_window(model, 2)], ids=["link", "step", "set_window"]
@@ -177,7 +177,7 @@ class TestModelsWithoutCBN:
 
 
 def test_a_part_without_cbn_is_not_told_to_convert():
-    """The step of a part of a linked model ends the iteration of the whole if it has a layer."""
+    """Stepping a part ends the whole model's iteration, but only if the part has a CBN layer."""
     model = trained()
     with pytest.warns(UserWarning, match=r"cbn_mmdet.step: the model has no CBN layer"):
         assert step(model[0]) is None
@@ -199,7 +199,7 @@ class TestFx:
             fx.symbolic_trace(trained() if linked else blocks())
 
     def test_feature_extraction(self):
-        """torchvision's traces the training as well: with the layer as a leaf, or without it."""
+        """torchvision also traces training: it needs CBN as a leaf module, or converted."""
         from torchvision.models.feature_extraction import create_feature_extractor
 
         model = trained()

@@ -74,7 +74,7 @@ def test_partly_frozen(monkeypatch):
 
 
 def test_a_frozen_scale_and_shift():
-    """The convolution trains as with those that train, of the same values."""
+    """The convolution trains as with a scale and shift of the same values that train."""
     torch.manual_seed(0)
     model = linked(bias=True)
     frozen = copy.deepcopy(model)
@@ -92,7 +92,7 @@ def test_a_frozen_scale_and_shift():
 
 @KINDS
 def test_frozen_and_thawed_again(kind):
-    """What was learnt of a weight that stood still is not mixed with what is compensated."""
+    """Statistics of a frozen weight are not mixed with those that are compensated."""
     torch.manual_seed(0)
     model = linked(kind, bias=True).double()
     conv, norm = model

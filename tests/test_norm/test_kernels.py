@@ -38,9 +38,9 @@ class TestMoments:
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("mean", [0, 1, 7.9, 8.1, 100, 1500, 2e4, 1e5])
     def test_of_large_maps(self, channels, mean):
-        """They have a faster way, which is only as good where the mean is not far from 0."""
+        """Large maps have a faster path, as exact only where the mean is not far from 0."""
         y = torch.randn(2, channels, 200, 200)
-        y[:, 0] += mean  # alone in it, or among others
+        y[:, 0] += mean  # in the only channel, or in one of three
         assert y.numel() >= kernels._LARGE
         got_mean, got_var = kernels.moments(y)
         var, expected_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -86,7 +86,7 @@ class TestChannelSums:
             assert torch.equal(found, torch.zeros(4))
 
     def test_hand_over_what_the_kernel_of_a_gpu_reads(self):
-        """It takes no scale and no saved statistics for an error; that of the CPU reads neither."""
+        """The GPU's kernel rejects a missing scale or saved statistics; the CPU's reads neither."""
         calls = []
 
         class Watch(TorchDispatchMode):
@@ -121,7 +121,7 @@ def test_standardize(affine, dtype):
 
 @st.composite
 def convolutions(draw):
-    """A convolution of any geometry, and an input on either side of what is a small map."""
+    """A convolution of any geometry, and an input on either side of the limit for small maps."""
     groups = draw(st.sampled_from([1, 2]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 2), (1, 4)]))
     padding = draw(st.sampled_from([(0, 0), (1, 0), (1, 2)]))
@@ -144,7 +144,7 @@ def convolutions(draw):
 
 
 def patches(conv, x):
-    """Each position's, ``(groups, P, N * positions)``, in float64."""
+    """The patch of each position, ``(groups, P, N * positions)``, in float64."""
     columns = F.unfold(
         x.double(), conv.kernel_size, conv.dilation, conv.padding, conv.stride
     )  # N, C_in kh kw, positions
@@ -179,7 +179,7 @@ class TestPatches:
         phi = patches(conv, x).transpose(1, 2)
         expected, largest = ((f(by_group) @ f(phi)).flatten(0, 1) for f in (torch.clone, torch.abs))
         exact = 1e-12 if dtype == torch.float64 else 1e-5
-        # Relative to what is summed up, which may cancel.
+        # Relative to the sum of absolute terms, as the terms may cancel.
         error = (found.double() - expected).abs() / largest.clamp_min(1)
         assert error.max() < (1e-2 if dtype == torch.bfloat16 else exact)
 
@@ -191,8 +191,8 @@ class TestPatches:
 
 
 class TestWeightProducts:
-    # Channels, inputs of a group, groups. The third and fourth are alike: they have equal patches
-    # and as many channels in a group. The last is large.
+    # Channels, inputs per group, groups. The third and fourth are alike: their patches have one
+    # size, and their groups equally many channels. The last is large.
     SHAPES = ((6, 4, 1), (8, 4, 2), (4, 4, 2), (6, 4, 3), (5, 3, 1), (130, 16, 1))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -112,7 +112,7 @@ class TestPlainModels:
         )
         link(model)
         train_once(model, images())
-        assert links(model) == {"1": "0"}  # a ReLU has no weight to be told by
+        assert links(model) == {"1": "0"}  # a ReLU has no weight, so no link
         assert held(model) == {"1": [1], "3": [1]}
 
     def test_links_are_of_the_last_run_in_training(self):
@@ -158,7 +158,7 @@ class TestPlainModels:
 
 
 class TestMarks:
-    """What rides on a tensor during a forward, so that a norm knows who returned it."""
+    """Marks on a tensor during a forward tell a norm which module returned it."""
 
     def model(self):
         """A linked model, and the outputs of its convolution with what rides on each."""
@@ -168,7 +168,7 @@ class TestMarks:
         return model, seen
 
     def check_clean(self, tensor):
-        """It is copied and saved without anything of this package."""
+        """The tensor has no mark; copies and pickles of it hold nothing of this package."""
         assert not vars(tensor)
         assert b"cbn_mmdet" not in pickle.dumps(tensor.detach())
         assert torch.equal(copy.deepcopy(tensor.detach()), tensor)
@@ -260,7 +260,7 @@ class TestMarks:
 
 
 class Stages(nn.Module):
-    """Has a method beside its forward, and can be made to stop in between."""
+    """Has a ``loss`` method besides ``forward``, and can be made to fail in between."""
 
     def __init__(self):
         super().__init__()
@@ -289,7 +289,7 @@ def stages(count=2, call=lambda model, x: model(x)):
 
 
 def iterate(model, seed, call=lambda model, x: model(x)):
-    """One iteration, after which the weights are others."""
+    """Runs one iteration, then moves the weights."""
     model.zero_grad()
     call(model, images(seed)).backward()
     step(model)
@@ -314,7 +314,7 @@ class TestIterations:
         assert_same(model, stages(5))
 
     def test_each_call_of_a_part_has_its_own_window(self):
-        """Without the root nothing tells a repetition from one more call."""
+        """If the linked model itself is not called, a repetition looks like one more call."""
         model = stages(0)
         for number in range(3):
             iterate(model, number, lambda model, x: model.loss(x) + model.loss(2 * x))
@@ -361,7 +361,7 @@ class TestIterations:
     @pytest.mark.parametrize("kind", [KeyError, KeyboardInterrupt])
     @pytest.mark.parametrize("is_stepped", [False, True])
     def test_an_interrupted_forward(self, kind, is_stepped):
-        """The next forward begins anew; what a failed one left is dropped, if torch tells of it."""
+        """The next forward begins anew; a failed one's traces are dropped if torch reports it."""
         model, other = stages(), stages()
         model.failure = kind("stop")
         with pytest.raises(kind):
@@ -393,7 +393,7 @@ class TestIterations:
         model = Again()
         link(model)
         for number in range(3):
-            model(images(9, 4))  # of which the step is to know nothing
+            model(images(9, 4))  # the step must ignore this forward
             train_once(model, images(number, 4))
         assert held(model) == {"norm": [3, 3, 3]}
 
@@ -436,7 +436,7 @@ class TestModelsWithinModels:
         assert_same(model, other)
 
     def test_a_part_that_was_linked_last_has_iterations_of_its_own(self):
-        """Of two of its forwards the last counts; the step of the model ends both."""
+        """The last of the part's two forwards counts; the model's step ends both iterations."""
         model, other = stages(), stages()
         link(model.head)
 
@@ -462,7 +462,7 @@ class TestModelsWithinModels:
 
     @pytest.mark.parametrize("whole", [False, True])
     def test_linking_again_keeps_the_windows(self, whole):
-        """Also of the model in a wrapper that is linked in its place."""
+        """Also where a wrapper around the model is linked in its place."""
         model, other = stages(3), stages(3)
         linked = nn.Sequential(model) if whole else model
         link(linked)
@@ -498,7 +498,7 @@ class TestModelsWithinModels:
 
 
 class TestHowMuchRuns:
-    """The package's own part in a forward, which for small maps is most of its cost."""
+    """The package's own Python in a forward; for small maps it is most of the cost."""
 
     LAYERS, FOLDER = 20, str(Path(cbn_mmdet.norm.__file__).parent)
 
@@ -541,7 +541,7 @@ class TestHowMuchRuns:
             sys.setprofile(None)
         assert 10 < len(functions) <= limit
         assert into_linking == self.LAYERS
-        # With the marks of the convolutions and what is done for all layers at once.
+        # Includes the marks of the convolutions and the work for all layers at once.
         assert everything / self.LAYERS <= 74  # a sliding window; a moving one has fewer
 
     def test_attributes_that_a_layer_hides(self):
@@ -637,7 +637,7 @@ class TestSeveralForwards:
         assert self.check(model, lambda model: total(loss_of(model))) == 3 * 2  # stages
 
 
-# Configs of mmdet's own, and the parts whose norm they leave out.
+# mmdet's own configs, each with the parts whose norm it leaves out.
 STOCK = {
     "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": ["neck"],
     "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py": [],

@@ -21,14 +21,14 @@ def test_a_loop_that_never_steps_is_told():
     model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(torch.randn(2, 3, 8, 8))  # a repetition is none
+        model(torch.randn(2, 3, 8, 8))  # a repetition is no missed step
     optimizer.step()
     with pytest.warns(UserWarning, match=r"cbn_mmdet.step\(model\) was not called"):
         model(torch.randn(2, 3, 8, 8))
 
 
 def test_forwards_without_a_step_are_told_of_once():
-    """To gather statistics, as domain adaptation does by hand."""
+    """Such forwards gather statistics, as domain adaptation does by hand."""
     model, told = linked(), []
     for number in range(25):
         with warnings.catch_warnings(record=True) as caught:
@@ -42,7 +42,7 @@ def test_forwards_without_a_step_are_told_of_once():
 
 
 def test_a_search_on_a_line_is_not_told_of():
-    """Of a model that trains: many forwards of a step of LBFGS."""
+    """In a model that trains, one step of LBFGS may take many forwards."""
     model = linked()
     iterate(model, 6)
     backward(model, torch.randn(2, 3, 8, 8))
@@ -51,7 +51,7 @@ def test_a_search_on_a_line_is_not_told_of():
         warnings.simplefilter("error")
         for _ in range(25):
             model(torch.randn(2, 3, 8, 8))
-    with pytest.warns(UserWarning, match="100 forwards in training mode"):  # none is so long
+    with pytest.warns(UserWarning, match="100 forwards in training mode"):  # no search is so long
         for _ in range(75):
             model(torch.randn(2, 3, 8, 8))
 

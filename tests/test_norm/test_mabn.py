@@ -108,7 +108,7 @@ class TestFormulas:
             (y * grad).sum().backward()
             found = [y.detach(), x.grad, *(p.grad for p in norm.parameters())]
             for ours, plain in zip(found, expected, strict=False):
-                # Differences of large terms: relative to the largest.
+                # Gradients are differences of large terms: relative to the largest.
                 atol = 1e-6 * float(plain.abs().max()) + 1e-9
                 torch.testing.assert_close(ours, plain, rtol=1e-6, atol=atol)
             torch.testing.assert_close(norm.running_var, slow.chi2_ema)
@@ -189,7 +189,7 @@ class TestFormulas:
 
 class TestIsBatchNorm:
     def test_loads_a_batch_norms_checkpoint(self):
-        """As a run's start: its number of steps is not this run's; its mean goes bit by bit."""
+        """As a run's start: steps count from 0, and the loaded running mean fades gradually."""
         bn = nn.BatchNorm2d(4)
         for _ in range(200):
             bn(batch(shift=9))

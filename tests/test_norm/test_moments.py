@@ -154,7 +154,7 @@ def test_the_default_stride_is_the_derivatives():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("shift", [0, 0.5, 100])
 def test_derivative_without_a_centred_copy(groups, shift, dtype, monkeypatch):
-    """It takes a shorter way where that is as good: not far from 0."""
+    """A shorter path is taken where it is as exact: where the mean is not far from 0."""
     near, taken = moments._var_derivative_near, []
     monkeypatch.setattr(
         moments, "_var_derivative_near", lambda *args: taken.append(0) or near(*args)
@@ -201,7 +201,7 @@ def test_half_precision_with_few_positions_or_a_constant_channel(shape):
 @needs_float16
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 12, 12)])
 def test_constant_channels_in_half_precision(shape):
-    """However large they are."""
+    """Their derivative is zero, however large the constants are."""
     conv, x = nn.Conv2d(3, 64, 1).half(), torch.randn(shape).half()
     nn.init.zeros_(conv.weight), nn.init.uniform_(conv.bias, -1000, 1000)
     y = conv(x).detach()
@@ -211,7 +211,7 @@ def test_constant_channels_in_half_precision(shape):
 
 @pytest.mark.parametrize("stride, kernel, size", [(1, 3, 9), (2, 3, 16), (2, 5, 15), (2, 1, 8)])
 def test_a_convolution_that_pads_by_itself(stride, kernel, size):
-    """EfficientNet's, which pads to TensorFlow's "same" size, unevenly: autograd tells how."""
+    """EfficientNet's pads unevenly to TensorFlow's "same" size; autograd knows how."""
     from mmcv.cnn.bricks import Conv2dAdaptivePadding
 
     conv = Conv2dAdaptivePadding(2, 3, kernel, stride).double()
@@ -231,7 +231,7 @@ def test_a_convolution_that_pads_by_itself(stride, kernel, size):
 @pytest.mark.parametrize("kernel", [2, (3, 4)])
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 def test_the_input_of_a_plain_convolution(kernel, mode, padding):
-    """With what it is padded with, but zeros: its convolution is the module's output."""
+    """``Source`` pads it, except with zeros; convolving it gives the module's output."""
     conv = nn.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode, bias=False)
     x = torch.randn(2, 2, 7, 8)
     source = Source.of(conv, x)

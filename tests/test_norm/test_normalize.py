@@ -43,7 +43,7 @@ def move(model):
 
 
 def filled(*args, **kwargs):
-    """The same after iterations with moving weights that fill the window."""
+    """A model of :func:`build`, its window filled by iterations with moving weights."""
     model = build(*args, **kwargs)
     for _ in range(6):
         output = model(batch())
@@ -69,19 +69,19 @@ class TestGradcheck:
             return functional_call(model, parameters, tensors[: len(inputs)] or (x,))
 
         x, is_full = batch(), model[1].backward in ("full", "mixed")
-        # What it takes off by averages it gives back, in the first backward pass of a graph alone:
-        # up to rounding, which is not zero for a gradient of zero, and not in every pass.
+        # What averages take off is given back up to rounding, and only in a graph's first backward
+        # pass: a gradient of zero leaves a residue, and passes differ.
         tolerant = dict(nondet_tol=1e-9, check_undefined_grad=False) if is_full else {}
         return torch.autograd.gradcheck(run, (*inputs, *model.parameters()), **tolerant)
 
     def test_through_the_window(self, conv, affine, kind, size):
-        """It is the whole derivative of the union as a function of the output and the weight."""
+        """The gradient is the whole derivative of the union in the output and the weight."""
         model = filled("window", kind, size, affine=affine, **conv)
         assert self.check(model, batch().requires_grad_())
 
     @pytest.mark.parametrize("backward", ["mixed", "full", "own"])
     def test_of_the_parameters(self, backward, conv, affine, kind, size):
-        """They have it whatever goes on to the input."""
+        """The parameters have the whole derivative, whatever gradient the input gets."""
         assert self.check(filled(backward, kind, size, affine=affine, **conv))
 
     def test_of_the_current_iteration(self, conv, affine, kind, size):
@@ -154,7 +154,7 @@ def test_the_weights_gradient_is_orthogonal_to_it(kind):
     for backward in BACKWARDS:
         model = filled(backward, kind, 8, bias=False)
         weight = model[0].weight
-        # V is a first-order expansion, invariant where the weight is where it was.
+        # V, a first-order expansion, is invariant at a weight that has not moved.
         for _ in range(60 if kind == "moving" else 8):
             output = model(batch())
             (output * torch.randn_like(output)).sum().backward()
@@ -188,7 +188,7 @@ class TestSeveralBackwardPasses:
 
     @pytest.mark.parametrize("backward", BACKWARDS)
     def test_of_one_graph(self, backward, kind):
-        """Two losses of one forward, one after the other, are as their sum."""
+        """Two losses of one forward, one after the other, give what their sum gives."""
         ends = []
         for together in (True, False):
             model = filled(backward, kind)
@@ -208,7 +208,7 @@ class TestSeveralBackwardPasses:
             torch.testing.assert_close(one, other)
 
     def test_in_two_threads(self, kind):
-        """What is computed once for a model's records is computed once."""
+        """What all records of a model share is computed once, whichever thread comes first."""
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         ends = []
@@ -255,7 +255,7 @@ class TestSeveralBackwardPasses:
         output = model(batch())
         (output * 3).sum().backward()
         step(model)
-        # The first is taken as it is.
+        # The first gradient is taken as it is, not averaged.
         close(self.sums(model)[0].double(), 3 * model[1].weight.detach())
 
     def test_accumulation(self, kind):
@@ -274,7 +274,7 @@ class TestSeveralBackwardPasses:
         assert all(torch.equal(ends[0][name], ends[-1][name]) for name in ("m", "h", "sums"))
 
     def test_without_gradient_of_the_output(self, kind):
-        """A frozen convolution on a plain input: scale and shift learn, averages as well."""
+        """A frozen convolution on an input without gradient: scale, shift and averages learn."""
         model = build("full", kind)
         model[0].requires_grad_(False)
         for _ in range(4):
@@ -307,7 +307,7 @@ def test_a_scale_that_a_hook_sets_is_the_gradients():
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("kind", ["moving", "sliding"])
 def test_a_backward_pass_within_autocast(kind, backward, groups):
-    """Computes as outside."""
+    """It computes the same as outside autocast."""
     models = [filled(backward, kind, groups=groups).float() for _ in "ab"]
     x, found = batch().float(), []
     for model, is_within in zip(models, (False, True), strict=True):
@@ -338,7 +338,7 @@ def test_autograd_adds_to_the_weights_gradient_in_place(kind):
 
 @pytest.mark.parametrize("kind", ["moving", "sliding"])
 def test_autograd_takes_over_the_gradients_of_scale_and_shift(kind):
-    """What is kept for the end of the iteration is not these, or autograd would copy them."""
+    """The iteration keeps no reference to these gradients, or autograd would copy them."""
     model = filled("mixed", kind)
     model.zero_grad()
     found = {}

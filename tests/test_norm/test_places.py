@@ -37,8 +37,8 @@ def half_and_half(x):
     return torch.cat([x[:, :2], x[:, 2:]], 1)
 
 
-# From (N, 4, 8, 8) to the same. What a function or a module without a weight returns, no module
-# with a weight is known to have computed.
+# All map (N, 4, 8, 8) to the same shape. No module with a weight is known to have computed
+# what a function or a module without a weight returns.
 CONVOLUTIONS = [lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: nn.Conv2d(4, 4, 1, groups=2)]
 NORMS = [lambda: CBN(4, window_size=3), lambda: SyncCBN(4, window_size=3)]
 WEIGHTED = [
@@ -99,7 +99,7 @@ def expected_links(chain):
 
 
 def assert_refused(model, x, *what):
-    """In the first forward of a training, be it of a burn-in, with a line that tells all."""
+    """The first training forward, in a burn-in too, raises one line that says everything."""
     for window in (1, 3):
         set_window(model, window)
         with pytest.raises(RuntimeError) as error:
@@ -113,7 +113,7 @@ def assert_refused(model, x, *what):
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(parts=chains)
 def test_after_a_convolution_and_nowhere_else(parts):
-    """A norm works if what it is handed is a convolution's output; else the first is named."""
+    """A norm works on a convolution's output; else the error names the first without one."""
     chain = Chain(parts)
     link(chain)
     x = torch.randn(2, 4, 8, 8)
@@ -149,7 +149,7 @@ def test_the_order_of_a_conv_module(order):
 
     model = ConvModule(4, 4, 3, norm_cfg=dict(type="CBN", window_size=3), order=order, bias=False)
     assert link(model) == 1
-    # mmcv's module activates in place: what the norm is handed was a convolution's output.
+    # mmcv's module activates in place: it overwrote the convolution's output that the norm gets.
     what = "was handed a tensor of shape (2, 4, ", NO_WEIGHT
     assert_refused(model, torch.randn(2, 4, 8, 8), "'bn' (CBN)", *what)
 

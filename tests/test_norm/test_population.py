@@ -59,7 +59,7 @@ def test_in_one_batch_all_layers_have_those_of_inference(norm):
 
 
 def test_deep_layers_come_close_to_those_of_inference():
-    """Images one by one: closer than by each batch's own statistics, as training has them."""
+    """With images one by one, closer than by averages of each batch's own, as in training."""
     data = images(400)
     errors = {}
     for rule in ("precise", "own"):
@@ -106,7 +106,7 @@ def test_the_model_is_left_as_found(window):
 
 
 def test_what_others_count_is_left_as_found():
-    """As losses for long-tailed classes do, in buffers that they change or replace."""
+    """Losses for long-tailed classes count in buffers that they change or replace."""
 
     class Counts(nn.Module):
         def __init__(self):

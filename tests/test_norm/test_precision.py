@@ -88,7 +88,7 @@ class TestMixedPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("before", [0, 2])
     def test_the_window_is_float32_whatever_the_layers_dtype(self, before, dtype, kind):
-        """From the start, or if the layer changes it after some iterations."""
+        """Set from the start, or changed after some iterations."""
         model = linked(kind, bias=True)
         iterate(model, before)
         model.to(dtype)
@@ -130,7 +130,7 @@ class TestWindowInBfloat16:
         assert saved == 2 * window["h"].numel()
 
     def test_is_exact_for_a_weight_that_rests(self, kind):
-        """What h is rounded by meets only the distance that the weight has gone."""
+        """The rounding of h is multiplied by the distance that the weight has moved: here, zero."""
         models = self.pair(kind)
         for _ in range(4):
             x = torch.randn(2, 3, 8, 8) * 3 + 1
@@ -172,7 +172,7 @@ class TestWindowInBfloat16:
 @needs_scaler
 @KINDS
 class TestLossScale:
-    """The averages of ``'mixed'`` and ``'full'`` are of gradients, whose scale is the scaler's."""
+    """``'mixed'`` and ``'full'`` average gradients, which carry the scaler's scale."""
 
     def run(self, model, scaler=None, half=None, count=6, skipped=(), value=math.inf, told=True):
         """Trains; returns the gradients and the window's averages of each iteration.
@@ -226,7 +226,7 @@ class TestLossScale:
         ids=["1000", "0.5", "GradScaler"],
     )
     def test_averages_are_those_of_an_unscaled_run(self, scaler, backward, kind):
-        """And are not if the layer is not told."""
+        """They differ if the layer is not told the scale."""
         plain, scaled, untold = (self.build(kind, backward=backward) for _ in range(3))
         expected = self.run(plain)
         self.assert_close(self.run(scaled, scaler()), expected)
@@ -234,7 +234,7 @@ class TestLossScale:
         assert (wrong[-1][-1] - expected[-1][-1]).norm() > expected[-1][-1].norm()
 
     def test_a_training_that_goes_on_without_a_scale(self, kind):
-        """From the second step on, as a forward takes the last one that was told."""
+        """Exact from the second step on: a forward assumes the last scale that it was told."""
         plain, model = (self.build(kind) for _ in "ab")
         expected, found = self.run(plain), self.run(model, 1024, count=3)
         twin = self.build(kind)
@@ -255,7 +255,7 @@ class TestLossScale:
 
     @pytest.mark.parametrize("interval", [1, 2])
     def test_a_scale_that_changes(self, interval, kind):
-        """It doubles; if in the first iteration already, a step before that tells the scaler."""
+        """The scale doubles; where it does so at once, a ``step`` beforehand passes the scaler."""
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=interval)
         model = self.build(kind)
         if interval == 1:
@@ -266,7 +266,7 @@ class TestLossScale:
     @pytest.mark.parametrize("value", [math.inf, math.nan])
     @pytest.mark.parametrize("skipped", [0, 3])
     def test_a_skipped_step(self, skipped, value, kind):
-        """Such gradients leave the averages, whatever the scale becomes; the forward counts."""
+        """Its gradients leave the averages alone, whatever the new scale; its forward counts."""
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
         how = dict(skipped=[skipped], value=value)
         found = self.run(self.build(kind), scaler, **how)

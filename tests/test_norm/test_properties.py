@@ -129,7 +129,7 @@ class Pending(NamedTuple):
         y: The convolution's output.
         conv: State of the convolution.
         variances: Of the past, before those below zero were cut, or None.
-        is_clear_cut: Whether rounding does not decide which were.
+        is_clear_cut: Whether it is clear which were cut, whatever the rounding.
     """
 
     running: tuple
@@ -198,7 +198,7 @@ class Training(RuleBasedStateMachine):
     def norm(self):
         return self.model[1]
 
-    # What a training does.
+    # The events of a training.
 
     @rule(count=st.integers(1, 6), distance=distances, biases=st.booleans(), **batches)
     def iterate(self, count, distance, biases, **batch):
@@ -251,7 +251,7 @@ class Training(RuleBasedStateMachine):
         if pending.entry is not None:
             if pending.variances is not None:
                 cut = (pending.variances <= 0).double().mean().item()
-            self.slow.conv.load_state_dict(pending.conv)  # which has moved since
+            self.slow.conv.load_state_dict(pending.conv)  # the weights have moved since
             last = self.slow.surprise
             self.slow.push(pending.entry, pending.y)
             if self.is_rounding(last, self.slow.surprise):
@@ -263,7 +263,7 @@ class Training(RuleBasedStateMachine):
             assert clamped.item() == pytest.approx(cut, abs=1e-6)
 
     def is_rounding(self, *surprises):
-        """Whether one of them is: of an output that sees nothing but padding, say."""
+        """Whether a surprise is rounding alone: of an output that sees only padding, say."""
         return any(each is not None and each.abs().max() < 1e-5 for each in surprises)
 
     @rule(
@@ -359,7 +359,7 @@ class Training(RuleBasedStateMachine):
 
     @rule()
     def reset(self):
-        """As torch's ``update_bn`` does, which also sets ``momentum`` to None, to average after."""
+        """As in torch's ``update_bn``, which then averages by setting ``momentum`` to None."""
         self.norm.reset_running_stats()
         self.forget()
         self.is_plain = self.norm.momentum is None
@@ -385,7 +385,7 @@ class Training(RuleBasedStateMachine):
 
     @rule()
     def train_a_copy(self):
-        """What a copy does is no matter of the original's."""
+        """Training a copy leaves the original alone."""
         other = copy.deepcopy(self.model)
         link(other)
         other(self.input(2, (9, 9), 0).requires_grad_()).sum().backward()
@@ -396,7 +396,7 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def window_is_the_references(self):
-        """In the number of past iterations, its size and its memory."""
+        """Number of past iterations, size and memory are the reference's."""
         slow, windows = self.slow, window_state(self.model)["1"]
         assert len(windows) <= 1
         seen = sum(window["seen"] for window in windows)
@@ -472,7 +472,7 @@ class Training(RuleBasedStateMachine):
         self.pending = None
 
     def fitting(self):
-        """The reference at today's weights, without a past of a frozen weight if it trains now."""
+        """The reference at today's weights, without a past from before a freeze or thaw."""
         self.sync()
         slow = self.slow
         if slow.past and slow.past[0].moves != slow.moves():
@@ -519,7 +519,7 @@ class Training(RuleBasedStateMachine):
         target = torch.randn_like(y).to(self.dtype)
         (y * target).sum().backward()
         self.slow.sums = slow.sums
-        # Sums over all positions nearly cancel in some gradients: what is rounded are their terms.
+        # Some gradients are sums that nearly cancel: rounding is relative to their terms.
         slope = affine[0] * (slow.statistics(slow.output(x)).var + slow.eps).rsqrt()
         terms = (target.abs().sum((0, 2, 3)) * slope.abs()).max().item()
         return y.detach(), target, terms, [x, *slow.conv.parameters(), *affine]

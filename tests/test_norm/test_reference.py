@@ -33,14 +33,14 @@ def raw_moments(x, weight):
 
 
 def jacobians(x, weight):
-    """Their derivatives, ``(C, C, C_in, kh, kw)`` each."""
+    """The derivatives of both in the weight, ``(C, C, C_in, kh, kw)`` each."""
     return torch.autograd.functional.jacobian(lambda weight: raw_moments(x, weight), weight)
 
 
 @pytest.mark.parametrize("distance", [0.05, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_sliding_window_is_the_papers(groups, distance):
-    """Equations 5 to 9 with raw second moments, at a large distance with the maximum at work."""
+    """Equations 5 to 9 with raw second moments; at the large distance the maximum acts."""
     conv = conv_of(bias=False, groups=groups)
     reference, past, is_cut = Reference(conv, "sliding", 4), [], False
     for _ in range(6):
@@ -170,7 +170,7 @@ def test_what_goes_on_to_the_input():
 
 
 def test_the_share_follows_the_surprises():
-    """It falls where they turn, rises where they point the same way, within its bounds."""
+    """The share falls where surprises turn and rises where they agree, within its bounds."""
     reference = Reference(conv_of())
     surprise = torch.randn(4, dtype=torch.float64)
     reference.set_share(surprise)

@@ -20,7 +20,7 @@ class Rival(NamedTuple):
 
     Attributes:
         kind: The layer.
-        conv: What it stands behind.
+        conv: The convolution that feeds it.
         options: With every part in force from the third step at the latest.
         ramp: With parts that come into force one after another.
         own: The names of its settings.
@@ -91,7 +91,7 @@ class TestIsBatchNorm:
 
     @pytest.mark.parametrize("checkpointed", [True, False])
     def test_an_empty_batch_changes_nothing(self, checkpointed, rival):
-        """Which has nothing to correct or to learn, and may be repeated by a checkpoint."""
+        """It has nothing to correct or learn, so checkpointing may repeat the forward."""
         norm = rival.trained()
         before = copy.deepcopy(norm.state_dict())
         x = torch.randn(0, 4, 5, 6, requires_grad=True)
@@ -235,7 +235,7 @@ class TestErrors:
         ],
     )
     def test_arguments(self, kwargs, message, rival):
-        """The words; which values are refused is in test_fuzz.py."""
+        """Tests the wording; test_fuzz.py tests which values are refused."""
         with pytest.raises(ValueError, match=f"^{rival.kind.__name__}: {message}"):
             rival.kind(**{"num_features": 4, **kwargs})
 

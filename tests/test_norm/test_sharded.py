@@ -41,7 +41,7 @@ def blocks(**norm):
 
 
 def steps_of(model):
-    """The outputs of some steps, the same data for each process, and the number of diagnoses."""
+    """Takes steps on the same data in each process; returns outputs and number of diagnoses."""
     link(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def test_a_scale_that_is_away_in_the_backward():
 )
 @pytest.mark.parametrize("norm", [dict(), dict(window="sliding", backward="window")], ids=str)
 def test_weights_that_are_spread_over_processes(norm, tmp_path):
-    """As if they were not; diagnose leaves their layers out, for it finds parts of them."""
+    """Training is as with whole weights; diagnose finds only parts, and leaves their layers out."""
     mp.spawn(shard, (str(tmp_path), norm), nprocs=WORLD)
     expected, diagnosed = steps_of(blocks(**norm))
     assert diagnosed == 2

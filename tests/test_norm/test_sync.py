@@ -45,7 +45,7 @@ CASES |= {
     (name, "first empty"): dict(layer=LAYERS[name], sizes=FIRST_EMPTY)
     for name in ("moving, full", "auto, own", "sliding, full")
 }
-# A window that one process forgets leaves it with a share of its own.
+# A process that forgets its window has a share of its own from then on.
 UNEQUAL = ["moving, window", "moving, current", "sliding, window", "sliding, current"]
 CASES |= {
     (name, "unequal windows"): dict(layer=LAYERS[name], sizes=SIZES, forget=2) for name in UNEQUAL
@@ -81,7 +81,7 @@ def head(rank, iteration, sizes):
     """A loss that is linear in the output with random weights."""
     generator = torch.Generator().manual_seed(7 + 100 * iteration + rank)
     weights = torch.randn(sizes[rank], 6, 5, 6, dtype=torch.float64, generator=generator)
-    return weights + 0.3  # of which past batches want the same
+    return weights + 0.3  # a constant part, alike for past batches
 
 
 def move(conv, iteration):
@@ -165,7 +165,7 @@ def ranks(tmp_path_factory):
 
 
 class Rank(Reference):
-    """The past as one process has it, whose surprises are for all together to judge."""
+    """The past of one process; its surprises are judged together with those of all."""
 
     last = None
 
@@ -230,7 +230,7 @@ class Union:
     def taken_off(self, union, of, losses):
         """What each process takes off for ``E[g]`` and ``E[g x_hat]``: it is linear in ``y``.
 
-        All processes' losses, in the statistics of all, pull at each position alike.
+        The losses of all processes, by the joint statistics, pull alike at each position.
         """
         count, now = len(union) * union[0, 0].numel(), union.mean((0, 2, 3)).detach()
         pull = slope = 0
@@ -257,7 +257,7 @@ class Union:
         return found
 
     def y_gradients(self, outputs, of, heads, off):
-        """What reaches each process's output with that taken off."""
+        """The gradient that reaches each process's output once ``off`` is taken off."""
         found = []
         for y, each, weights, (of_mean, of_var) in zip(outputs, of, heads, off, strict=True):
             r = (each.var + self.norm.eps).rsqrt()
@@ -267,7 +267,7 @@ class Union:
         return found
 
     def entry(self, rank, inputs, x):
-        """Joint moments, and derivatives of this process's own."""
+        """Joint moments, with the derivatives of this process's own batch."""
         joint = rank.new_entry(torch.cat(inputs).detach())
         if len(x) == 0:
             nothing = torch.zeros_like(joint.weight)
@@ -276,7 +276,7 @@ class Union:
         return joint._replace(mean_in_w=own.mean_in_w, var_in_w=own.var_in_w)
 
     def set_share(self):
-        """By the agreement of surprises over the channels of all processes."""
+        """Sets the share by the agreement of surprises over the channels of all processes."""
         if any(rank.last is None for rank in self.ranks):
             return
         product, now, last = (
@@ -296,7 +296,7 @@ def maps(vector):
 
 
 def assert_union(seen, union, sizes, forget=None):
-    """What both processes saw is what one sees that has both batches."""
+    """Both processes saw what a single process sees on the union of their batches."""
     momentum = union.norm.momentum
     running = [[torch.zeros(6).double(), torch.ones(6).double()] for _ in range(WORLD)]
     # The window is held in float32.
@@ -349,7 +349,7 @@ def test_a_process_that_starts_without_a_position(ranks, name):
 
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_windows_of_unequal_length(ranks, name):
-    """Each process's own share of the union decides what its statistics want of the batches."""
+    """Each process's own share of the union sets the gradient its statistics send to batches."""
     seen = [each[name, "unequal windows"] for each in ranks]
     assert_union(seen, Union(**LAYERS[name]), SIZES, forget=2)
 

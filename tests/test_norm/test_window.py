@@ -29,7 +29,7 @@ def iterate(model, *batches):
 
 
 def window_of(model):
-    """A window of its own that holds what the layer's does."""
+    """A separate window with the contents of the layer's."""
     (state,), norm = window_state(model)["1"], model[1]
     kind = {"moving": MovingWindow, "sliding": SlidingWindow}[norm.window]
     dtype = getattr(torch, norm.window_dtype)
@@ -75,7 +75,7 @@ def test_the_past_is_in_full_precision_under_autocast(kind):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_compensation_against_recomputation(groups, bias, kind):
-    """The mean is exact; the variance is low by E[(dw . phi)^2], the Taylor rest, exactly."""
+    """The mean is exact; the variance is low by exactly the Taylor remainder, E[(dw . phi)^2]."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, 2, 1, groups=groups, bias=bias)
     x = torch.randn(2, 4, 15, 11) + 0.5
@@ -97,7 +97,7 @@ def test_compensation_against_recomputation(groups, bias, kind):
 
 
 def gradient(past, of_mean, of_var):
-    """In the weight, of what is given in mean and variance alone."""
+    """The gradient in the weight, from given gradients in mean and variance alone."""
     record = Record(None, None, past)
     m = past.m.to(of_mean.dtype)
     record.mean_patches = m if len(m) == 1 else (m,)
@@ -122,7 +122,7 @@ def test_a_negative_variance_is_cut(kind):
 @KINDS
 @pytest.mark.parametrize("compensate", [True, False])
 def test_what_is_kept_of_a_weight_that_rests(compensate, kind):
-    """The last iterations, as one batch; or the union of unions, each newer of the share 1 / k."""
+    """Sliding: the last iterations as one batch. Moving: nested unions, each newer of share 1/k."""
     conv = nn.Conv2d(2, 4, 3)
     model, outputs, union = model_of(conv, kind, 4, compensate=compensate), [], None
     for number in range(9):
@@ -198,7 +198,7 @@ def test_gradient(groups, window_dtype, kind):
         window = iterate(model, torch.randn(2, 2, 6, 5, dtype=torch.float64) + torch.randn(1))
         moved(conv, 0.05)
     with torch.no_grad():
-        conv.weight[0] *= -3  # is cut
+        conv.weight[0] *= -3  # its variance is cut
     of_mean, of_var = torch.randn(2, 4, dtype=torch.float64)
     past = past_of(window, conv)
     assert not past.positive[0].any() and past.positive.any()
@@ -262,7 +262,7 @@ def test_a_past_of_another_weight_is_none(kind):
 
 
 class TestShare:
-    """Of a moving window that sets its own."""
+    """The share of a moving window that sets its own size."""
 
     def test_starts_at_its_largest_and_keeps_within_its_bounds(self):
         window = MovingWindow(LARGEST, True, torch.float32)
