@@ -65,7 +65,7 @@ STUDIES = {
         ALL, [1, 2, 4, 8, 16, 32], {1: 5}, CLASSIFIER, train_classifier, "accuracy", plot_batches
     ),
     "momentum": Study(
-        [f"CBN(momentum={momentum})" for momentum in MOMENTA],
+        [f"{SLIDING[:-1]}, momentum={momentum})" for momentum in MOMENTA],
         [1, 2],
         {1: 3},
         CLASSIFIER,
@@ -165,6 +165,7 @@ def parse_args() -> argparse.Namespace:
         "seeds of each (3; with the classifier but for momentum 5; detector at 2 images 2, at 4 1)"
     )
     add("--seeds", type=positive, metavar="N", help=text)
+    add("--print", action="store_true", help="print what FOLDER has, and train nothing")
     text = "epochs before windows open, of the classifier's studies eighths of the run (1)"
     add("--burn-in", type=int, metavar="N", help=text)
     text = "share of the images that are seen, to see a study run; needs a --folder of its own"
@@ -200,11 +201,14 @@ def main() -> None:
         settings["device"] = args.device
     with alone_with(path):
         results = read_results(path, settings)
-        run_missing(args, study, plan(args, study), results, path, settings)
+        if not args.print:
+            run_missing(args, study, plan(args, study), results, path, settings)
+    if not results:
+        raise UsageError(f"--print: there is no {path} yet; without --print it is made")
     rows = list(results.values())
     report(args.study, study, rows)
     print(f"figures: {path}")
-    if study.draw:
+    if study.draw and not args.print:
         plot = osp.join(args.folder, f"{args.study}.png")
         study.draw(rows, study, plot)
         print(f"plot: {plot}")

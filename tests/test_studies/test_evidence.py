@@ -471,6 +471,24 @@ def test_what_a_training_sees_of_the_gpus(device, hidden, monkeypatch):
     assert asked[0].get("CUDA_VISIBLE_DEVICES") == hidden
 
 
+def test_print_trains_nothing(evidence, tmp_path, monkeypatch, capsys):
+    """It leaves figures and plots as they are, and tells where there are none."""
+    monkeypatch.setattr(evidence, "run_missing", None)
+    kept = dict(settings=dict(evidence.CLASSIFIER, shorten=1.0))
+    kept["runs"] = [dict(norm="BN", batch=1, seed=0, burn_in=None, accuracy=50.0)]
+    path = tmp_path / "classifier.json"
+    path.write_text(json.dumps(kept))
+    monkeypatch.setattr(
+        "sys.argv", ["evidence.py", "classifier", "--print", "--folder", str(tmp_path)]
+    )
+    evidence.main()
+    assert "| BN   | 50.0 (1)   |" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == kept and not list(tmp_path.glob("*.png"))
+    path.unlink()
+    with pytest.raises(UsageError, match="--print: there is no .*classifier.json yet"):
+        evidence.main()
+
+
 def test_results_of_other_settings_or_damaged(evidence, tmp_path):
     path = tmp_path / "classifier.json"
     path.write_text('{"settings": {"images_seen": 1}, "runs": []}')
