@@ -86,7 +86,7 @@ STUDIES = {
         "accuracy",
     ),
     "centred": Study(
-        ["BN", "MABN", "CmBN", SLIDING, SMALL_GN],
+        ["BN", "MABN", "CmBN", SLIDING, "CBN", SMALL_GN],
         [1],
         {1: 5},
         dict(CLASSIFIER, centred=True),
