@@ -105,7 +105,16 @@ class TestWaits:
                 tell_apart(model)
             model[0].weight.requires_grad_(False)
             for _ in range(2):
-                assert_no_wait(*iterate(watch, model))  # records of both kinds are read together
+                assert_no_wait(*iterate(watch, model))
+
+    def test_of_kinds_that_are_mixed(self):
+        """Two gradients and a naive layer are processed apart, and read together."""
+        with fake_cuda() as watch:
+            model = build(CBN, 3)
+            model[1].compensate, model[4].backward = False, "window"
+            link(model)
+            for _ in range(3):
+                assert_no_wait(*iterate(watch, model))
 
     def test_of_plain_averages(self):
         """Without momentum each layer reads its count of batches, as batch normalisation does."""
