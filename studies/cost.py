@@ -69,9 +69,10 @@ def count_step(name: str, images: int, half: bool) -> dict[str, object]:
     with fake_cuda() as watch:
         with torch.device("cuda"):
             model = build_backbone(name)
-        if has_cbn(model):
+        windows = has_cbn(model)
+        if windows:
             link(model)
-        for _ in range(4 if has_cbn(model) else 1):
+        for _ in range(4 if windows else 1):
             x = torch.empty(images, 3, *SIZE, device="cuda")
             watch.take()
             with torch.autocast("cuda", torch.float16, enabled=half):
@@ -81,7 +82,7 @@ def count_step(name: str, images: int, half: bool) -> dict[str, object]:
             watch.take()
             backward(loss)
             parts["backward"] = watch.take()
-            if has_cbn(model):
+            if windows:
                 step(model)
             parts["step"] = watch.take()
             with torch.no_grad():

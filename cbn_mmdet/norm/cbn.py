@@ -353,7 +353,7 @@ class CBN(NormLayer):
         gathers running statistics: that function resets them, sets ``momentum`` to None, and then
         runs forwards that no ``step`` follows.
         """
-        if self._was_reset and self.is_reset_by_torch():  # the first is cheap, and mostly False
+        if self.is_reset_by_torch():
             return True
         if "_is_replica" in self.__dict__:
             raise self.refusal(

@@ -346,7 +346,7 @@ class Iteration:
             if fraction is not None:
                 clamped.append(fraction)
         _update_running_stats(kept)
-        told = self._of_dropped(dropped), self._of_narrow(kept)
+        texts = self._of_dropped(dropped), self._of_narrow(kept)
         self._scaler = loss_scale
         self._has_stepped = True
         self.scale = 1.0
@@ -361,7 +361,7 @@ class Iteration:
             layer._was_reset = False
             if updated and layer.window == "step":
                 layer._forget()
-        return Ended(torch.tensor(sum(clamped) / len(clamped)) if clamped else None, *told)
+        return Ended(torch.tensor(sum(clamped) / len(clamped)) if clamped else None, *texts)
 
     def _of_dropped(self, dropped: list[Record]) -> str | None:
         """The warning about records that were dropped, or None."""
