@@ -194,17 +194,19 @@ def main() -> None:
         raise UsageError(
             "--device cuda: needs a --folder of its own, as that has the CPU's figures"
         )
-    check_writable(args.folder, "--folder")
     path = osp.join(args.folder, f"{args.study}.json")
     settings = dict(study.settings, shorten=args.shorten)
     if args.device != "cpu":
         settings["device"] = args.device
-    with alone_with(path):
+    if args.print:  # which needs neither the folder to itself nor a right to write there
         results = read_results(path, settings)
-        if not args.print:
+        if not results:
+            raise UsageError(f"--print: there is no {path} yet; without --print it is made")
+    else:
+        check_writable(args.folder, "--folder")
+        with alone_with(path):
+            results = read_results(path, settings)
             run_missing(args, study, plan(args, study), results, path, settings)
-    if not results:
-        raise UsageError(f"--print: there is no {path} yet; without --print it is made")
     rows = list(results.values())
     report(args.study, study, rows)
     print(f"figures: {path}")
