@@ -1,7 +1,10 @@
 """What the pages say is so: programs, commands, options, links, messages, names of tests."""
 
 import re
+from pathlib import Path
 
+import pytest
+import torch
 from conftest import ROOT
 from layers import needs_scaler
 
@@ -64,6 +67,19 @@ def test_links_between_pages():
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), f"{page.name}: {path}"
             assert not anchor or anchor in headings[target], f"{page.name}: {path}#{anchor}"
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.11.0"), reason="the page names lines of torch 2.11.0"
+)
+def test_lines_of_torchs_kernels():
+    header = Path(torch.__file__).parent / "include/ATen/native/cuda/Normalization.cuh"
+    lines = header.read_text().splitlines()
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    cited = re.findall(r"`([^`]+)` (\d+)(?=[),| ])", page.split("## What only a GPU runs")[1])
+    assert len(cited) > 15
+    for words, number in cited:
+        assert words in lines[int(number) - 1], (words, number)
 
 
 def test_each_page_is_listed():

@@ -217,7 +217,7 @@ def batch_derivative(
 def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
     """``m`` and ``h``, ``(C_out, P)`` each, as two vector-Jacobian products."""
     mean, var = moments.own_mean, moments.own_var
-    centred, rest, _ = _centred(y, mean, var)
+    centred, r, _ = _centred(y, mean, var)
     shrink = _HALF_SCALE if y.dtype == torch.float16 else 1.0
     ones = torch.full_like(y, shrink * y.shape[1] / y.numel())
     of_mean, of_var = (
@@ -227,7 +227,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
         ).to(mean.dtype)
         for each in (ones, centred)
     )
-    return of_mean / shrink, of_var if rest is None else of_var * rest[:, None]
+    return of_mean / shrink, of_var if r is None else of_var / (_HALF_SCALE * r[:, None])
 
 
 def stride_for(y: Tensor) -> int:
@@ -247,40 +247,47 @@ def _var_derivative(
     """``h = 2 E[(y - mean) phi]`` as one weight gradient, ``(C_out, P)``; and ``v``."""
     mean, var = moments.own_mean, moments.own_var
     if stride > 1:
-        y = y[:, :, ::stride, ::stride].contiguous()
+        y = y[:, :, ::stride, ::stride]
+        y = y if kernels.is_gpu(y) else y.contiguous()  # a GPU's kernels take strides
         if y.dtype != torch.float16:
             # The subset needs its own mean: for another c, E[(y - c) phi] is not a covariance.
             mean, var = kernels.moments(y)
-    centred, rest, var = _centred(y, mean, var)
+    centred, r, var = _centred(y, mean, var)
     gradient = kernels.weight_gradient(source, centred, stride)
-    if rest is not None:
-        return gradient * rest[:, None], var  # in the dtype of ``rest``
+    if r is not None:
+        nothing = kernels.constant(len(mean), 0.0, mean.dtype, mean.device)
+        # One launch, in the dtype of ``r``.
+        of_r = torch.addcdiv(nothing[:, None], gradient, r[:, None], value=1 / _HALF_SCALE)
+        return of_r, var
     return (gradient if gradient.dtype == mean.dtype else gradient.to(mean.dtype)), var
 
 
 def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``2 (y - mean) / M`` as an output gradient, the factor that it still lacks, and ``v``.
+    """``2 (y - mean) / M`` as an output gradient, what it has been multiplied by, and ``v``.
 
-    The factor is None for 1. In fp16, mean and variance are computed anew.
+    In fp16, it is multiplied by ``_HALF_SCALE r`` (of which ``r`` is returned, else None), and mean
+    and variance are computed anew.
     """
     scale = 2 * y.shape[1] / y.numel()  # 2 / M
-    if y.dtype == torch.float16:
-        like = mean.dtype, mean.device
-        of, nothing = (len(mean), _HALF_SCALE * scale, *like), kernels.constant(len(mean), 0, *like)
-        # A variance of zero leaves a constant channel at 0.
-        centred, _, r = torch.native_batch_norm(
-            y, kernels.constant(*of), nothing, None, None, True, 0.0, _TINY
-        )
-        if not kernels.is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
-            centred.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
-        rest = kernels.constant(len(mean), 1 / _HALF_SCALE, *like) / r
-        return centred, rest, torch.addcmul(nothing, rest, rest, value=_HALF_SCALE**2)
-    if kernels.is_gpu(y):  # one launch; on a CPU it takes three times as long as the two below
-        divisor = kernels.constant(len(mean), scale**-2, mean.dtype, mean.device)
-        return kernels.standardize(y, None, None, mean, divisor, 0.0), None, var
-    offset = (mean * -scale).view(-1, 1, 1)
-    centred = torch.add(offset, y, alpha=scale)
-    return centred if centred.dtype == y.dtype else centred.to(y.dtype), None, var
+    if y.dtype != torch.float16 and not kernels.is_gpu(y):
+        offset = (mean * -scale).view(-1, 1, 1)
+        centred = torch.add(offset, y, alpha=scale)
+        return centred if centred.dtype == y.dtype else centred.to(y.dtype), None, var
+
+    def constant(value: float) -> Tensor:
+        return kernels.constant(len(mean), value, mean.dtype, mean.device)
+
+    nothing = constant(0.0)
+    if y.dtype != torch.float16:  # one launch; on a CPU it takes three times as long as above
+        of = constant(scale), nothing, mean, constant(1.0)
+        return torch.native_batch_norm(y, *of, False, 0.0, 0.0)[0], None, var
+    # A variance of zero leaves a constant channel at 0.
+    centred, _, r = torch.native_batch_norm(
+        y, constant(_HALF_SCALE * scale), nothing, None, None, True, 0.0, _TINY
+    )
+    if not kernels.is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
+        centred.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
+    return centred, r, r.pow(-2)
 
 
 def _is_near(y: Tensor, weight: Tensor, moments: Moments) -> bool:
