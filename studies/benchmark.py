@@ -5,7 +5,7 @@ A time is a ratio to BN's. The norms take turns, in another order each round, so
 the machine affects all of them. The ratio is the median over the rounds. They go on until half of
 its 95 % interval, which is printed after it, is within --stable-to, or until the time is up.
 
-Name a norm by its norm_cfg, such as BN, GN or CBN(derivative_stride=2, backward='own').
+Name a norm by its norm_cfg, such as BN, GN or CBN(derivative_stride=2, backward='window').
 CBN(compensate=False) is the paper's naive CBN. Only layer and count have two further rows: 'BN +
 weight gradient' computes one more gradient of the weight, the least that any derivative from all
 positions can cost; 'CBN, by autograd' is CBN behind a layer that is not a plain convolution.
@@ -37,7 +37,7 @@ R50 = [
 ]
 DIGITS = osp.join(paths.DIGITS, "faster-rcnn_r18_fpn_bn-all_1xb1_digits.py")
 NAIVE = "CBN(compensate=False)"
-CBNS = [NAIVE, "CBN", "CBN(backward='own')", "CBN(backward='window')"]
+CBNS = [NAIVE, "CBN", "CBN(backward='window')"]
 STRIDES = [f"CBN(derivative_stride={stride})" for stride in (1, 2, 4)]
 BFLOAT16 = "CBN(window_dtype='bfloat16')"
 SLIDING = [  # the paper's, and one with a gradient through past iterations, too

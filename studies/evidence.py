@@ -20,7 +20,7 @@ Each study adds its results to FOLDER/NAME.json, prints them as a table and plot
 frames, centred, continued and levels) to FOLDER/NAME.png. Results in the file are not run again: an
 interrupted command goes on where it stopped, and one with more --seeds adds to what is there.
 
-Name a norm by its norm_cfg, such as BN, GN or CBN(window_size=4, backward='own').
+Name a norm by its norm_cfg, such as BN, GN or CBN(window_size=4, backward='window').
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
 All norms see the same images, and learning rates follow the images per optimiser step. A step of
 CmBN has 8 forwards, so CmBN takes an eighth of the steps of the others.
@@ -56,7 +56,6 @@ from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, slid
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
-FULL, OWN = (f"CBN(window_size=8, backward='{backward}')" for backward in ("full", "own"))
 FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
@@ -94,7 +93,7 @@ STUDIES = {
         "accuracy",
     ),
     "continued": Study(
-        ["BN", SLIDING, "CBN", FULL, OWN],
+        ["BN", SLIDING, "CBN"],
         [1],
         {1: 3},
         CONTINUED,

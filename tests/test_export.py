@@ -40,7 +40,7 @@ class Model(nn.Module):
             CBN(6, window="sliding", window_size=3),
             nn.ReLU(),
             nn.Conv2d(6, 4, 1),
-            CBN(4, window_size=3, backward="own"),
+            CBN(4, window_size=3, backward="window"),
         )
         # BRN refuses to be checkpointed.
         self.head = nn.Sequential(

@@ -23,7 +23,7 @@ from .layer import (
     outside_graphs,
 )
 from .moments import Moments, batch_derivative, batch_moments, full_precision
-from .normalize import AVERAGES, Normalize
+from .normalize import Normalize
 from .record import Record
 from .window import ENDLESS, LARGEST, WINDOW_DTYPES, MovingWindow, Past, SlidingWindow, Window
 
@@ -36,10 +36,8 @@ _WINDOWS = {
     "step": "the forwards of one step of the optimiser",
 }
 _BACKWARDS = {
-    "mixed": "what the past's images want of common statistics is averaged, the batch's with it",
-    "full": "what the past's images want is averaged",
-    "own": "it is the batch's own",
-    "window": "it is left out",
+    "mixed": "what images want of common statistics is averaged over the past and the batch",
+    "window": "the past's part of this is left out",
     "current": "the paper's, in which the past is a constant",
 }
 
@@ -88,9 +86,8 @@ class CBN(NormLayer):
             batches of one or two images need, the gradient also flows through the past to the
             convolution's weight and bias, and running statistics are the window's. These differ in
             the gradient of the layer's input: ``'window'`` leaves in the part that many images have
-            in common through the statistics; ``'full'`` subtracts this part by averages over past
-            iterations, ``'mixed'`` by averages that include the batch, and ``'own'`` by the batch's
-            own values, as batch normalisation does.
+            in common through the statistics; ``'mixed'`` subtracts this part, by averages over past
+            iterations and the batch.
         derivative_stride: Estimates the derivative of the variance on every n-th row and column
             of the output, at ``1 / n**2`` of its cost. Mean and variance use all positions. None
             takes the largest of 1, 2 and 4 that leaves at least 256 positions of the batch.
@@ -329,7 +326,7 @@ class CBN(NormLayer):
         dtype, weight, bias = record.mean.dtype, None, None
         if call.source is not None:  # else the past is a constant
             record.backward, record.scale = self.backward, self._iteration.scale
-            if self.backward in AVERAGES and record.past is not None:
+            if self.backward == "mixed" and record.past is not None:
                 record.averages = record.window.sums
             # If the convolution ran without gradients, its weight gets none from the past either.
             if record.past is not None and self.backward != "current" and y.requires_grad:

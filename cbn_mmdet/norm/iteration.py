@@ -739,9 +739,9 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     Args:
         model: A linked model. (For a part of one, the iteration of the whole ends.)
         loss_scale: The factor of the loss in its backward pass: a number that stays the same, or a
-            ``torch.amp.GradScaler``. ``backward='mixed'`` and ``'full'`` need it, as they average
-            gradients. Pass it in every iteration, or in none. (The backward pass runs before this
-            ``step``, so it uses the number given last, or asks the scaler given last.)
+            ``torch.amp.GradScaler``. ``backward='mixed'`` needs it, as it averages gradients. Pass
+            it in every iteration, or in none. (The backward pass runs before this ``step``, so it
+            uses the number given last, or asks the scaler given last.)
         updated: Whether the optimiser has stepped after this iteration's backward pass. If
             gradients accumulate, pass False after each forward of a group but the last. Only
             ``window='step'`` uses it.

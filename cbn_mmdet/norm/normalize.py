@@ -13,16 +13,14 @@ gradient of the loss in ``z`` times ``gamma``, the gradient in ``y`` is
     dL/dy = r [g - s (E[g] + x_hat E[g x_hat]) - (1 - s) (e_b + x_hat e_g)]
 
     current, window    e_b = e_g = 0
-    full               e_b, e_g = E_b, E_g
-    own                e_b, e_g = E[g], E[g x_hat]
-    mixed              s (E[g], E[g x_hat]) + (1 - s) (E_b, E_g)
+    mixed              e_b, e_g = s (E[g], E[g x_hat]) + (1 - s) (E_b, E_g)
 
 The first row is the derivative with the past as a constant. Batch normalisation subtracts a common
-part, ``E[g] + x_hat E[g x_hat]``; this row subtracts only the share ``s`` of it. ``full`` subtracts
-the rest as ``E_b`` and ``E_g``, the averages of both sums over past iterations; ``own`` as the
-batch's own sums. The averages are right in the mean, but leave in each batch's deviation from them.
-That deviation goes on to earlier layers, whose changes no window sees at once. ``own`` leaves
-little to learn from if maps have few positions. ``mixed`` subtracts averages including the batch.
+part, ``E[g] + x_hat E[g x_hat]``; this row subtracts only the share ``s`` of it. ``mixed`` subtracts
+the rest as averages of both sums, which include the batch; ``E_b`` and ``E_g`` are those over past
+iterations. Without the batch, its deviation from them would go on to earlier layers, whose changes
+no window sees at once. The batch's sums alone would leave little to learn from if maps have few
+positions.
 
 The past's statistics ``mu_p`` and ``V`` also depend on today's weight and bias. The paper
 (``current``) takes them as constants. Otherwise, with ``U = dL/d mu_bar = -r M E[g]``, ``S = dL/d
@@ -62,9 +60,6 @@ from .record import Record, Vectors
 from .sync import joint_sum
 from .window import MovingWindow
 
-AVERAGES = ("full", "mixed")  # the gradients that keep E_b and E_g
-GIVES_BACK = (*AVERAGES, "own")
-
 
 class Coefficients(NamedTuple):
     """The coefficients by which a record's backward pass turns its two sums into gradients.
@@ -74,15 +69,18 @@ class Coefficients(NamedTuple):
 
         0, 1    added to ``r g``, the second times ``y``; on a GPU divided by the scale
         2, 3    factors of ``M`` (the gradient in ``mu_p``) and of ``H`` (the gradient in ``V``)
-        4, 5    if weight and bias are given something back: factors of ``m - M`` and ``h'``; in a
-                sliding window, of ``m`` and ``h``
-        6, 7    if averages are kept: the sums themselves, copied here, because autograd would copy
-                those that it hands on as gradients if they were held
+
+    and, where averages are kept (``mixed``),
+
+        4, 5    what weight and bias are given back: factors of ``m - M`` and ``h'``; in a sliding
+                window, of ``m`` and ``h``
+        6, 7    the sums themselves, copied here, because autograd would copy those that it hands on
+                as gradients if they were held
 
     Attributes:
         r: ``(C,)``.
         scale: ``r gamma``, ``(C, 1, 1)``; ``(C,)`` if the batch is spread.
-        on_mean: ``(4, C, 1)``, ``(6, C, 1)`` or ``(8, C, 1)``.
+        on_mean: ``(4, C, 1)`` or ``(8, C, 1)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
         of_own: If the batch is spread, coefficients of the process's own sums, ``(3, C, 1)``: of
@@ -101,18 +99,17 @@ class Coefficients(NamedTuple):
 def coefficients(vectors: Vectors) -> list[Coefficients]:
     """The coefficients of records that all have the same gradient and are spread alike."""
     records, mean, r = vectors.records, vectors.union[0], (vectors.union[1] + vectors.eps).rsqrt_()
-    backward, is_spread = records[0].backward, records[0].is_spread
+    is_mixed, is_spread = records[0].backward == "mixed", records[0].is_spread
     shares = [record.share for record in records]
     counts = [record.moments.own_count for record in records]
-    own_parts = [_of_batch(backward, s) for s in shares]
-    taken, past, own_part, average_part, own_count = vectors.spread(
+    taken, own_part, past, average_part, own_count = vectors.spread(
         [
-            -_taken_off(backward, s) / (1 if is_spread else m)
+            -_taken_off(is_mixed, s) / (1 if is_spread else m)
             for s, m in zip(shares, counts, strict=True)
         ],
+        [-s for s in shares],
         [s - 1 for s in shares],
-        [-part for part in own_parts],
-        [(1 - s) * (1 - part) for s, part in zip(shares, own_parts, strict=True)],
+        [(1 - s) ** 2 for s in shares],
         counts,
     )
     nothing = torch.zeros_like(r)
@@ -140,26 +137,20 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         of_own = torch.stack((rest, *on_vars[2:]))
         on_means[2] = on_vars[2] = on_vars[3] = nothing
     is_moving = isinstance(records[0].window, MovingWindow)
-    if backward in GIVES_BACK:
+    if is_mixed:
         distance = vectors.from_union
         if is_spread:  # of the process's own mean, from the union's and from the batch's
             own_mean = torch.cat([record.moments.own_mean for record in records])
             distance, from_batch = own_mean - mean, own_mean - vectors.batch[0]
-        on_means += [nothing, nothing]
-        on_vars += [nothing, nothing]
-    if backward in ("own", "mixed"):
-        back, of_m = on_var * own_part, rest * own_part
-        on_vars[5] = back / 2
+        back, of_m, one = on_var * own_part, rest * own_part, torch.ones_like(r)
+        on_means += [of_m, nothing, one, nothing]
         if is_moving:  # m = M + (m - M), rows 2 and 4
             on_means[2] = on_means[2] + of_m
             on_vars[2] = torch.addcmul(on_vars[2], back, distance)
-            on_means[4], on_vars[4] = of_m, back * from_batch if is_spread else nothing
+            on_vars += [back * from_batch if is_spread else nothing]
         else:
-            on_means[4], on_vars[4] = of_m, back * distance
-    if backward in AVERAGES:
-        one = torch.ones_like(r)
-        on_means += [one, nothing]
-        on_vars += [nothing, one]
+            on_vars += [back * distance]
+        on_vars += [back / 2, nothing, one]
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
             e_b, e_g = vectors.cat(averages, 0.0) * (r * (average_part * _scale(records[0], r)))
@@ -269,7 +260,7 @@ def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> 
         # Only once per forward, even if its gradient comes in several backward passes.
         first.is_constant_used = True
     rows.addcmul_(of.on_var, on_var)
-    if record.backward not in AVERAGES:
+    if record.backward != "mixed":
         return rows
     first.add_sums(rows[6:, :, 0])
     return rows[:6]
@@ -281,7 +272,7 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     # Sums -U - 2 S (mu - mu_bar) and -2 S over processes, then returns to x_hat's centre and scale.
     # Each process weighs its terms by its own share; the rows do so again, hence the division.
     distance, slope = record.moments.mean - record.mean, own_var * of.r
-    share = _taken_off(record.backward, record.share)
+    share = _taken_off(record.backward == "mixed", record.share)
     sums = joint_sum(torch.addcmul(own_mean, slope, distance) * share, slope * share)
     all_mean, slope = (each / share for each in sums)
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
@@ -292,14 +283,9 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     return rows
 
 
-def _of_batch(backward: str, share: float) -> float:
-    """The part of the batch's own sums in ``e_b`` and ``e_g``."""
-    return {"own": 1.0, "mixed": share}.get(backward, 0.0)
-
-
-def _taken_off(backward: str, share: float) -> float:
+def _taken_off(is_mixed: bool, share: float) -> float:
     """The part of the batch's own sums that is subtracted in ``dL/dy``, in all."""
-    return share + (1 - share) * _of_batch(backward, share)
+    return share + (1 - share) * share if is_mixed else share
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class Reference:
         window_size: ``k``, or ``'auto'``.
         eps: Added to the variance.
         compensate: Whether to move past statistics to today's weight.
-        backward: Which gradient: ``'current'``, ``'window'``, ``'full'``, ``'own'`` or ``'mixed'``.
+        backward: Which gradient: ``'current'``, ``'window'`` or ``'mixed'``.
         stride: The derivative of the variance uses every n-th row and column; None for the
             layer's own choice.
         momentum: Momentum of the running statistics; None for their plain average.
@@ -184,7 +184,7 @@ class Reference:
     def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """Normalises the convolution's output for ``x``; the window does not change."""
         self.separate(self.moves())
-        if self.backward in ("current", "window") or not self.compensate:
+        if self.backward != "mixed" or not self.compensate:
             y = self.output(x)
             return self.normalize(y, self.statistics(y), gamma, beta)
         # Two graphs with equal values, because parameters and input receive different gradients.
@@ -318,15 +318,12 @@ class _Projected(torch.autograd.Function):
         reference, g = ctx.reference, grad * _maps(gamma)
         s = reference.share()
         own = g.mean((0, 2, 3)), (g * x_hat).mean((0, 2, 3))
-        off = own
-        if reference.backward in ("full", "mixed"):
-            part = s if reference.backward == "mixed" else 0.0
-            averages = reference.averages or (torch.zeros_like(r),) * 2
-            off = [
-                s * now + (1 - s) * (part * now + (1 - part) * past)
-                for now, past in zip(own, averages, strict=True)
-            ]
-            reference.sums = own
+        averages = reference.averages or (torch.zeros_like(r),) * 2
+        off = [
+            s * now + (1 - s) * (s * now + (1 - s) * past)
+            for now, past in zip(own, averages, strict=True)
+        ]
+        reference.sums = own
         grad_y = _maps(r) * (g - _maps(off[0]) - x_hat * _maps(off[1]))
         return grad_y, None, None, None, None
 

@@ -292,7 +292,7 @@ def train_in_parts(folder, norm, hook, loop=None, **kwargs):
 
 NORMS = {
     "auto": CBN(4),
-    "own": CBN(4, window_size=3, backward="own"),
+    "window": CBN(4, window_size=3, backward="window"),
     "bfloat16": CBN(4, window_size=3, window_dtype="bfloat16"),
     "naive": CBN(4, compensate=False),
     "sliding": CBN(4, window="sliding", window_size=3),
@@ -445,7 +445,7 @@ class TestResumesWithoutMatchingWindows:
 
     def test_of_another_backward(self, trained, tmp_path):
         """``backward`` is no setting of the window, so the windows load."""
-        assert self.resume(trained(CBN(4)), tmp_path, CBN(4, backward="own")) == (2 * LENGTH, [])
+        assert self.resume(trained(CBN(4)), tmp_path, CBN(4, backward="window")) == (2 * LENGTH, [])
 
 
 class Scaler:

@@ -162,7 +162,7 @@ class TestStepWindow:
             assert model[1].window_bytes == 0
         torch.testing.assert_close(model[1].running_var, bn.running_var)
 
-    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["mixed", "window", "current"])
     def test_compensation_has_nothing_to_do(self, backward):
         """The weights stand still within a step, though the gradient may flow through the past."""
         models = self.build(), self.build(CBN, window="step", backward=backward)

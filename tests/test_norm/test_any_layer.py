@@ -497,7 +497,7 @@ class TestStatistics:
 
     @each_case
     def test_of_every_layer(self, case, kind):
-        self.check(case, kind, "full")
+        self.check(case, kind, "mixed")
 
     @pytest.mark.parametrize("name", ["old weight norm", "transposed", "DCN"])
     def test_the_ways_of_a_gpu(self, name, kind):
@@ -505,7 +505,7 @@ class TestStatistics:
             self.check(CASES[name], kind, "mixed")
         assert is_gpu.called
 
-    @pytest.mark.parametrize("backward", ["own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["window", "current"])
     @pytest.mark.parametrize("name", ["weight norm", "a function", "transposed in groups", "DCNv2"])
     def test_with_every_gradient(self, name, backward, kind):
         self.check(CASES[name], kind, backward)
@@ -812,7 +812,7 @@ class TestRefused:
             step(model)
         assert window_state(model)["1"][0]["h"].shape == (6, 36)
 
-    @pytest.mark.parametrize("backward", ["mixed", "own", "window"])
+    @pytest.mark.parametrize("backward", ["mixed", "window"])
     def test_what_becomes_another_kind_of_layer_is_followed(self, backward):
         """From then on autograd gives its derivative, and each channel has an ``m`` of its own."""
 

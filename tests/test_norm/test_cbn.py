@@ -143,7 +143,7 @@ class TestIsBatchNorm:
             for ours, theirs in zip(model[1].buffers(), bn.buffers(), strict=True):
                 assert torch.equal(ours, theirs)
 
-    @pytest.mark.parametrize("backward", ["current", "window", "full", "own", "mixed"])
+    @pytest.mark.parametrize("backward", ["current", "window", "mixed"])
     @KINDS
     def test_first_iteration_of_an_open_window(self, kind, backward):
         """Nothing in the window yet: BN's output, gradients and running statistics."""
@@ -270,7 +270,7 @@ class TestWindow:
 
     @KINDS
     @pytest.mark.parametrize("compensate", [True, False])
-    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window", "current"])
+    @pytest.mark.parametrize("backward", ["mixed", "window", "current"])
     def test_running_statistics(self, backward, compensate, kind):
         """The window's; with the paper's gradient, and at first, the batch's with BN's variance."""
         model = linked(kind, 3, backward=backward, compensate=compensate, momentum=0.3)
@@ -761,7 +761,7 @@ class TestErrors:
             ),
             (
                 dict(backward="paper"),
-                "backward must be 'mixed' .* or 'full' .* or 'own' .* or 'current' .*'paper'",
+                "backward must be 'mixed' .* or 'window' .* or 'current' .*'paper'",
             ),
             (dict(window_dtype="float16"), "window_dtype must be 'float32' or 'bfloat16', got"),
             (

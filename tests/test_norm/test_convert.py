@@ -287,7 +287,7 @@ class TestFromBatchnorm:
         "options",
         [
             {},
-            dict(window_size=4, backward="own"),
+            dict(window_size=4, backward="window"),
             dict(window="sliding", window_size=4, backward="current"),
         ],
         ids=["defaults", "moving", "sliding"],
@@ -316,7 +316,7 @@ class TestFromBatchnorm:
             window="sliding",
             window_size=4,
             compensate=False,
-            backward="own",
+            backward="window",
             window_dtype="bfloat16",
         )
         layer = from_batchnorm(nn.BatchNorm2d(2), **options)

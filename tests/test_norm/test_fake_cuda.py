@@ -16,17 +16,15 @@ from cbn_mmdet import BRN, CBN, MABN, SyncCBN, link, set_window, step
 PAPER = dict(window="sliding", window_size=4, backward="current")
 SETTINGS = {
     "default": dict(),
-    "full": dict(backward="full"),
-    "own": dict(backward="own", window_size=8),
+    "fixed": dict(window_size=8),
     "window": dict(backward="window", window_size=4),
     "current": dict(backward="current"),
     "naive": dict(compensate=False),
     "bfloat16": dict(window_dtype="bfloat16"),
     "stride 1": dict(derivative_stride=1),
-    "stride 2": dict(derivative_stride=2, backward="own"),
+    "stride 2": dict(derivative_stride=2),
     "stride 4": dict(derivative_stride=4, compensate="where_possible"),
-    "sliding": dict(PAPER, backward="full"),
-    "sliding, own": dict(PAPER, backward="own"),
+    "sliding": dict(PAPER, backward="mixed"),
     "sliding, window": dict(PAPER, backward="window"),
     "paper": PAPER,
     "paper, bfloat16": dict(PAPER, window_dtype="bfloat16", derivative_stride=1),
@@ -207,12 +205,10 @@ class TestLaunches:
     LIMITS = {
         ("default", None): ((10.5, 8), (9, 55), (0, 28)),
         ("stride 1", None): ((9, 8), (9, 55), (0, 28)),
-        ("own", None): ((10.5, 8), (9, 35), (0, 23)),
         ("window", None): ((10.5, 8), (8, 30), (0, 23)),
         ("current", None): ((11.5, 8), (5, 34), (0, 23)),
         ("naive", None): ((4, 6), (3, 28), (0, 22)),
         ("bfloat16", None): ((11.5, 8), (10, 55), (8, 28)),
-        ("full", None): ((10.5, 8), (9, 55), (0, 28)),
         ("default", torch.float16): ((11.5, 8), (9, 55), (0, 28)),
         ("default", torch.bfloat16): ((11.5, 8), (9, 55), (0, 28)),
         ("paper", None): ((25.5, 2), (3, 25), (8, 15)),
@@ -223,7 +219,7 @@ class TestLaunches:
     @pytest.mark.parametrize(
         ("name", "half"),
         [
-            *((name, None) for name in ("default", "stride 1", "full", "own", "window")),
+            *((name, None) for name in ("default", "stride 1", "window")),
             *(("default", half) for half in (torch.float16, torch.bfloat16)),
         ],
     )

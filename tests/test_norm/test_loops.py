@@ -173,7 +173,7 @@ def test_two_optimisers_in_turn():
 @pytest.mark.slow
 def test_2000_steps_hold_no_more_than_200():
     torch.manual_seed(0)
-    sliding = CBN(8, window="sliding", window_size=4, backward="own")
+    sliding = CBN(8, window="sliding", window_size=4, backward="window")
     model = chain(nn.Conv2d(3, 8, 3), sliding, nn.ReLU(), nn.Conv2d(8, 8, 3), CBN(8))
     sizes = [(9, 9), (12, 9), (16, 16)]
     alive, memory = {}, {}

@@ -14,7 +14,7 @@ from cbn_mmdet.norm.reference import Reference
 WINDOWS = pytest.mark.parametrize(
     ("kind", "size"), [("moving", 3), ("moving", "auto"), ("sliding", 3)]
 )
-BACKWARDS = ["current", "window", "full", "own", "mixed"]
+BACKWARDS = ["current", "window", "mixed"]
 
 
 def build(backward, kind="moving", size=4, affine=True, compensate=True, **kwargs):
@@ -68,10 +68,10 @@ class TestGradcheck:
             parameters = dict(zip(names, tensors[len(inputs) :], strict=True))
             return functional_call(model, parameters, tensors[: len(inputs)] or (x,))
 
-        x, is_full = batch(), model[1].backward in ("full", "mixed")
+        x, is_mixed = batch(), model[1].backward == "mixed"
         # What averages take off is given back up to rounding, and only in a graph's first backward
         # pass: a gradient of zero leaves a residue, and passes differ.
-        tolerant = dict(nondet_tol=1e-9, check_undefined_grad=False) if is_full else {}
+        tolerant = dict(nondet_tol=1e-9, check_undefined_grad=False) if is_mixed else {}
         return torch.autograd.gradcheck(run, (*inputs, *model.parameters()), **tolerant)
 
     def test_through_the_window(self, conv, affine, kind, size):
@@ -79,10 +79,9 @@ class TestGradcheck:
         model = filled("window", kind, size, affine=affine, **conv)
         assert self.check(model, batch().requires_grad_())
 
-    @pytest.mark.parametrize("backward", ["mixed", "full", "own"])
-    def test_of_the_parameters(self, backward, conv, affine, kind, size):
+    def test_of_the_parameters(self, conv, affine, kind, size):
         """The parameters have the whole derivative, whatever gradient the input gets."""
-        assert self.check(filled(backward, kind, size, affine=affine, **conv))
+        assert self.check(filled("mixed", kind, size, affine=affine, **conv))
 
     def test_of_the_current_iteration(self, conv, affine, kind, size):
         """With the convolution's weight fixed, the paper's gradient is the whole gradient."""
@@ -202,7 +201,7 @@ class TestSeveralBackwardPasses:
                 losses[1].backward()
             step(model)
             ends.append([x.grad, *(p.grad for p in model.parameters())])
-            if backward in ("full", "mixed"):
+            if backward == "mixed":
                 ends[-1].append(self.sums(model))
         for one, other in zip(*ends, strict=True):
             torch.testing.assert_close(one, other)
@@ -239,7 +238,7 @@ class TestSeveralBackwardPasses:
             torch.testing.assert_close(one, other)
 
     def test_no_backward_pass_leaves_the_averages(self, kind):
-        model = filled("full", kind)
+        model = filled("mixed", kind)
         before = self.sums(model)
         seen = window_state(model)["1"][0]["seen"]
         model(batch())
@@ -248,7 +247,7 @@ class TestSeveralBackwardPasses:
         assert window_state(model)["1"][0]["seen"] == seen + 1
 
     def test_there_are_no_averages_before_the_first(self, kind):
-        model = build("full", kind)
+        model = build("mixed", kind)
         model(batch())
         step(model)
         assert self.sums(model) is None
@@ -263,7 +262,7 @@ class TestSeveralBackwardPasses:
         batches = [batch() for _ in range(3)]
         gradients, ends = [], []
         for used in (batches, *([each] for each in batches)):
-            model = filled("full", kind)
+            model = filled("mixed", kind)
             for x in used:
                 model(x).square().sum().backward()
             step(model)
@@ -275,7 +274,7 @@ class TestSeveralBackwardPasses:
 
     def test_without_gradient_of_the_output(self, kind):
         """A frozen convolution on an input without gradient: scale, shift and averages learn."""
-        model = build("full", kind)
+        model = build("mixed", kind)
         model[0].requires_grad_(False)
         for _ in range(4):
             model(batch()).square().sum().backward()

@@ -68,7 +68,7 @@ class TestMixedPrecision:
             step_alike(full, half)
         torch.testing.assert_close(half[1].running_var, full[1].running_var, rtol=0.05, atol=0)
 
-    @pytest.mark.parametrize("backward", ["mixed", "full", "own", "window"])
+    @pytest.mark.parametrize("backward", ["mixed", "window"])
     @pytest.mark.parametrize("mean", [0, 100])
     def test_gradient_has_no_residue(self, mean, backward):
         """dL/dy sums to 0 over a channel; rounding its terms would leave a common part."""
@@ -172,7 +172,7 @@ class TestWindowInBfloat16:
 @needs_scaler
 @KINDS
 class TestLossScale:
-    """``'mixed'`` and ``'full'`` average gradients, which carry the scaler's scale."""
+    """``'mixed'`` averages gradients, which carry the scaler's scale."""
 
     def run(self, model, scaler=None, half=None, count=6, skipped=(), value=math.inf, told=True):
         """Trains; returns the gradients and the window's averages of each iteration.
@@ -211,23 +211,22 @@ class TestLossScale:
             seen.append([*gradients, state_of(model).get("sums")])
         return seen
 
-    def build(self, kind, dtype=torch.float64, backward="full"):
+    def build(self, kind, dtype=torch.float64):
         torch.manual_seed(0)
-        return linked(kind, backward=backward).to(dtype)
+        return linked(kind).to(dtype)
 
     def assert_close(self, found, expected, tolerance=1e-5):
         for ours, theirs in zip(found, expected, strict=True):
             assert_close_in_norm(ours, theirs, tolerance)
 
-    @pytest.mark.parametrize("backward", ["mixed", "full"])
     @pytest.mark.parametrize(
         "scaler",
         [lambda: 1000, lambda: 0.5, lambda: torch.amp.GradScaler("cpu", init_scale=3.0e4)],
         ids=["1000", "0.5", "GradScaler"],
     )
-    def test_averages_are_those_of_an_unscaled_run(self, scaler, backward, kind):
+    def test_averages_are_those_of_an_unscaled_run(self, scaler, kind):
         """They differ if the layer is not told the scale."""
-        plain, scaled, untold = (self.build(kind, backward=backward) for _ in range(3))
+        plain, scaled, untold = (self.build(kind) for _ in range(3))
         expected = self.run(plain)
         self.assert_close(self.run(scaled, scaler()), expected)
         wrong = self.run(untold, 1000, told=False)

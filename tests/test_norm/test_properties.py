@@ -64,7 +64,7 @@ WINDOWS = {
     "auto": dict(window="moving", window_size=st.just("auto")),
     "sliding": dict(window="sliding", window_size=st.sampled_from([3, 2, 4, 5, 3, 2, 4, 1])),
 }
-BACKWARDS = ["mixed", "full", "own", "window", "current"]
+BACKWARDS = ["mixed", "window", "current"]
 
 
 @st.composite
@@ -164,8 +164,8 @@ class Training(RuleBasedStateMachine):
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         conv = nn.Conv2d(**conv)
         norm.update(self.window, window_size=data.draw(self.window["window_size"]))
-        if self.backward in ("mixed", "full", "own"):
-            # What they give back to the weight is made of the derivative, estimated or not.
+        if self.backward == "mixed":
+            # What it gives back to the weight is made of the derivative, estimated or not.
             norm["derivative_stride"] = 1
         norm = CBN(conv.out_channels, backward=self.backward, **norm)
         if norm.affine:

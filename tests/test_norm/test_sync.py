@@ -25,7 +25,7 @@ WINDOWS = {
 LAYERS = {
     f"{name}, {backward}": dict(window, backward=backward)
     for name, window in WINDOWS.items()
-    for backward in ("mixed", "full", "own", "window", "current")
+    for backward in ("mixed", "window", "current")
 }
 LAYERS |= {f"{name}, naive": dict(window, compensate=False) for name, window in WINDOWS.items()}
 LAYERS["window 1"] = dict(window="moving", window_size=1)
@@ -43,19 +43,19 @@ CASES |= {
 FIRST_EMPTY = [(0, 2), (3, 0), (2, 2)]
 CASES |= {
     (name, "first empty"): dict(layer=LAYERS[name], sizes=FIRST_EMPTY)
-    for name in ("moving, full", "auto, own", "sliding, full")
+    for name in ("moving, mixed", "auto, window", "sliding, mixed")
 }
 # A process that forgets its window has a share of its own from then on.
 UNEQUAL = ["moving, window", "moving, current", "sliding, window", "sliding, current"]
 CASES |= {
     (name, "unequal windows"): dict(layer=LAYERS[name], sizes=SIZES, forget=2) for name in UNEQUAL
 }
-for name in ("moving, full", "sliding, window", "window 1"):
+for name in ("moving, mixed", "sliding, window", "window 1"):
     CASES[name, "all empty"] = dict(layer=LAYERS[name], sizes=[(2, 3), (0, 0)])
     CASES[name, "plain average"] = dict(layer=dict(LAYERS[name], momentum=None), sizes=SIZES)
     CASES[name, "burn-in"] = dict(layer=LAYERS[name], sizes=SIZES, limit=1)
-CASES["moving, full", "burn-in, plain average"] = dict(
-    layer=dict(LAYERS["moving, full"], momentum=None), sizes=SIZES, limit=1
+CASES["moving, mixed", "burn-in, plain average"] = dict(
+    layer=dict(LAYERS["moving, mixed"], momentum=None), sizes=SIZES, limit=1
 )
 
 
@@ -209,7 +209,7 @@ class Union:
         sum(losses).backward(retain_graph=True)
         gradients = [parameter.grad.clone() for parameter in self.model.parameters()]
         x_gradients = [x.grad.clone() for x in inputs]
-        if self.norm.compensate and self.norm.backward in ("mixed", "full", "own"):
+        if self.norm.compensate and self.norm.backward == "mixed":
             off = self.taken_off(union, of, losses)
             x_gradients = [
                 torch.autograd.grad(y, x, grad, retain_graph=True)[0]
@@ -246,14 +246,11 @@ class Union:
             at_centre = pull + 2 * (each.mean - now) * slope
             own = [-at_centre / (r * count), -2 * slope / (r * r * count)]
             own = [value.detach() for value in own]
-            if rank.backward in ("full", "mixed"):
-                rank.sums, s = tuple(own), rank.share()
-                s = s if rank.backward == "full" else 1 - (1 - s) ** 2
-                own = [
-                    s * value + (1 - s) * past
-                    for value, past in zip(own, rank.averages or (0, 0), strict=True)
-                ]
-            found.append(own)
+            rank.sums, s = tuple(own), 1 - (1 - rank.share()) ** 2
+            averages = rank.averages or (0, 0)
+            found.append(
+                [s * now + (1 - s) * past for now, past in zip(own, averages, strict=True)]
+            )
         return found
 
     def y_gradients(self, outputs, of, heads, off):
@@ -407,7 +404,7 @@ def test_all_empty(ranks, name):
         assert all(tensor.isfinite().all() for tensor in seen[2][1])
 
 
-@pytest.mark.parametrize("name", ["moving, full", "auto, own", "sliding, current", "window 1"])
+@pytest.mark.parametrize("name", ["moving, mixed", "auto, window", "sliding, current", "window 1"])
 def test_alone_it_is_cbn(name):
     synced = build(**LAYERS[name]).float()
     alone = copy.deepcopy(synced)

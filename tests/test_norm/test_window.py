@@ -152,7 +152,7 @@ def predicted_bytes(conv, norm):
     if norm.compensate:
         kept += weights + patches
     iterations = norm.window_size - 1 if norm.window == "sliding" else 1
-    averages = 2 * channels if norm.compensate and norm.backward in ("full", "mixed") else 0
+    averages = 2 * channels if norm.compensate and norm.backward == "mixed" else 0
     return 4 * (iterations * kept + channels + averages)
 
 
@@ -164,7 +164,7 @@ def predicted_bytes(conv, norm):
         dict(window_size=64),
         dict(window="sliding", window_size=5),
         dict(backward="current"),
-        dict(window="sliding", window_size=5, backward="own"),
+        dict(window="sliding", window_size=5, backward="window"),
         dict(compensate=False),
         dict(window="sliding", window_size=5, compensate=False),
     ],

@@ -237,10 +237,10 @@ def test_momentum(tool, tmp_path):
 
 def test_continued(evidence, tool, tmp_path):
     args = ["--folder", tmp_path, "--seeds", 1, "--norms"]
-    own = "CBN(window_size=8, backward='own')"
-    printed = tool("evidence.py", "continued", *SHORT, *args, "BN", own).stdout
+    fixed = "CBN(window_size=8)"
+    printed = tool("evidence.py", "continued", *SHORT, *args, "BN", fixed).stdout
     found = rows(tmp_path, "continued")
-    assert [row["norm"] for row in found] == ["BN", own]
+    assert [row["norm"] for row in found] == ["BN", fixed]
     table = re.findall(r"^\| ([^|]+?) +\| (\d\.\d{3}) \(1\) +\|$", printed, re.MULTILINE)
     assert table == [
         (f"{row['norm']}{kind}", f"{row[key]:.3f}")
