@@ -16,11 +16,11 @@ gradient of the loss in ``z`` times ``gamma``, the gradient in ``y`` is
     mixed              e_b, e_g = s (E[g], E[g x_hat]) + (1 - s) (E_b, E_g)
 
 The first row is the derivative with the past as a constant. Batch normalisation subtracts a common
-part, ``E[g] + x_hat E[g x_hat]``; this row subtracts only the share ``s`` of it. ``mixed`` subtracts
-the rest as averages of both sums, which include the batch; ``E_b`` and ``E_g`` are those over past
-iterations. Without the batch, its deviation from them would go on to earlier layers, whose changes
-no window sees at once. The batch's sums alone would leave little to learn from if maps have few
-positions.
+part, ``E[g] + x_hat E[g x_hat]``; this row subtracts only the share ``s`` of it. ``mixed``
+subtracts the rest as averages of both sums, which include the batch; ``E_b`` and ``E_g`` are those
+over past iterations. Without the batch, its deviation from them would go on to earlier layers,
+whose changes no window sees at once. The batch's sums alone would leave little to learn from if
+maps have few positions.
 
 The past's statistics ``mu_p`` and ``V`` also depend on today's weight and bias. The paper
 (``current``) takes them as constants. Otherwise, with ``U = dL/d mu_bar = -r M E[g]``, ``S = dL/d
