@@ -15,6 +15,7 @@ momentum                the same, with other momenta of CBN's running statistics
 continued               a ResNet-18 that BN has trained goes on at one image per step: its mean
                         loss, and the accuracies on the way
 continued-clipped       the same, with the norm of the gradients clipped at 10
+continued-slowly        the same, at a quarter of the learning rate
 
 Each study adds its results to FOLDER/NAME.json, prints them as a table and plots them (except for
 frames, centred, continued and levels) to FOLDER/NAME.png. Results in the file are not run again: an
@@ -100,9 +101,15 @@ STUDIES = {
         train_continued,
         "loss",
     ),
-    "continued-clipped": Study(
-        ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, clip=10.0), train_continued, "loss"
-    ),
+    **{
+        f"continued-{how}": Study(
+            ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
+        )
+        for how, settings in (
+            ("clipped", {"clip": 10.0}),
+            ("slowly", {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
+        )
+    },
     "detector": Study(
         ALL,
         [1, 2, 4],

@@ -32,7 +32,7 @@ same_every_time = settings(max_examples=80, deadline=None, derandomize=True)
 # What a config may hold, and much that it should not.
 words = st.one_of(
     st.sampled_from(["moving", "sliding", "step", "auto", "where_possible"]),
-    st.sampled_from(["mixed", "window", "current", "float32", "bfloat16"]),
+    st.sampled_from(["mixed", "full", "own", "window", "current", "float32", "bfloat16"]),
     st.sampled_from(["True", "False", "no", "none", "0.1", "8", "Auto", ""]),
 )
 scalars = st.one_of(

@@ -36,8 +36,8 @@ _WINDOWS = {
     "step": "the forwards of one step of the optimiser",
 }
 _BACKWARDS = {
-    "mixed": "what images want of common statistics is averaged over the past and the batch",
-    "window": "the past's part of this is left out",
+    "mixed": "what all images want of the common statistics is subtracted as an average",
+    "window": "the past's share of that is not subtracted",
     "current": "the paper's, in which the past is a constant",
 }
 

@@ -57,7 +57,9 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
         if not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
             return _moments_in_two_reductions(y)
         return torch.batch_norm_update_stats(y, None, None, 0.0)
-    # Without float32 running statistics the kernel would return its results in half precision.
+    if y.is_cuda:  # whose kernel returns float32
+        return torch.batch_norm_update_stats(y, None, None, 0.0)
+    # Without float32 running statistics, a CPU's kernel returns half precision.
     unused = y.new_empty(2, y.shape[1], dtype=dtype)
     return torch.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
 
@@ -75,6 +77,17 @@ def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
     if (mean.square() > _FAR * var).any():
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     return mean, var
+
+
+def difference(y: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """``scale (y - mean)`` of each channel, in the dtype of ``y``; on a GPU, in one launch."""
+    if y.is_cuda:
+        none, one, scales = (
+            constant(len(mean), value, mean.dtype, y.device) for value in (0.0, 1.0, scale)
+        )
+        return torch.batch_norm_elemt(y, scales, none, mean, one, 0.0)
+    total = torch.add((mean * -scale).view(-1, 1, 1), y, alpha=scale)
+    return total if total.dtype == y.dtype else total.to(y.dtype)
 
 
 def channel_sums(

@@ -269,22 +269,14 @@ def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | Non
     and variance are computed anew.
     """
     scale = 2 * y.shape[1] / y.numel()  # 2 / M
-    if y.dtype != torch.float16 and not kernels.is_gpu(y):
-        offset = (mean * -scale).view(-1, 1, 1)
-        centred = torch.add(offset, y, alpha=scale)
-        return centred if centred.dtype == y.dtype else centred.to(y.dtype), None, var
-
-    def constant(value: float) -> Tensor:
-        return kernels.constant(len(mean), value, mean.dtype, mean.device)
-
-    nothing = constant(0.0)
-    if y.dtype != torch.float16:  # one launch; on a CPU it takes three times as long as above
-        of = constant(scale), nothing, mean, constant(1.0)
-        return torch.native_batch_norm(y, *of, False, 0.0, 0.0)[0], None, var
-    # A variance of zero leaves a constant channel at 0.
-    centred, _, r = torch.native_batch_norm(
-        y, constant(_HALF_SCALE * scale), nothing, None, None, True, 0.0, _TINY
+    if y.dtype != torch.float16:
+        return kernels.difference(y, mean, scale), None, var
+    of, nothing = (
+        kernels.constant(len(mean), value, mean.dtype, mean.device)
+        for value in (_HALF_SCALE * scale, 0.0)
     )
+    # A variance of zero leaves a constant channel at 0.
+    centred, _, r = torch.native_batch_norm(y, of, nothing, None, None, True, 0.0, _TINY)
     if not kernels.is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
         centred.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
     return centred, r, r.pow(-2)

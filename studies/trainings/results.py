@@ -42,7 +42,9 @@ def on_the_way(rows: list[dict], study: Study) -> list[dict]:
     ways = defaultdict(list)
     for row in rows:
         if "ways" in row:
-            ways[study.labels.get(row["norm"], row["norm"])].append(row["ways"])
+            label = study.labels.get(row["norm"], row["norm"])
+            label += f", {row['batch']} per step" if row["batch"] > 1 else ""
+            ways[label].append(row["ways"])
     return [
         {"norm": norm, **{at: summary([each[at] for each in runs], "way") for at in runs[0]}}
         for norm, runs in ways.items()

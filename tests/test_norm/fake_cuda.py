@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 import cbn_mmdet
 from cbn_mmdet.norm import iteration, linking
+from cbn_mmdet.norm.kernels import statistics_dtype
 
 PACKAGE = str(Path(cbn_mmdet.__file__).parent)
 
@@ -90,11 +91,10 @@ class Watch(TorchDispatchMode):
         if name == "_pin_memory":
             return torch.empty_like(args[0])
         if name == "batch_norm_update_stats":  # has no fake kernel
-            y, running_mean = args[:2]
-            like = y if running_mean is None else running_mean
-            result = [like.new_empty(y.shape[1]) for _ in range(2)]
-        elif name == "batch_norm_backward_elemt":
-            result = torch.empty_like(args[1])
+            dtype = statistics_dtype(args[0].dtype)
+            result = [args[0].new_empty(args[0].shape[1], dtype=dtype) for _ in range(2)]
+        elif name in ("batch_norm_elemt", "batch_norm_backward_elemt"):  # nor have these
+            result = torch.empty_like(args[name == "batch_norm_backward_elemt"])
         else:
             result = function(*args, **kwargs)
         if not function.is_view and name not in NO_LAUNCH:
@@ -124,7 +124,12 @@ class Watch(TorchDispatchMode):
 
 
 def launches_of(name, args):
-    """A foreach operation is one launch if its tensors are alike; else torch loops over them."""
+    """A foreach operation is one launch if its tensors are alike; else torch loops over them.
+
+    Of a strided view in bfloat16, torch takes the statistics from a copy.
+    """
+    if name == "batch_norm_update_stats":
+        return 2 if args[0].dtype == torch.bfloat16 and not args[0].is_contiguous() else 1
     lists = [each for each in args if isinstance(each, list | tuple) and len(each) > 0]
     lists = [each for each in lists if isinstance(each[0], torch.Tensor)]
     if not name.startswith("_foreach_") or not lists:

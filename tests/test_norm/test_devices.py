@@ -217,6 +217,39 @@ def test_affine_sum(dtype, channels_last, device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=needs_float16),
+    ],
+)
+def test_statistics_and_difference(dtype, channels_last, step, device):
+    """Also of every second row and column, where they lie."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = (torch.randn(2, 5, 12, 14, dtype=torch.float64) * 3 + 1).to(dtype)
+    part = y.to(device, memory_format=layout)[:, :, ::step, ::step]
+    of = part.cpu().double()
+    var, mean = torch.var_mean(of, (0, 2, 3), correction=0)
+    digits = 1e-12 if dtype == torch.float64 else 1e-5
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    moments = kernels.moments(part)
+    for found, expected in zip(moments, (mean, var), strict=True):
+        assert found.dtype == exact
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)
+    found = kernels.difference(part, moments[0], 0.25)
+    assert found.dtype == dtype
+    digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    expected = 0.25 * (of - mean[:, None, None])
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_products_with_weights_keep_all_digits(groups, device, products_in_tf32):
     torch.manual_seed(0)

@@ -63,20 +63,20 @@ def autograd_derivatives(conv, x, stride):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("is_gpu", [False, True], ids=["", "as on a GPU"])
+@settings(max_examples=60, deadline=None)
 @given(
     case=convolutions(),
     stride=st.integers(1, 3),
     dtype=st.sampled_from(list(TOLERANCE)),
     is_last=st.booleans(),
-    is_gpu=st.booleans(),
 )
-def test_derivative_is_autograds(case, stride, dtype, is_last, is_gpu):
+def test_derivative_is_autograds(is_gpu, case, stride, dtype, is_last):
     conv, x = case
     layout = torch.channels_last if is_last else torch.contiguous_format
     conv, x = conv.to(dtype), x.to(dtype, memory_format=layout)
     y = conv(x).detach()
-    if is_gpu and dtype == torch.float16:  # a CPU rounds otherwise what a GPU does not change
+    if is_gpu and dtype == torch.float16:  # of one position, a CPU rounds y r and mean r apart
         assume(y[:, 0, ::stride, ::stride].numel() > 1)
     of_batch = batch_moments(y)
     with mock.patch.object(kernels, "is_gpu", return_value=is_gpu):

@@ -80,7 +80,7 @@ class TestGradcheck:
         assert self.check(model, batch().requires_grad_())
 
     def test_of_the_parameters(self, conv, affine, kind, size):
-        """The parameters have the whole derivative, whatever gradient the input gets."""
+        """The parameters have the whole derivative, though the input gets another gradient."""
         assert self.check(filled("mixed", kind, size, affine=affine, **conv))
 
     def test_of_the_current_iteration(self, conv, affine, kind, size):

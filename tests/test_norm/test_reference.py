@@ -145,7 +145,7 @@ def test_without_a_past_every_gradient_is_batch_normalisations(backward):
 
 
 def test_what_goes_on_to_the_input():
-    """The gradient of the convolution's output, r [g - b - x_hat c], in each of both ways."""
+    """The gradient of the convolution's output, r [g - b - x_hat c], with each gradient."""
     conv = nn.Conv2d(4, 4, 1, bias=False).double()
     nn.init.dirac_(conv.weight)  # so that the input receives what its output does
     target = torch.randn(2, 4, 6, 5, dtype=torch.float64)
