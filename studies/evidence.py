@@ -16,6 +16,7 @@ continued               a ResNet-18 that BN has trained goes on at one image per
                         loss, and the accuracies on the way
 continued-clipped       the same, with the norm of the gradients clipped at 10
 continued-slowly        the same, at a quarter of the learning rate
+continued-exactly       the same, with BN over the last 8 images, which run anew in each step
 
 Each study adds its results to FOLDER/NAME.json, prints them as a table and plots them (except for
 frames, centred, continued and levels) to FOLDER/NAME.png. Results in the file are not run again: an
@@ -103,11 +104,12 @@ STUDIES = {
     ),
     **{
         f"continued-{how}": Study(
-            ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
+            norms, [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
         )
-        for how, settings in (
-            ("clipped", {"clip": 10.0}),
-            ("slowly", {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
+        for how, norms, settings in (
+            ("clipped", ["BN", "CBN"], {"clip": 10.0}),
+            ("slowly", ["BN", "CBN"], {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
+            ("exactly", ["BN"], {"together": 8}),
         )
     },
     "detector": Study(
