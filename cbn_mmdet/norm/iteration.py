@@ -753,7 +753,9 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     Raises:
         ValueError: ``loss_scale`` is neither a number above 0 nor a scaler.
     """
-    if not cbn_layers(model):
+    own = _iteration_of(model)
+    # A linked model is not searched in every iteration, unless its layers are gone.
+    if not (own and own.living() or cbn_layers(model)):
         _warn_without_layers(model, "step")
     ended = end_iteration(model, loss_scale, updated)
     for warning in (ended.dropped, ended.narrow):

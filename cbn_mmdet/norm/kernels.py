@@ -27,9 +27,14 @@ _FAR = 64
 # 28 us for 128 channels of 8x8, equal for 32x32, 635 against 275 us for 100x100 (one thread).
 _SMALL_MAP = 1024
 
+# As an fp16 output gradient, y - mu is divided by its standard deviation and by the number of
+# positions, so that the sum over 1e5 positions cannot overflow. This factor keeps the quotient out
+# of fp16's subnormal range.
+HALF_SCALE = 16.0
+
 # Up to this many weights, similar layers are faster in one product, copies included.
 _SMALL_WEIGHT = 1 << 14
-_TINY = 1e-20  # any smaller scale counts as zero
+_TINY = 1e-20  # any smaller scale counts as zero; below any variance of fp16 numbers but zero
 _BLOCK = 1 << 17  # numbers that fit in a cache
 
 
@@ -79,15 +84,27 @@ def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def difference(y: Tensor, mean: Tensor, scale: float) -> Tensor:
-    """``scale (y - mean)`` of each channel, in the dtype of ``y``; on a GPU, in one launch."""
-    if y.is_cuda:
-        none, one, scales = (
-            constant(len(mean), value, mean.dtype, y.device) for value in (0.0, 1.0, scale)
-        )
-        return torch.batch_norm_elemt(y, scales, none, mean, one, 0.0)
-    total = torch.add((mean * -scale).view(-1, 1, 1), y, alpha=scale)
-    return total if total.dtype == y.dtype else total.to(y.dtype)
+def centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``2 (y - mean) / M`` as an output gradient, in the dtype of ``y``.
+
+    In fp16, it is multiplied by ``HALF_SCALE r``, and mean and variance are computed anew.
+
+    Returns:
+        The gradient; in fp16 ``r``, ``(C,)``, else None; and the variance of ``y``.
+    """
+    scale, like = 2 * y.shape[1] / y.numel(), (mean.dtype, y.device)  # 2 / M
+    if y.dtype == torch.float16:
+        of, none = (constant(len(mean), value, *like) for value in (HALF_SCALE * scale, 0.0))
+        # A variance of zero leaves a constant channel at 0.
+        of_y, _, r = torch.native_batch_norm(y, of, none, None, None, True, 0.0, _TINY)
+        if not is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
+            of_y.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
+        return of_y, r, r.pow(-2)
+    if y.is_cuda:  # one kernel
+        none, one, of = (constant(len(mean), value, *like) for value in (0.0, 1.0, scale))
+        return torch.batch_norm_elemt(y, of, none, mean, one, 0.0), None, var
+    of_y = torch.add((mean * -scale).view(-1, 1, 1), y, alpha=scale)
+    return (of_y if of_y.dtype == y.dtype else of_y.to(y.dtype)), None, var
 
 
 def channel_sums(

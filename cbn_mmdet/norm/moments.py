@@ -32,12 +32,6 @@ from torch import Tensor, nn
 from . import kernels
 from .kernels import statistics_dtype
 
-# As an fp16 output gradient, y - mu is divided by its standard deviation and by the number of
-# positions, so that the sum over 1e5 positions cannot overflow. This factor keeps the quotient out
-# of fp16's subnormal range.
-_HALF_SCALE = 16.0
-_TINY = 1e-20  # below any variance of fp16 numbers but zero
-
 # Where there are more positions, at least this many estimate the derivative of the variance.
 _ENOUGH = 256
 
@@ -217,8 +211,8 @@ def batch_derivative(
 def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
     """``m`` and ``h``, ``(C_out, P)`` each, as two vector-Jacobian products."""
     mean, var = moments.own_mean, moments.own_var
-    centred, r, _ = _centred(y, mean, var)
-    shrink = _HALF_SCALE if y.dtype == torch.float16 else 1.0
+    centred, r, _ = kernels.centred(y, mean, var)
+    shrink = kernels.HALF_SCALE if y.dtype == torch.float16 else 1.0
     ones = torch.full_like(y, shrink * y.shape[1] / y.numel())
     of_mean, of_var = (
         source.rows(
@@ -227,7 +221,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
         ).to(mean.dtype)
         for each in (ones, centred)
     )
-    return of_mean / shrink, of_var if r is None else of_var / (_HALF_SCALE * r[:, None])
+    return of_mean / shrink, of_var if r is None else of_var / (kernels.HALF_SCALE * r[:, None])
 
 
 def stride_for(y: Tensor) -> int:
@@ -252,34 +246,14 @@ def _var_derivative(
         if y.dtype != torch.float16:
             # The subset needs its own mean: for another c, E[(y - c) phi] is not a covariance.
             mean, var = kernels.moments(y)
-    centred, r, var = _centred(y, mean, var)
+    centred, r, var = kernels.centred(y, mean, var)
     gradient = kernels.weight_gradient(source, centred, stride)
     if r is not None:
         nothing = kernels.constant(len(mean), 0.0, mean.dtype, mean.device)
         # One launch, in the dtype of ``r``.
-        of_r = torch.addcdiv(nothing[:, None], gradient, r[:, None], value=1 / _HALF_SCALE)
+        of_r = torch.addcdiv(nothing[:, None], gradient, r[:, None], value=1 / kernels.HALF_SCALE)
         return of_r, var
     return (gradient if gradient.dtype == mean.dtype else gradient.to(mean.dtype)), var
-
-
-def _centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``2 (y - mean) / M`` as an output gradient, what it has been multiplied by, and ``v``.
-
-    In fp16, it is multiplied by ``_HALF_SCALE r`` (of which ``r`` is returned, else None), and mean
-    and variance are computed anew.
-    """
-    scale = 2 * y.shape[1] / y.numel()  # 2 / M
-    if y.dtype != torch.float16:
-        return kernels.difference(y, mean, scale), None, var
-    of, nothing = (
-        kernels.constant(len(mean), value, mean.dtype, mean.device)
-        for value in (_HALF_SCALE * scale, 0.0)
-    )
-    # A variance of zero leaves a constant channel at 0.
-    centred, _, r = torch.native_batch_norm(y, of, nothing, None, None, True, 0.0, _TINY)
-    if not kernels.is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
-        centred.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
-    return centred, r, r.pow(-2)
 
 
 def _is_near(y: Tensor, weight: Tensor, moments: Moments) -> bool:

@@ -228,7 +228,7 @@ def test_affine_sum(dtype, channels_last, device, monkeypatch):
         pytest.param(torch.float16, marks=needs_float16),
     ],
 )
-def test_statistics_and_difference(dtype, channels_last, step, device):
+def test_statistics_and_centring(dtype, channels_last, step, device):
     """Also of every second row and column, where they lie."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -242,11 +242,16 @@ def test_statistics_and_difference(dtype, channels_last, step, device):
     for found, expected in zip(moments, (mean, var), strict=True):
         assert found.dtype == exact
         torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)
-    found = kernels.difference(part, moments[0], 0.25)
-    assert found.dtype == dtype
+    found, r, var_again = kernels.centred(part, *moments)
+    assert found.dtype == dtype and (r is None) == (dtype != torch.float16)
+    torch.testing.assert_close(var_again.cpu().double(), var, rtol=10 * digits, atol=0)
+    scale = 1.0 if r is None else kernels.HALF_SCALE * r.cpu().double()[:, None, None]
+    count = of[:, 0].numel()
     digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
-    expected = 0.25 * (of - mean[:, None, None])
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)
+    expected = 2 * scale * (of - mean[:, None, None])
+    torch.testing.assert_close(
+        count * found.cpu().double(), expected, rtol=digits, atol=10 * digits
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
