@@ -11,6 +11,7 @@ classifier              a plain CNN on handwritten digits of varied tone, at 1 t
 even                    the same, on digits that are alike in tone and contrast
 frames                  the same, with each digit eight times in a row
 centred                 the same, with MABN's convolutions for all norms
+exactly                 the same, with BN over the last 8 images, which run anew in each step
 momentum                the same, with other momenta of CBN's running statistics
 continued               a ResNet-18 that BN has trained goes on at one image per step: its mean
                         loss, and the accuracies on the way
@@ -19,8 +20,9 @@ continued-slowly        the same, at a quarter of the learning rate
 continued-exactly       the same, with BN over the last 8 images, which run anew in each step
 
 Each study adds its results to FOLDER/NAME.json, prints them as a table and plots them (except for
-frames, centred, continued and levels) to FOLDER/NAME.png. Results in the file are not run again: an
-interrupted command goes on where it stopped, and one with more --seeds adds to what is there.
+frames, centred, exactly, continued and levels) to FOLDER/NAME.png. Results in the file are not run
+again: an interrupted command goes on where it stopped, and one with more --seeds adds to what is
+there.
 
 Name a norm by its norm_cfg, such as BN, GN or CBN(window_size=4, backward='window').
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
@@ -93,6 +95,9 @@ STUDIES = {
         dict(CLASSIFIER, centred=True),
         train_classifier,
         "accuracy",
+    ),
+    "exactly": Study(
+        ["BN"], [1], {1: 5}, dict(CLASSIFIER, together=8), train_classifier, "accuracy"
     ),
     "continued": Study(
         ["BN", SLIDING, "CBN"],

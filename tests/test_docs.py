@@ -112,7 +112,7 @@ RUN_BY = {
             f"test_studies/test_{script}.py::test_{name}"
         )
         for script, names in (
-            ("evidence", "classifier momentum detector ablation continued levels"),
+            ("evidence", "classifier exactly momentum detector ablation continued levels"),
             ("benchmark", "layer host step inference memory growth count"),
             ("cost", "model collectives"),
         )

@@ -23,6 +23,7 @@ from .shared import (
     one_cycle,
     shuffled,
     with_defaults,
+    with_latest,
 )
 
 CLASSIFIER = dict(SHARED, train_glyphs=360, images_seen=5760, lr_at_32=0.03, burn_in_images=720)
@@ -86,11 +87,11 @@ def train_classifier(job: Job, options: dict) -> dict:
     held_images = options["burn_in_images"] * burn_in(job, 1)  # burn-ins are eighths
     opens = round(held_images * options["shorten"]) // job.batch
     order = shuffled(len(images), job.batch, steps * parts, options.get("frames", 1))
-    for number, chosen in enumerate(order):
+    for number, (chosen, targets) in enumerate(with_latest(order, labels, options)):
         if windows and number in (0, opens):
             set_window(model, 1 if number < opens else None)
         is_last = (number + 1) % parts == 0
-        descend(model, optimizer, images[chosen], labels[chosen], parts, is_last)
+        descend(model, optimizer, images[chosen], targets, parts, is_last)
         if windows:
             step(model, updated=is_last)
         if is_last:

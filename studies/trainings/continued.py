@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import os.path as osp
-from collections import deque
 from statistics import mean
 
 import numpy as np
@@ -19,12 +18,20 @@ from torchvision.models import resnet18
 
 from cbn_mmdet import from_batchnorm, link, step
 
-from .shared import AVERAGES, Job, accuracy, descend, one_cycle, shuffled, with_defaults
+from .shared import (
+    AVERAGES,
+    Job,
+    accuracy,
+    descend,
+    one_cycle,
+    shuffled,
+    with_defaults,
+    with_latest,
+)
 
 # First, BN trains on images_seen images, 32 per step; then come the measured iterations.
 CONTINUED = dict(AVERAGES, train_images=1400, images_seen=5600, lr_at_32=0.05)
 CONTINUED.update(iterations=300, lr_at_1=0.0016, evaluate_every=50)
-IGNORED = -100  # a label that torch's cross entropy leaves out
 
 
 def continued_data(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,14 +84,10 @@ def train_continued(job: Job, options: dict) -> dict:
     rate = options["lr_at_1"] * job.batch
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     torch.manual_seed(job.seed)  # the same, whether or not the network was trained just now
-    clip, latest = options.get("clip", math.inf), deque(maxlen=options.get("together", 1))
-    losses, accuracies = [], []
-    for number, chosen in enumerate(shuffled(len(images), job.batch, steps), 1):
-        latest.append(chosen)
-        targets = [torch.full_like(each, IGNORED) for each in latest]
-        targets[-1] = labels[chosen]  # the others share in the statistics, but not in the loss
-        batch = images[torch.cat(tuple(latest))], torch.cat(targets)
-        losses.append(descend(model.train(), optimizer, *batch, clip=clip))
+    clip, losses, accuracies = options.get("clip", math.inf), [], []
+    order = with_latest(shuffled(len(images), job.batch, steps), labels, options)
+    for number, (chosen, targets) in enumerate(order, 1):
+        losses.append(descend(model.train(), optimizer, images[chosen], targets, clip=clip))
         if windows:
             step(model)
         if number % every == 0:

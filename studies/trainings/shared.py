@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -99,6 +100,22 @@ def shuffled(count: int, batch: int, steps: int, frames: int = 1) -> Iterator[Te
     order = order.repeat_interleave(frames)
     for start in range(0, steps * batch, batch):
         yield order[start : start + batch]
+
+
+def with_latest(
+    batches: Iterator[Tensor], labels: Tensor, options: dict
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images of each batch and their labels, after those of earlier batches.
+
+    Of ``options["together"]`` batches (1), the earlier ones take part in the statistics alone:
+    their labels are such as torch's cross entropy leaves out.
+    """
+    latest = deque(maxlen=options.get("together", 1))
+    for chosen in batches:
+        latest.append(chosen)
+        targets = [torch.full_like(each, -100) for each in latest]
+        targets[-1] = labels[chosen]
+        yield torch.cat(tuple(latest)), torch.cat(targets)
 
 
 def descend(

@@ -226,6 +226,28 @@ def test_detector(detected):
     assert "PreciseStatsHook: statistics of 32 layers from 6 images in " in log
 
 
+def test_exactly(tool, tmp_path):
+    tool("evidence.py", "exactly", *SHORT, "--folder", tmp_path, "--seeds", 1)
+    (row,) = rows(tmp_path, "exactly")
+    assert row["norm"] == "BN" and row["batch"] == 1 and "precise" in row
+
+
+def test_earlier_batches_are_in_the_statistics_and_not_in_the_loss():
+    from trainings.shared import descend, with_latest
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 1, 4, 4), torch.arange(6)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    batches = with_latest(iter(labels.split(2)), labels, dict(together=2))
+    for expected, (chosen, targets) in zip(
+        ([0, 1], [0, 1, 2, 3], [2, 3, 4, 5]), batches, strict=True
+    ):
+        assert chosen.tolist() == expected
+        loss = nn.functional.cross_entropy(model(images[expected])[-2:], labels[expected[-2:]])
+        assert descend(model, optimizer, images[chosen], targets) == pytest.approx(loss.item())
+
+
 def test_momentum(tool, tmp_path):
     args = ["--folder", tmp_path, "--batches", 16, "--seeds", 1]
     tool("evidence.py", "momentum", *SHORT, *args)
@@ -538,6 +560,6 @@ def test_the_page_has_the_results_kept_beside_it(kept, evidence):
     assert shown == len(saved["runs"])
     fewest = {"photos-all.json": 2, "cells.json": 4}
     fewest.update({"continued-clipped.json": 4, "continued-slowly.json": 4})
-    fewest["continued-exactly.json"] = 2
+    fewest.update({"continued-exactly.json": 2, "exactly.json": 2})
     fewest.update({"levels.json": 3, "levels-apart.json": 3})
     assert printed >= fewest.get(str(kept.relative_to(KEPT)), 6)
