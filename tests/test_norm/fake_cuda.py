@@ -126,10 +126,13 @@ class Watch(TorchDispatchMode):
 def launches_of(name, args):
     """A foreach operation is one launch if its tensors are alike; else torch loops over them.
 
-    Of a strided view in bfloat16, torch takes the statistics from a copy.
+    Batch norm's statistics are one, besides the update of running ones, and in bfloat16 a copy of a
+    strided view.
     """
     if name == "batch_norm_update_stats":
-        return 2 if args[0].dtype == torch.bfloat16 and not args[0].is_contiguous() else 1
+        y, running_mean = args[:2]
+        is_copied = y.dtype == torch.bfloat16 and not y.is_contiguous()
+        return 1 + is_copied + (running_mean is not None)
     lists = [each for each in args if isinstance(each, list | tuple) and len(each) > 0]
     lists = [each for each in lists if isinstance(each[0], torch.Tensor)]
     if not name.startswith("_foreach_") or not lists:

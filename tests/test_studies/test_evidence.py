@@ -226,10 +226,14 @@ def test_detector(detected):
     assert "PreciseStatsHook: statistics of 32 layers from 6 images in " in log
 
 
-def test_exactly(tool, tmp_path):
+def test_exactly(evidence, tool, tmp_path):
     tool("evidence.py", "exactly", *SHORT, "--folder", tmp_path, "--seeds", 1)
     (row,) = rows(tmp_path, "exactly")
-    assert row["norm"] == "BN" and row["batch"] == 1 and "precise" in row
+    assert row["norm"] == "BN" and row["batch"] == 1
+    alone = evidence.train_classifier(
+        evidence.Job("BN", 1, 0), dict(evidence.CLASSIFIER, shorten=0.02)
+    )
+    assert all(row[name] != alone[name] for name in alone)
 
 
 def test_earlier_batches_are_in_the_statistics_and_not_in_the_loss():
