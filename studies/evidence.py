@@ -60,6 +60,7 @@ from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, slid
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
+ANEW = {"BN": "BN, the last 8 anew"}
 FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
 MOMENTA = (0.005, 0.02, 0.1, 0.5)
@@ -97,7 +98,13 @@ STUDIES = {
         "accuracy",
     ),
     "exactly": Study(
-        ["BN"], [1], {1: 5}, dict(CLASSIFIER, together=8), train_classifier, "accuracy"
+        ["BN"],
+        [1],
+        {1: 5},
+        dict(CLASSIFIER, together=8),
+        train_classifier,
+        "accuracy",
+        labels=ANEW,
     ),
     "continued": Study(
         ["BN", SLIDING, "CBN"],
@@ -109,14 +116,22 @@ STUDIES = {
     ),
     **{
         f"continued-{how}": Study(
-            norms, [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
+            ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
         )
-        for how, norms, settings in (
-            ("clipped", ["BN", "CBN"], {"clip": 10.0}),
-            ("slowly", ["BN", "CBN"], {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
-            ("exactly", ["BN"], {"together": 8}),
+        for how, settings in (
+            ("clipped", {"clip": 10.0}),
+            ("slowly", {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
         )
     },
+    "continued-exactly": Study(
+        ["BN"],
+        [1],
+        {1: 3},
+        dict(CONTINUED, together=8),
+        train_continued,
+        "loss",
+        labels=ANEW,
+    ),
     "detector": Study(
         ALL,
         [1, 2, 4],
