@@ -1,11 +1,15 @@
 """Small models with CBN, and how tests compare what two of them hold."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import pytest
 import torch
 from conftest import needs_float16
 from torch import nn
 
 from cbn_mmdet import CBN, link, step, window_state
+from cbn_mmdet.norm import kernels
 from cbn_mmdet.norm.reference import Reference
 
 KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
@@ -24,6 +28,25 @@ def linked(kind="moving", size=4, bias=False, **kwargs):
     """A convolution of 3 to 4 channels with its CBN."""
     conv = nn.Conv2d(3, 4, 3, padding=1, bias=bias)
     return chain(conv, CBN(4, window=kind, window_size=size, **kwargs))
+
+
+@contextmanager
+def as_on_a_gpu():
+    """Takes a GPU's ways on the CPU; yields the mock that says so.
+
+    The operation that a CPU lacks is replaced by its formula.
+    """
+
+    def elemt(y, scale, shift, mean, invstd, eps):
+        scale, shift, mean, invstd = (e.view(-1, 1, 1) for e in (scale, shift, mean, invstd))
+        return (scale * (y - mean) * invstd + shift).to(y.dtype)
+
+    with (
+        mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu,
+        mock.patch.object(torch, "batch_norm_elemt", elemt),
+    ):
+        yield is_gpu
+    assert is_gpu.called
 
 
 def reference(model, **kwargs):

@@ -100,7 +100,7 @@ def centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None
         if not is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
             of_y.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
         return of_y, r, r.pow(-2)
-    if y.is_cuda:  # one kernel
+    if is_gpu(y):  # one kernel
         none, one, of = (constant(len(mean), value, *like) for value in (0.0, 1.0, scale))
         return torch.batch_norm_elemt(y, of, none, mean, one, 0.0), None, var
     of_y = torch.add((mean * -scale).view(-1, 1, 1), y, alpha=scale)

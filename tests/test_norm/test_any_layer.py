@@ -6,12 +6,11 @@ import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import KINDS, assert_same, chain, held, train_once
+from layers import KINDS, as_on_a_gpu, assert_same, chain, held, train_once
 from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
@@ -31,7 +30,6 @@ from zoo import loss_of, stock_model, total
 
 import cbn_mmdet.norm.cbn
 from cbn_mmdet import CBN, diagnose, link, links, load_window_state, set_window, step, window_state
-from cbn_mmdet.norm import kernels
 from cbn_mmdet.norm.reference import Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
@@ -501,9 +499,8 @@ class TestStatistics:
 
     @pytest.mark.parametrize("name", ["old weight norm", "transposed", "DCN"])
     def test_the_ways_of_a_gpu(self, name, kind):
-        with mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu:
+        with as_on_a_gpu():
             self.check(CASES[name], kind, "mixed")
-        assert is_gpu.called
 
     @pytest.mark.parametrize("backward", ["window", "current"])
     @pytest.mark.parametrize("name", ["weight norm", "a function", "transposed in groups", "DCNv2"])

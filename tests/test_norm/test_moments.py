@@ -1,15 +1,16 @@
 """The statistics of a batch and their derivatives, against autograd."""
 
-from unittest import mock
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import computes_in_float16, needs_float16
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from layers import as_on_a_gpu
 from torch import nn
 
-from cbn_mmdet.norm import kernels, moments
+from cbn_mmdet.norm import moments
 from cbn_mmdet.norm.linking import mark, source_of
 from cbn_mmdet.norm.moments import Source, batch_derivative, batch_moments, stride_for
 
@@ -79,7 +80,7 @@ def test_derivative_is_autograds(is_gpu, case, stride, dtype, is_last):
     if is_gpu and dtype == torch.float16:  # of one position, a CPU rounds y r and mean r apart
         assume(y[:, 0, ::stride, ::stride].numel() > 1)
     of_batch = batch_moments(y)
-    with mock.patch.object(kernels, "is_gpu", return_value=is_gpu):
+    with as_on_a_gpu() if is_gpu else nullcontext():
         derivative = batch_derivative(Source.of(conv, x), y, of_batch, stride)
     assert {each.dtype for each in derivative} == {of_batch.mean.dtype}
     expected_mean, expected_var = autograd_derivatives(conv.double(), x.double(), stride)
