@@ -97,15 +97,6 @@ STUDIES = {
         train_classifier,
         "accuracy",
     ),
-    "exactly": Study(
-        ["BN"],
-        [1],
-        {1: 5},
-        dict(CLASSIFIER, together=8),
-        train_classifier,
-        "accuracy",
-        labels=ANEW,
-    ),
     "continued": Study(
         ["BN", SLIDING, "CBN"],
         [1],
@@ -123,15 +114,13 @@ STUDIES = {
             ("slowly", {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
         )
     },
-    "continued-exactly": Study(
-        ["BN"],
-        [1],
-        {1: 3},
-        dict(CONTINUED, together=8),
-        train_continued,
-        "loss",
-        labels=ANEW,
-    ),
+    **{
+        name: Study(["BN"], [1], {1: seeds}, dict(settings, together=8), *how, labels=ANEW)
+        for name, seeds, settings, *how in (
+            ("exactly", 5, CLASSIFIER, train_classifier, "accuracy"),
+            ("continued-exactly", 3, CONTINUED, train_continued, "loss"),
+        )
+    },
     "detector": Study(
         ALL,
         [1, 2, 4],

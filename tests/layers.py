@@ -32,7 +32,7 @@ def linked(kind="moving", size=4, bias=False, **kwargs):
 
 @contextmanager
 def as_on_a_gpu():
-    """Takes a GPU's ways on the CPU; yields the mock that says so.
+    """Takes a GPU's ways on the CPU, and asserts that there were any.
 
     The operation that a CPU lacks is replaced by its formula.
     """
@@ -45,7 +45,7 @@ def as_on_a_gpu():
         mock.patch.object(kernels, "is_gpu", return_value=True) as is_gpu,
         mock.patch.object(torch, "batch_norm_elemt", elemt),
     ):
-        yield is_gpu
+        yield
     assert is_gpu.called
 
 

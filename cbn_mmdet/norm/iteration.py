@@ -72,11 +72,13 @@ class Ended(NamedTuple):
         clamped: What :func:`step` returns.
         dropped: The warning about records with NaN or infinite values, which are dropped, or None.
         narrow: The warning about windows that stay narrow, or None.
+        has_layers: Whether the model has a CBN.
     """
 
     clamped: Tensor | None
     dropped: str | None
     narrow: str | None
+    has_layers: bool = True
 
 
 class Iteration:
@@ -753,11 +755,9 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     Raises:
         ValueError: ``loss_scale`` is neither a number above 0 nor a scaler.
     """
-    own = _iteration_of(model)
-    # A linked model is not searched in every iteration, unless its layers are gone.
-    if not (own and own.living() or cbn_layers(model)):
-        _warn_without_layers(model, "step")
     ended = end_iteration(model, loss_scale, updated)
+    if not ended.has_layers:
+        _warn_without_layers(model, "step")
     for warning in (ended.dropped, ended.narrow):
         if warning:
             warnings.warn(warning, stacklevel=2)
@@ -773,10 +773,9 @@ def end_iteration(model: nn.Module, loss_scale: object = None, updated: bool = T
             f"{loss_scale!r}."
         )
     own = _iteration_of(model)
-    if own is None:  # a wrapper or a part of the linked model
-        layers = cbn_layers(model).values()
-    else:
-        layers = own.living()
+    layers = [] if own is None else own.living()
+    if not layers:  # a wrapper or a part of the linked model, or one whose layers are gone
+        layers = list(cbn_layers(model).values())
     # A part that was linked after the model has an iteration of its own.
     iterations = dict.fromkeys([own, *[layer._iteration for layer in layers]])
     results = [each.step(loss_scale, updated) for each in iterations if each is not None]
@@ -785,6 +784,7 @@ def end_iteration(model: nn.Module, loss_scale: object = None, updated: bool = T
     return Ended(
         torch.stack(clamped).mean() if clamped else None,
         *(" ".join(filter(None, texts)) or None for texts in told),
+        has_layers=bool(layers),
     )
 
 

@@ -58,11 +58,9 @@ def version_of(tensor: Tensor | None) -> int:
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """``E[y]`` and ``E[(y - E[y])^2]`` of each channel, ``(C,)``, in float32 at least."""
     dtype = statistics_dtype(y.dtype)
-    if y.dtype == dtype:
-        if not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
-            return _moments_in_two_reductions(y)
-        return torch.batch_norm_update_stats(y, None, None, 0.0)
-    if y.is_cuda:  # whose kernel returns float32
+    if y.dtype == dtype and not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
+        return _moments_in_two_reductions(y)
+    if y.dtype == dtype or y.is_cuda:  # CUDA's kernel returns float32 of half precision
         return torch.batch_norm_update_stats(y, None, None, 0.0)
     # Without float32 running statistics, a CPU's kernel returns half precision.
     unused = y.new_empty(2, y.shape[1], dtype=dtype)
@@ -87,7 +85,8 @@ def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
 def centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """``2 (y - mean) / M`` as an output gradient, in the dtype of ``y``.
 
-    In fp16, it is multiplied by ``HALF_SCALE r``, and mean and variance are computed anew.
+    In fp16, it is multiplied by ``HALF_SCALE r``, which :func:`rescaled` takes out of a sum of it,
+    and mean and variance are computed anew.
 
     Returns:
         The gradient; in fp16 ``r``, ``(C,)``, else None; and the variance of ``y``.
@@ -105,6 +104,12 @@ def centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None
         return torch.batch_norm_elemt(y, of, none, mean, one, 0.0), None, var
     of_y = torch.add((mean * -scale).view(-1, 1, 1), y, alpha=scale)
     return (of_y if of_y.dtype == y.dtype else of_y.to(y.dtype)), None, var
+
+
+def rescaled(gradient: Tensor, r: Tensor) -> Tensor:
+    """``gradient / (HALF_SCALE r)``, ``(C, P)``, in the dtype of ``r``, in one launch."""
+    nothing = constant(len(r), 0.0, r.dtype, r.device)
+    return torch.addcdiv(nothing[:, None], gradient, r[:, None], value=1 / HALF_SCALE)
 
 
 def channel_sums(

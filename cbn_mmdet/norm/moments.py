@@ -221,7 +221,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
         ).to(mean.dtype)
         for each in (ones, centred)
     )
-    return of_mean / shrink, of_var if r is None else of_var / (kernels.HALF_SCALE * r[:, None])
+    return of_mean / shrink, of_var if r is None else kernels.rescaled(of_var, r)
 
 
 def stride_for(y: Tensor) -> int:
@@ -249,10 +249,7 @@ def _var_derivative(
     centred, r, var = kernels.centred(y, mean, var)
     gradient = kernels.weight_gradient(source, centred, stride)
     if r is not None:
-        nothing = kernels.constant(len(mean), 0.0, mean.dtype, mean.device)
-        # One launch, in the dtype of ``r``.
-        of_r = torch.addcdiv(nothing[:, None], gradient, r[:, None], value=1 / kernels.HALF_SCALE)
-        return of_r, var
+        return kernels.rescaled(gradient, r), var
     return (gradient if gradient.dtype == mean.dtype else gradient.to(mean.dtype)), var
 
 
