@@ -360,7 +360,8 @@ class Iteration:
                 record.end()
         self._made.clear()
         for layer in self.living():
-            layer._was_reset = False
+            if layer._was_reset:  # to set a module's attribute takes longer than to read it
+                layer._was_reset = False
             if updated and layer.window == "step":
                 layer._forget()
         return Ended(torch.tensor(sum(clamped) / len(clamped)) if clamped else None, *texts)
@@ -425,7 +426,7 @@ class Iteration:
             sums = new_averages(vectors)
             checked.append(sums)
         positives = [record.past.positive for record in records if record.past is not None]
-        positives = [each.reshape(-1) for each in positives if each is not None]
+        positives = [each.flatten() for each in positives if each is not None]
         if positives:
             figures.append(torch.cat(positives).mean(dtype=checked[0].dtype))
         # Norms, as one NaN or infinite value makes its norm NaN or infinite.

@@ -140,7 +140,7 @@ def standardize(
     return torch.batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, cudnn)
 
 
-def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
     """``scale grad + offset + slope y`` of each channel, in the dtype of ``y``.
 
     In float32, as rounding terms that nearly cancel would leave a residue. On a GPU, one pass of
@@ -150,19 +150,19 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
         grad: Incoming gradient, like ``y``, ``(N, C, H, W)``.
         y: Input of the layer.
         scale: ``(C, 1, 1)``; on a GPU, as :func:`not_zero` returns it.
-        rows: The offset and the slope, ``(2, C, 1)``; on a GPU, both divided by the scale.
+        offset: ``(C,)``; on a GPU, divided by the scale.
+        slope: Likewise.
     """
-    offset, slope = (row.view(-1, 1, 1) for row in rows)
     if y.is_cuda and y.numel() > 0:
-        like = rows.dtype, y.device
+        like = slope.dtype, y.device
         none, one = (constant(y.shape[1], value, *like) for value in (0.0, 1.0))
         count = constant(1, -1, torch.int32, y.device)  # the kernel divides a and b by it
         last = torch.channels_last
         is_last = y.is_contiguous(memory_format=last)
         grad = grad.contiguous(memory_format=last if is_last else torch.contiguous_format)
-        statistics = (each.view(-1) for each in (scale, offset, slope))
-        return torch.batch_norm_backward_elemt(grad, y, none, one, *statistics, count)
-    total = torch.addcmul(offset, y, slope)
+        statistics = none, one, scale.view(-1), offset, slope, count
+        return torch.batch_norm_backward_elemt(grad, y, *statistics)
+    total = torch.addcmul(offset.view(-1, 1, 1), y, slope.view(-1, 1, 1))
     total = (total + grad) * scale if is_gpu(y) else total.addcmul_(grad, scale)
     return total if total.dtype == y.dtype else total.to(y.dtype)
 
@@ -359,30 +359,44 @@ def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield rows, part if part.dtype == dtype else part.to(dtype)
 
 
-def add_outer_(
-    grad: Tensor, lefts: Tensor, rights: Tensor | Sequence[Tensor], scale: float = 1.0
-) -> None:
-    """``grad_cp += scale sum_k left_kc right_kgp``.
+def add_outer_(grad: Tensor, lefts: Tensor, rights: Sequence[Tensor]) -> None:
+    """``grad_cp += sum_k left_kc right_kgp``.
 
     Args:
         grad: ``(C, P)``.
-        lefts: ``(K, C, 1)``.
-        rights: ``K`` tensors of ``(groups, P)``; with one group, also as the rows of ``(K, P)``.
-        scale: Factor of the sum.
+        lefts: ``(K, C)``.
+        rights: ``K`` tensors of ``(groups, P)``.
     """
-    if isinstance(rights, Tensor):
-        grad.addmm_(lefts.squeeze(2).t(), rights, alpha=scale)
+    if all(len(right) == 1 for right in rights):  # one launch and one pass over the gradient
+        grad.addmm_(lefts.t(), torch.cat(rights) if len(rights) > 1 else rights[0])
         return
     for left, right in zip(lefts, rights, strict=True):
         groups, patch = right.shape
-        if groups == 1:
-            grad.addmm_(left, right, alpha=scale)
-            continue
         by_group = grad.view(groups, -1, patch)
-        by_group.baddbmm_(left.view(groups, -1, 1), right[:, None], alpha=scale)
+        by_group.baddbmm_(left.view(groups, -1, 1), right[:, None])
 
 
-def lerp_each_(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> None:
+def add_outers_(
+    grads: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float
+) -> None:
+    """``grad_cp += scale left_c right_gp``, for each of several layers, in one call.
+
+    Args:
+        grads: Each ``(C, P)``.
+        lefts: Each ``(C,)``.
+        rights: Each ``(groups, P)``.
+        scale: Factor of all products.
+    """
+    by_group = []
+    for grad, left, right in zip(grads, lefts, rights, strict=True):
+        groups, patch = right.shape
+        if groups > 1:
+            grad, left, right = grad.view(groups, -1, patch), left.view(groups, -1), right[:, None]
+        by_group.append((grad, left.unsqueeze(-1), right))
+    torch._foreach_addcmul_(*(list(each) for each in zip(*by_group, strict=True)), value=scale)
+
+
+def lerp_each_(starts: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[float]) -> None:
     """``start += weight (end - start)`` of each pair, in one launch for all pairs."""
     if not starts:
         return

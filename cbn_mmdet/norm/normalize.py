@@ -68,22 +68,22 @@ class Coefficients(NamedTuple):
     sum(g) + on_var sum(g x_hat) + constant``:
 
         0, 1    added to ``r g``, the second times ``y``; on a GPU divided by the scale
-        2, 3    factors of ``M`` (the gradient in ``mu_p``) and of ``H`` (the gradient in ``V``)
+        2, 3    the gradients in ``mu_p`` and in ``V``
 
     and, where averages are kept (``mixed``),
 
-        4, 5    what weight and bias are given back: factors of ``m - M`` and ``h'``; in a sliding
-                window, of ``m`` and ``h``
+        4, 5    what weight and bias are given back: factors of ``m`` and ``h`` (with a moving
+                window ``h'``, and row 2 includes a factor of ``M``)
         6, 7    the sums themselves, copied here, because autograd would copy those that it hands on
                 as gradients if they were held
 
     Attributes:
         r: ``(C,)``.
         scale: ``r gamma``, ``(C, 1, 1)``; ``(C,)`` if the batch is spread.
-        on_mean: ``(4, C, 1)`` or ``(8, C, 1)``.
+        on_mean: ``(4, C)`` or ``(8, C)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
-        of_own: If the batch is spread, coefficients of the process's own sums, ``(3, C, 1)``: of
+        of_own: If the batch is spread, coefficients of the process's own sums, ``(3, C)``: of
             ``sum(g)`` for ``dL/d mu_p``, then of ``sum(g x_hat)`` for ``dL/d mu_p`` and ``dL/d V``.
             Rows 2 and 3 above then contain only what is given back.
     """
@@ -136,43 +136,33 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     if is_spread:
         of_own = torch.stack((rest, *on_vars[2:]))
         on_means[2] = on_vars[2] = on_vars[3] = nothing
-    is_moving = isinstance(records[0].window, MovingWindow)
     if is_mixed:
-        distance = vectors.from_union
-        if is_spread:  # of the process's own mean, from the union's and from the batch's
-            own_mean = torch.cat([record.moments.own_mean for record in records])
-            distance, from_batch = own_mean - mean, own_mean - vectors.batch[0]
+        from_batch = nothing
+        if is_spread:
+            own_means = [record.moments.own_mean for record in records]
+            from_batch = torch.cat(own_means) - vectors.batch[0]
+        # mu - mu_bar goes with m beside h, but with M beside h'.
+        place = 2 if isinstance(records[0].window, MovingWindow) else 4
         back, of_m, one = on_var * own_part, rest * own_part, torch.ones_like(r)
         on_means += [of_m, nothing, one, nothing]
-        if is_moving:  # m = M + (m - M), rows 2 and 4
-            on_means[2] = on_means[2] + of_m
-            on_vars[2] = torch.addcmul(on_vars[2], back, distance)
-            on_vars += [back * from_batch if is_spread else nothing]
-        else:
-            on_vars += [back * distance]
-        on_vars += [back / 2, nothing, one]
+        on_vars += [back * from_batch, back / 2, nothing, one]
+        on_vars[place] = torch.addcmul(on_vars[place], back, vectors.from_union)
         averages = [record.averages for record in records]
         if any(each is not None for each in averages):
             e_b, e_g = vectors.cat(averages, 0.0) * (r * (average_part * _scale(records[0], r)))
             e_g = e_g * r
-            back, of_m = e_g * own_count, e_b * own_count
-            of_all = torch.addcmul(of_m, back, distance)
-            if is_moving and is_spread:
-                of_m = torch.addcmul(of_m, back, from_batch)
-            constant = torch.stack(
-                (
-                    *(e_g * mean - e_b, e_g.neg(), of_all if is_moving else nothing, nothing),
-                    *(of_m if is_moving else of_all, back / 2, nothing, nothing),
-                )
-            )
+            back = e_g * own_count
+            of_m = torch.addcmul(e_b * own_count, back, from_batch)
+            rows = [e_g * mean - e_b, e_g.neg(), nothing, nothing, of_m, back / 2, nothing, nothing]
+            rows[place] = torch.addcmul(rows[place], back, vectors.from_union)
+            constant = torch.stack(rows)
     scale, stacks = kernels.not_zero(scale), [torch.stack(on_means), torch.stack(on_vars), constant]
     if kernels.is_gpu(r):  # affine_sum expects rows divided by the scale
         for each in stacks:
             if each is not None:
                 each[:2].div_(scale)
     parts = [
-        [None] * len(records) if each is None else vectors.split_columns(each)
-        for each in (*stacks, of_own)
+        [None] * len(records) if each is None else vectors.split(each) for each in (*stacks, of_own)
     ]
     scale = scale if is_spread else scale.view(-1, 1, 1)
     parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
@@ -228,16 +218,20 @@ def _backward(ctx, grad):
         grad_gamma, grad_beta = sums
         rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
         grad_y = grad_weight = grad_bias = None
+        offset, slope, *others = rows.unbind()
+        if record.backward == "mixed":
+            (record.original or record).add_sums(others[4:])
         if needs_y:
-            grad_y = kernels.affine_sum(grad, y, of.scale.view(-1, 1, 1), rows[:2])
+            scale = of.scale.view(-1, 1, 1) if record.is_spread else of.scale
+            grad_y = kernels.affine_sum(grad, y, scale, offset, slope)
+        of_means, of_vars = rows[2:6:2], others[1:4:2]
         if needs_bias:
-            is_whole = rows.shape[0] == 4 or isinstance(record.window, MovingWindow)
-            grad_bias = (rows[2] if is_whole else rows[2] + rows[4]).view(-1)
+            grad_bias = of_means.sum(0)
         if needs_weight:
             # Not a view, because autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
-            by_row = grad_weight.view(record.mean.shape[0], -1)
-            record.past.gradient(rows[2:], record, by_row)
+            by_row = grad_weight.view(len(offset), -1)
+            record.past.gradient(of_means, of_vars, record.derivative, by_row)
     return (
         grad_y,
         grad_gamma if needs_gamma else None,
@@ -250,20 +244,15 @@ def _backward(ctx, grad):
 
 
 def _rows(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
-    """Computes the rows of :class:`Coefficients`, ``(K, C, 1)``, from sums of ``(C,)``."""
+    """Computes the rows of :class:`Coefficients`, ``(K, C)``, from sums of ``(C,)``."""
     first = record.original or record
-    on_mean, on_var = on_mean.unsqueeze(1), on_var.unsqueeze(1)
     if of.constant is None or first.is_constant_used:
         rows = of.on_mean * on_mean
     else:
         rows = torch.addcmul(of.constant, of.on_mean, on_mean)
         # Only once per forward, even if its gradient comes in several backward passes.
         first.is_constant_used = True
-    rows.addcmul_(of.on_var, on_var)
-    if record.backward != "mixed":
-        return rows
-    first.add_sums(rows[6:, :, 0])
-    return rows[:6]
+    return rows.addcmul_(of.on_var, on_var)
 
 
 def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tensor) -> Tensor:
@@ -278,8 +267,8 @@ def _rows_of_all(record: Record, of: Coefficients, on_mean: Tensor, on_var: Tens
     all_mean = torch.addcmul(all_mean, slope, distance, value=-1)
     rows = _rows(record, of, all_mean, slope / of.r)
     on_mean, *on_var = of.of_own.unbind()
-    rows[2].addcmul_(on_mean, own_mean.unsqueeze(1))
-    rows[2:4].addcmul_(torch.stack(on_var), own_var.unsqueeze(1))
+    rows[2].addcmul_(on_mean, own_mean)
+    rows[2:4].addcmul_(torch.stack(on_var), own_var)
     return rows
 
 
@@ -295,7 +284,7 @@ def new_averages(vectors: Vectors) -> Tensor:
     They are meaningless for records that no backward pass has reached.
     """
     records = vectors.records
-    now = vectors.cat([record.sums for record in records], vectors.union)
+    now = vectors.cat_pairs([record.sums for record in records], vectors.union)
     # g includes gamma, which these sums lack; sums over all processes have it already, and r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])

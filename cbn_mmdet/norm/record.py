@@ -36,8 +36,6 @@ class Record:
         running: What is averaged into the layer's running mean and variance, each ``(C,)``.
         window: The window that grows; None in a burn-in, where ``running`` replaces the buffers.
         derivative: Derivative of the batch's statistics; None where nothing is compensated.
-        mean_patches: ``M`` and ``m - M``, each ``(groups, P)``. Set if a moving window has a past,
-            once ``h`` of ``derivative`` has become ``h'``.
         weight: The weight that ``derivative`` is for, detached, if the window rounds it; else None.
         bias: The convolution's bias, if the window keeps means without it.
         gamma: The layer's scale, or None for 1.
@@ -45,7 +43,7 @@ class Record:
         is_spread: Whether other processes hold parts of the batch, and take part in the backward.
         scale: Factor of the loss, and hence of every gradient: 1, or a loss scaler's.
         averages: ``E_b`` and ``E_g`` of past iterations, ``(2, C)``, or None.
-        sums: ``sum(g)`` and ``sum(g x_hat)`` over backward passes, ``(2, C)``, or None; without
+        sums: ``sum(g)`` and ``sum(g x_hat)`` over backward passes, each ``(C,)``, or None; without
             ``gamma``, but times ``r gamma`` if the batch is spread.
         kind: Key: records of equal kind can be processed together.
         coefficients: What the backward pass applies to its sums; set once the forward is over.
@@ -62,7 +60,6 @@ class Record:
     finish: Callable[[Record], None]
     window: Window | None = None
     derivative: Derivative | None = None
-    mean_patches: Tensor | tuple[Tensor, Tensor] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     gamma: Tensor | None = None
@@ -70,7 +67,7 @@ class Record:
     is_spread = False
     scale: float | Tensor = 1.0
     averages: Tensor | None = None
-    sums: Tensor | None = None
+    sums: Sequence[Tensor] | None = None
     kind: tuple = ()
     coefficients: Coefficients | None = None
     is_constant_used = False
@@ -86,13 +83,14 @@ class Record:
         self.has_ended = True
         self.__dict__.update(dict.fromkeys(_HELD))
 
-    def add_sums(self, sums: Tensor) -> None:
+    def add_sums(self, sums: Sequence[Tensor]) -> None:
         """Adds the sums of one backward pass to those of earlier ones of the same forward."""
-        self.sums = sums if self.sums is None else self.sums + sums
+        before = self.sums
+        self.sums = sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
 
 
 _HELD = (
-    *("moments", "past", "running", "window", "derivative", "mean_patches", "weight", "bias"),
+    *("moments", "past", "running", "window", "derivative", "weight", "bias"),
     *("gamma", "averages", "sums", "coefficients", "finish", "original"),
 )
 
@@ -151,10 +149,6 @@ class Vectors:
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Splits ``(..., N)`` into each record's part."""
         return torch.split_with_sizes(tensor, self.sizes, -1)
-
-    def split_columns(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Splits ``(K, N)`` into each record's part, as ``(K, C, 1)``."""
-        return torch.split_with_sizes(tensor.unsqueeze(2), self.sizes, 1)
 
     def parts(self, each: list, otherwise: Tensor | float, shape: tuple[int, ...] = ()) -> list:
         """Returns ``each``, one entry per record, with every None replaced from ``otherwise``.

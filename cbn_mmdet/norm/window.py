@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .moments import full_precision
+from .moments import Derivative, full_precision
 from .record import Record, Vectors, pairs
 
 # For a window that sets its own size: the largest size, with which it starts, and the rate at which
@@ -76,25 +76,30 @@ class MovingPast(NamedTuple):
         """The factor for the gradient in ``V``, ``(C,)``: zero where ``V`` was cut."""
         return self.positive
 
-    def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
-        """Computes the weight gradient through the past.
+    def gradient(
+        self, of_means: Tensor, of_vars: Sequence[Tensor], batch: Derivative, out: Tensor
+    ) -> None:
+        """Computes the weight gradient through the past, and what the weight is given back.
 
         Args:
-            of: Gradients in ``mu_p`` and in ``V``, times the mask, ``(2, C, 1)``; or ``(4, C, 1)``,
-                followed by the factors of the batch's ``m - M`` and ``h'``.
-            record: The batch's record, after :func:`add_distances`.
+            of_means: The gradient in ``mu_p``, ``(1, C)``; if something is given back ``(2, C)``,
+                with the factor of the batch's ``m``.
+            of_vars: The gradient in ``V``, times the mask, ``(C,)``; likewise, and the factor of
+                the batch's ``h'``.
+            batch: Derivative of the batch's statistics.
             out: Tensor to write the weight gradient to, ``(C, P)``.
         """
+        of_var, *of_batch = (each.unsqueeze(1) for each in of_vars)
         if self.h.dtype == out.dtype:
-            torch.mul(self.h, of[1], out=out)
+            torch.mul(self.h, of_var, out=out)
         else:
             for rows, part in kernels.in_dtype(self.h, out.dtype):
-                torch.mul(part, of[1, rows], out=out[rows])
-        gives_back = of.shape[0] == 4
-        if gives_back:
-            out.addcmul_(record.derivative.var, of[3])
-        both = record.mean_patches
-        kernels.add_outer_(out, of[::2], both if gives_back else both[:1])
+                torch.mul(part, of_var[rows], out=out[rows])
+        means = [self.m.to(out.dtype)]
+        for factor in of_batch:
+            out.addcmul_(batch.var, factor)
+            means.append(batch.mean)
+        kernels.add_outer_(out, of_means, means)
 
 
 class SlidingPast(NamedTuple):
@@ -126,19 +131,22 @@ class SlidingPast(NamedTuple):
         """None: each past iteration has its own mask, which :meth:`gradient` applies."""
         return None
 
-    def gradient(self, of: Tensor, record: Record, out: Tensor) -> None:
-        """As :meth:`MovingPast.gradient`, but the further rows are for the batch's ``m``, ``h``."""
+    def gradient(
+        self, of_means: Tensor, of_vars: Sequence[Tensor], batch: Derivative, out: Tensor
+    ) -> None:
+        """As :meth:`MovingPast.gradient`."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
-        of_mean, of_var = of[:2] / count
+        of_mean, of_var, *of_batch = (each.unsqueeze(1) for each in (of_means[0], *of_vars))
+        of_mean, of_var = of_mean / count, of_var / count
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
         by_group = out.view(groups, -1, patch)
         torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype), out=by_group)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
             out[rows, None].baddbmm_(of_var[rows, None], part)
-        if of.shape[0] == 4:
-            out.addcmul_(record.derivative.var, of[3])
-            kernels.add_outer_(out, of[2:3], (record.derivative.mean,))
+        for factor in of_batch:
+            out.addcmul_(batch.var, factor)
+            kernels.add_outer_(out, of_means[1:], [batch.mean])
 
 
 Past = MovingPast | SlidingPast
@@ -540,7 +548,7 @@ def growth(vectors: Vectors) -> Growth:
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
-    at = past_at.lerp(batch_at, vectors.share)  # with h, which the next lines turn into h'
+    at = past_at.lerp(batch_at, vectors.share)  # with h; the last line adds what h' has beyond it
     values = union - at
     values[1].addcmul_(at[0] - past_at[0], vectors.from_union, value=-2)
     return Growth(values, union[0])
@@ -553,28 +561,26 @@ def add_distances(vectors: Vectors) -> None:
     found = []
     for place, record in enumerate(vectors.records):
         of, past = record.derivative, record.past
-        if of is None or record.mean_patches is not None:
+        if of is None:
             continue
         if of.var.is_inference():  # cannot be changed in place outside inference mode
             record.derivative = of = of._replace(mean=of.mean.clone(), var=of.var.clone())
         if past is not None and past.m is not None:
             found.append((place, of, past.m.to(of.mean.dtype)))
-    if not found:
-        return
-    distances = vectors.split_columns(vectors.from_union[None])
-    changes = torch._foreach_sub([of.mean for _, of, _ in found], [m for *_, m in found])
-    for (place, of, m), change in zip(found, changes, strict=True):
-        # With one group, as rows of one matrix: the backward pass needs one launch for both.
-        both, is_one = (m, change), m.shape[0] == change.shape[0] == 1
-        vectors.records[place].mean_patches = torch.cat(both) if is_one else both
-        kernels.add_outer_(of.var, distances[place], (change,), 2.0)
+    if found:
+        distances = vectors.split(vectors.from_union)
+        changes = torch._foreach_sub([of.mean for _, of, _ in found], [m for *_, m in found])
+        kernels.add_outers_(
+            [of.var for _, of, _ in found], [distances[place] for place, *_ in found], changes, 2.0
+        )
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     """Puts what :func:`growth` found into the moving windows whose record is to be kept."""
-    add_distances(vectors)  # for records that no backward pass has reached
+    if vectors.records[0].coefficients is None:  # no backward pass has reached these records
+        add_distances(vectors)
     stored = [vectors.split(each.float()) for each in new]
     grown, mixed = [], []  # mixed: batch, past and the share of the past
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):

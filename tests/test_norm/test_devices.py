@@ -202,14 +202,14 @@ def test_affine_sum(dtype, channels_last, device, monkeypatch):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     grad, y = (each.to(dtype) for each in torch.randn(2, 3, 5, 4, 7, dtype=torch.float64))
     scale = torch.tensor([0.0, 1e-25, -1e-3, 1.0, 30.0], dtype=exact)
-    rows = torch.randn(2, 5, 1, dtype=exact)
+    rows = torch.randn(2, 5, dtype=exact)
     offset, slope, factor = (each.view(-1, 1, 1).double() for each in (*rows, scale))
     expected = factor * grad.double() + offset + slope * y.double()
-    scale, rows = kernels.not_zero(scale.to(device)).view(-1, 1, 1), rows.to(device)
+    scale, rows = kernels.not_zero(scale.to(device)), rows.to(device)
     if kernels.is_gpu(rows):
-        rows = rows / scale.view(-1, 1)
+        rows = rows / scale
     y = y.to(device, memory_format=layout)
-    found = kernels.affine_sum(grad.to(device), y, scale, rows)
+    found = kernels.affine_sum(grad.to(device), y, scale.view(-1, 1, 1), *rows)
     assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
     digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)

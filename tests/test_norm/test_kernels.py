@@ -225,16 +225,28 @@ class TestWeightProducts:
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("scale", [1.0, -0.3])
-def test_add_outer(scale, groups, count):
-    grad, lefts, rights = torch.randn(6, 5), torch.randn(count, 6, 1), torch.randn(count, groups, 5)
-    of_each = lefts * rights.repeat_interleave(6 // groups, 1)
-    expected = grad + scale * of_each.sum(0)
-    others = [tuple(rights), rights[:, 0]][: 3 - groups]  # of one group as rows, too
-    for other in others:
-        found = grad.clone()
-        kernels.add_outer_(found, lefts, other, scale)
-        torch.testing.assert_close(found, expected)
+def test_add_outer(groups, count):
+    grad, lefts, rights = torch.randn(6, 5), torch.randn(count, 6), torch.randn(count, groups, 5)
+    of_each = lefts[..., None] * rights.repeat_interleave(6 // groups, 1)
+    found = grad.clone()
+    kernels.add_outer_(found, lefts, list(rights))
+    torch.testing.assert_close(found, grad + of_each.sum(0))
+
+
+def test_add_outers():
+    """Of layers of different sizes and groups."""
+    shapes = [(6, 5, 1), (6, 5, 2), (4, 9, 4), (1, 1, 1)]
+    grads, lefts, rights = zip(
+        *((torch.randn(c, p), torch.randn(c), torch.randn(g, p)) for c, p, g in shapes),
+        strict=True,
+    )
+    expected = [
+        grad - 0.3 * left[:, None] * right.repeat_interleave(len(left) // len(right), 0)
+        for grad, left, right in zip(grads, lefts, rights, strict=True)
+    ]
+    kernels.add_outers_(grads, lefts, rights, -0.3)
+    for found, of in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, of)
 
 
 @pytest.mark.parametrize("weights", [[0.25, 0.25], [0.25, 0.5], []])

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from cbn_mmdet import CBN, link, step, window_state
-from cbn_mmdet.norm.record import Record
 from cbn_mmdet.norm.window import LARGEST, MovingWindow, SlidingWindow, pasts
 
 KINDS = pytest.mark.parametrize("kind", ["moving", "sliding"])
@@ -98,11 +97,8 @@ def test_compensation_against_recomputation(groups, bias, kind):
 
 def gradient(past, of_mean, of_var):
     """The gradient in the weight, from given gradients in mean and variance alone."""
-    record = Record(None, None, past)
-    m = past.m.to(of_mean.dtype)
-    record.mean_patches = m if len(m) == 1 else (m,)
     found = of_mean.new_empty(len(of_mean), past.h.shape[-1])
-    past.gradient(torch.stack((of_mean, of_var))[:, :, None], record, found)
+    past.gradient(of_mean[None], (of_var,), None, found)
     return found
 
 
