@@ -154,7 +154,10 @@ def tool():
     stdout also holds what the tool wrote to stderr, unless ``apart`` is set.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "mmcv.ops", "mmdet.apis", "cbn_mmdet"])
+    # MMDetection imports its parts when a config first names one.
+    parts = ("apis", "datasets", "engine", "evaluation", "models", "visualization")
+    preload = ["pytest", "mmcv.ops", *(f"mmdet.{part}" for part in parts), "cbn_mmdet"]
+    context.set_forkserver_preload(preload)
 
     def run_tool(name, *args, check=True, cwd=ROOT, env=None, apart=False, limit=600):
         (script,) = (path for path in (Path(each, name) for each in SCRIPTS) if path.is_file())

@@ -87,12 +87,13 @@ def test_a_training(base, tool, small_config, tmp_path):
     [
         ("bn-all_1xb1", [], "the model has no CBN layer"),
         ("cbn-all_1xb1", ["--layers", "bn"], "has no CBN layer bn; the first of its 32 is back"),
-        ("cbn-all_1xb1", ["--every", 1000], "of 48 iterations ended before the first look"),
+        ("cbn-all_1xb1", ["--every", 1000], "of 12 iterations ended before the first look"),
     ],
 )
 def test_mistakes(config, args, complaint, tool, small_config, tmp_path):
     if "--every" in args and 1000 in args:
-        extra = "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]"
+        extra = "custom_hooks = [dict(type='CBNHook', burn_in=2, by_epoch=False)]\n"
+        extra += "train_cfg = dict(max_epochs=1, val_begin=2)\n"
     else:
         extra = ""
     path = small_config(tmp_path, f"faster-rcnn_r18_fpn_{config}_digits", extra)
