@@ -30,10 +30,12 @@ def joint_moments(own: Moments) -> Moments:
         if no process has a position.
     """
     one = torch.cat([own.mean, own.var, own.mean.new_full((1,), own.count)])  # 2C + 1
-    ranks = dist.get_world_size()
-    each = one.new_empty(ranks * one.numel())
-    dist.all_gather_into_tensor(each, one)
-    means, variances, counts = each.view(ranks, -1).split(
+    each = one.new_empty(dist.get_world_size(), one.numel())
+    if one.is_cuda:
+        dist.all_gather_into_tensor(each, one)
+    else:  # torch 2.1's gloo fills no single tensor
+        dist.all_gather(list(each), one)
+    means, variances, counts = each.split(
         [own.mean.numel(), own.var.numel(), 1], dim=1
     )  # W, C and W, C and W, 1
     count = counts.sum(0)

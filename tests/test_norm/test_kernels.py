@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_float16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -183,6 +184,7 @@ class TestPatches:
         error = (found.double() - expected).abs() / largest.clamp_min(1)
         assert error.max() < (1e-2 if dtype == torch.bfloat16 else exact)
 
+    @needs_float16
     def test_a_sum_over_rows_stays_in_the_range_of_half_precision(self):
         conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
         x = torch.full((1, 2, 200, 60), 6e4, dtype=torch.float16)
