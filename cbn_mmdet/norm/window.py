@@ -561,7 +561,7 @@ def add_distances(vectors: Vectors) -> None:
     found = []
     for place, record in enumerate(vectors.records):
         of, past = record.derivative, record.past
-        if of is None:
+        if of is None or record.coefficients is not None:  # a backward pass has come by
             continue
         if of.var.is_inference():  # cannot be changed in place outside inference mode
             record.derivative = of = of._replace(mean=of.mean.clone(), var=of.var.clone())
@@ -579,8 +579,7 @@ def add_distances(vectors: Vectors) -> None:
 @torch.no_grad()
 def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
     """Puts what :func:`growth` found into the moving windows whose record is to be kept."""
-    if vectors.records[0].coefficients is None:  # no backward pass has reached these records
-        add_distances(vectors)
+    add_distances(vectors)
     stored = [vectors.split(each.float()) for each in new]
     grown, mixed = [], []  # mixed: batch, past and the share of the past
     for record, is_kept, values, recorded in zip(vectors.records, keep, *stored, strict=True):

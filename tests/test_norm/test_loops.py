@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from layers import KINDS, backward, chain, descend, iterate, linked, state_of
+from layers import KINDS, assert_same_window, backward, chain, descend, iterate, linked, state_of
 from torch import nn
 
-from cbn_mmdet import CBN, load_window_state, set_window, step, window_state
+from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
 from cbn_mmdet.norm.reference import Reference
 
 
@@ -168,6 +168,37 @@ def test_two_optimisers_in_turn():
         slow[trained].step(x.double())
         step(trained)
         descend(trained)
+
+
+@KINDS
+def test_parts_whose_forward_and_backward_alternate(kind):
+    """A layer's record is the same whether another's backward pass comes before its forward."""
+
+    def train(parts, alternate):
+        windows = []
+        for number in range(4):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+            if alternate:
+                parts[0](x).sum().backward()
+                parts[1](x)
+            else:
+                outputs = [part(x) for part in parts]
+                outputs[0].sum().backward()
+            step(parts)
+            with torch.no_grad():
+                for part in parts:
+                    part[0].weight += 0.05
+            windows.append(window_state(parts))
+        return windows
+
+    torch.manual_seed(0)
+    parts = nn.ModuleList(linked(kind) for _ in range(2))
+    link(parts)
+    twin = copy.deepcopy(parts)
+    link(twin)
+    for ours, theirs in zip(train(parts, True), train(twin, False), strict=True):
+        for name in ours:
+            assert_same_window(ours[name][0], theirs[name][0], name)
 
 
 @pytest.mark.slow
