@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from cbn_mmdet import link, step
 
@@ -135,7 +135,7 @@ class Collectives(TorchDispatchMode):
         """Run an operation, and record it if it is a collective."""
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
-            own = tree_leaves(args[1] if "gather" in name else args[0])
+            own, _ = tree_flatten(args[1] if "gather" in name else args[0])
             self.said.append((name, sum(each.nbytes for each in own if isinstance(each, Tensor))))
         return func(*args, **(kwargs or {}))
 

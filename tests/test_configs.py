@@ -450,7 +450,7 @@ def test_digits_train_and_evaluate(path, digits):
 def in_part(path):
     """Picks each norm in each place, and one config for each other value of an axis.
 
-    Mask R-CNN has all the layers of Faster R-CNN, which comes here with no norm and with CBN.
+    Mask R-CNN has all the layers of Faster R-CNN, which comes at 4 images with no norm and CBN.
     """
     said = facts(path)
     if path in MADE:  # stand in for norms without a whole-network config at this batch

@@ -311,9 +311,10 @@ class Iteration:
                 if waiting and records[0].moments is not None:
                     vectors = Vectors(waiting)
                     self._finished.append(vectors)
+                    found = coefficients(vectors)
                     if isinstance(waiting[0].window, MovingWindow):
-                        add_distances(vectors)
-                    for each, of in zip(waiting, coefficients(vectors), strict=True):
+                        add_distances(vectors)  # last, as to repeat it after an error adds twice
+                    for each, of in zip(waiting, found, strict=True):
                         each.coefficients = of
 
     def add(self, record: Record, repeats: bool) -> None:

@@ -359,41 +359,30 @@ def in_dtype(h: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield rows, part if part.dtype == dtype else part.to(dtype)
 
 
-def add_outer_(grad: Tensor, lefts: Tensor, rights: Sequence[Tensor]) -> None:
-    """``grad_cp += sum_k left_kc right_kgp``.
+def add_outer_(grad: Tensor, left: Tensor, right: Tensor) -> None:
+    """``grad_cp += left_c right_gp``, of ``(C, P)``, ``(C,)`` and ``(groups, P)``.
 
-    Args:
-        grad: ``(C, P)``.
-        lefts: ``(K, C)``.
-        rights: ``K`` tensors of ``(groups, P)``.
+    By elements: what is added of the past's mean patch and of the batch's nearly cancels, so that
+    TF32 or bfloat16 in a product of matrices would lose the difference.
     """
-    if all(len(right) == 1 for right in rights):  # one launch and one pass over the gradient
-        grad.addmm_(lefts.t(), torch.cat(rights) if len(rights) > 1 else rights[0])
-        return
-    for left, right in zip(lefts, rights, strict=True):
-        groups, patch = right.shape
-        by_group = grad.view(groups, -1, patch)
-        by_group.baddbmm_(left.view(groups, -1, 1), right[:, None])
+    grad, left, right = _by_group(grad, left, right)
+    grad.addcmul_(left, right)
 
 
 def add_outers_(
     grads: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float
 ) -> None:
-    """``grad_cp += scale left_c right_gp``, for each of several layers, in one call.
+    """``grad_cp += scale left_c right_gp`` for each of several layers, in one call."""
+    each = map(_by_group, grads, lefts, rights)
+    torch._foreach_addcmul_(*map(list, zip(*each, strict=True)), value=scale)
 
-    Args:
-        grads: Each ``(C, P)``.
-        lefts: Each ``(C,)``.
-        rights: Each ``(groups, P)``.
-        scale: Factor of all products.
-    """
-    by_group = []
-    for grad, left, right in zip(grads, lefts, rights, strict=True):
-        groups, patch = right.shape
-        if groups > 1:
-            grad, left, right = grad.view(groups, -1, patch), left.view(groups, -1), right[:, None]
-        by_group.append((grad, left.unsqueeze(-1), right))
-    torch._foreach_addcmul_(*(list(each) for each in zip(*by_group, strict=True)), value=scale)
+
+def _by_group(grad: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of :func:`add_outer_` in shapes whose elements multiply."""
+    groups, patch = right.shape
+    if groups == 1:
+        return grad, left.unsqueeze(1), right
+    return grad.view(groups, -1, patch), left.view(groups, -1, 1), right.unsqueeze(1)
 
 
 def lerp_each_(starts: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[float]) -> None:

@@ -224,9 +224,9 @@ def _backward(ctx, grad):
         if needs_y:
             scale = of.scale.view(-1, 1, 1) if record.is_spread else of.scale
             grad_y = kernels.affine_sum(grad, y, scale, offset, slope)
-        of_means, of_vars = rows[2:6:2], others[1:4:2]
+        of_means, of_vars = others[0:4:2], others[1:4:2]
         if needs_bias:
-            grad_bias = of_means.sum(0)
+            grad_bias = sum(of_means[1:], of_means[0])
         if needs_weight:
             # Not a view, because autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)

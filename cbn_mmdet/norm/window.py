@@ -77,29 +77,29 @@ class MovingPast(NamedTuple):
         return self.positive
 
     def gradient(
-        self, of_means: Tensor, of_vars: Sequence[Tensor], batch: Derivative, out: Tensor
+        self,
+        of_means: Sequence[Tensor],
+        of_vars: Sequence[Tensor],
+        batch: Derivative,
+        out: Tensor,
     ) -> None:
         """Computes the weight gradient through the past, and what the weight is given back.
 
         Args:
-            of_means: The gradient in ``mu_p``, ``(1, C)``; if something is given back ``(2, C)``,
-                with the factor of the batch's ``m``.
-            of_vars: The gradient in ``V``, times the mask, ``(C,)``; likewise, and the factor of
-                the batch's ``h'``.
+            of_means: The gradient in ``mu_p``, ``(C,)``; if something is given back, then also the
+                factor of the batch's ``m``.
+            of_vars: The gradient in ``V``, times the mask, and the factor of the batch's ``h'``.
             batch: Derivative of the batch's statistics.
             out: Tensor to write the weight gradient to, ``(C, P)``.
         """
-        of_var, *of_batch = (each.unsqueeze(1) for each in of_vars)
+        of_var = of_vars[0].unsqueeze(1)
         if self.h.dtype == out.dtype:
             torch.mul(self.h, of_var, out=out)
         else:
             for rows, part in kernels.in_dtype(self.h, out.dtype):
                 torch.mul(part, of_var[rows], out=out[rows])
-        means = [self.m.to(out.dtype)]
-        for factor in of_batch:
-            out.addcmul_(batch.var, factor)
-            means.append(batch.mean)
-        kernels.add_outer_(out, of_means, means)
+        kernels.add_outer_(out, of_means[0], self.m.to(out.dtype))
+        _give_back(of_means[1:], of_vars[1:], batch, out)
 
 
 class SlidingPast(NamedTuple):
@@ -132,21 +132,31 @@ class SlidingPast(NamedTuple):
         return None
 
     def gradient(
-        self, of_means: Tensor, of_vars: Sequence[Tensor], batch: Derivative, out: Tensor
+        self,
+        of_means: Sequence[Tensor],
+        of_vars: Sequence[Tensor],
+        batch: Derivative,
+        out: Tensor,
     ) -> None:
-        """As :meth:`MovingPast.gradient`."""
+        """As :meth:`MovingPast.gradient`, but without a mask, and for the batch's ``h``."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
-        of_mean, of_var, *of_batch = (each.unsqueeze(1) for each in (of_means[0], *of_vars))
-        of_mean, of_var = of_mean / count, of_var / count
+        of_mean, of_var = (each[0].unsqueeze(1) / count for each in (of_means, of_vars))
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
         by_group = out.view(groups, -1, patch)
         torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype), out=by_group)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
             out[rows, None].baddbmm_(of_var[rows, None], part)
-        for factor in of_batch:
-            out.addcmul_(batch.var, factor)
-            kernels.add_outer_(out, of_means[1:], [batch.mean])
+        _give_back(of_means[1:], of_vars[1:], batch, out)
+
+
+def _give_back(
+    of_mean: Sequence[Tensor], of_var: Sequence[Tensor], batch: Derivative, out: Tensor
+) -> None:
+    """Adds the batch's ``m`` and ``h`` times their factors, ``(C,)``, if there are any."""
+    if of_mean:
+        out.addcmul_(batch.var, of_var[0].unsqueeze(1))
+        kernels.add_outer_(out, of_mean[0], batch.mean)
 
 
 Past = MovingPast | SlidingPast
@@ -548,7 +558,7 @@ def growth(vectors: Vectors) -> Growth:
     biases = [record.bias for record in records]
     if any(bias is not None for bias in biases):
         union = torch.stack((union[0] - vectors.cat(biases, 0.0), union[1]))
-    at = past_at.lerp(batch_at, vectors.share)  # with h; the last line adds what h' has beyond it
+    at = past_at.lerp(batch_at, vectors.share)  # with h; what h' has beyond it is subtracted below
     values = union - at
     values[1].addcmul_(at[0] - past_at[0], vectors.from_union, value=-2)
     return Growth(values, union[0])

@@ -12,7 +12,7 @@ from norms import build_norm, has_cbn, norm_cfg
 from printing import Bar
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from cbn_mmdet import link, step
 
@@ -212,7 +212,7 @@ class Counter(TorchDispatchMode):
             # An argument that an operation changes in place is read and written; out is only
             # written.
             read = [args, *(each for name, each in kwargs.items() if name != "out")]
-            tensors = filter(torch.is_tensor, tree_leaves((read, result)))
+            tensors = filter(torch.is_tensor, tree_flatten((read, result))[0])
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         return result
 

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 import cbn_mmdet
@@ -105,8 +105,10 @@ class Watch(TorchDispatchMode):
         return result
 
     def count(self, name, args, kwargs, result):
-        made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        made = [each for each in tree_flatten(result)[0] if isinstance(each, torch.Tensor)]
+        tensors = [
+            each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)
+        ]
         devices = {each.device.type for each in (*tensors, *made)}
         # cuDNN clones its reserve, as a graph walked by hand could be walked again.
         is_reserve = name == "clone" and made[0].dtype == torch.uint8

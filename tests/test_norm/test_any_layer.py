@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import KINDS, as_on_a_gpu, assert_same, chain, held, train_once
+from layers import HALF, KINDS, as_on_a_gpu, assert_same, chain, held, train_once
 from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
@@ -429,7 +429,7 @@ class TestDerivative:
         torch.testing.assert_close(derivative.mean_at, (expected_m * rows).sum(1))
         torch.testing.assert_close(2 * derivative.half_var_at, (expected_h * rows).sum(1))
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", HALF)
     def test_of_many_positions_in_half_precision(self, dtype, monkeypatch):
         """1e5 positions of values of 1e3: a plain sum would leave fp16's range."""
         found, derive = [], cbn_mmdet.norm.cbn.batch_derivative

@@ -244,6 +244,14 @@ class TestLaunches:
             assert few_more - 2 * each <= model, f"{few_more - 2 * each:.1f} a model:\n{one}"
 
 
+@pytest.mark.parametrize("name", ["default", "window", "bfloat16"])
+def test_no_product_of_matrices_in_a_backward(name):
+    """TF32 would round what nearly cancels there: the past's mean patch and the batch's."""
+    _, backward, _ = launches(name, 2)
+    called = {call.strip("_") for call, _ in backward.launches}
+    assert "addcmul" in called and not called & {"addmm", "baddbmm", "bmm", "mm"}
+
+
 def test_products_write_no_more_than_a_weight():
     """The first thing that a forward does is to move all pasts to today's weights."""
     with fake_cuda() as watch:

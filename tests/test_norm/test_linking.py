@@ -20,6 +20,7 @@ from zoo import loss_of, stock_model, total
 
 import cbn_mmdet.norm
 from cbn_mmdet import CBN, link, links, step, window_state
+from cbn_mmdet.norm.layer import is_compiling
 from cbn_mmdet.norm.reference import Reference
 
 
@@ -539,6 +540,7 @@ class TestHowMuchRuns:
             model(x)
         finally:
             sys.setprofile(None)
+        functions.discard(is_compiling.__code__)  # ours for torch 2.1 alone
         assert 10 < len(functions) <= limit
         assert into_linking == self.LAYERS
         # Includes the marks of the convolutions and the work for all layers at once.
