@@ -526,7 +526,7 @@ def test_who_does_not_use_them_does_not_need_them(small_config, tmp_path):
 import json, os, runpy, sys
 for name in ("mmpretrain", "mmseg"):
     sys.modules[name] = None
-import mmdet.apis
+import mmdet.apis, mmdet.models
 sys.path.insert(0, "tools")
 for command in json.loads(sys.argv[1]):
     child = os.fork()

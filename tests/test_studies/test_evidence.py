@@ -287,6 +287,7 @@ def test_continued(evidence, tool, tmp_path):
         assert again[key] == pytest.approx(found[0][key], rel=1e-3)
     # Weights that hardly move; other images in the statistics.
     for change in (dict(clip=1e-3), dict(lr_at_1=1e-5), dict(together=3)):
+        change.update(evaluate_every=300)  # at the end alone
         other = evidence.train_continued(evidence.Job("BN", 1, 0), dict(options, **change))
         assert other["loss"] != again["loss"]
     assert weights.stat().st_mtime_ns == written
