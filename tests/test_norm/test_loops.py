@@ -12,6 +12,7 @@ from layers import KINDS, assert_same_window, backward, chain, descend, iterate,
 from torch import nn
 
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
+from cbn_mmdet.norm.normalize import coefficients
 from cbn_mmdet.norm.reference import Reference
 
 
@@ -203,6 +204,31 @@ def test_parts_whose_forward_and_backward_alternate(inference, kind):
 
 
 @pytest.mark.slow
+def test_a_backward_pass_that_fails_can_be_repeated(monkeypatch):
+    """Such as by lack of memory: nothing is added to the batch's derivative twice."""
+    torch.manual_seed(0)
+    model = linked()
+    iterate(model, 3)
+    twin = copy.deepcopy(model)
+    link(twin)
+    load_window_state(twin, window_state(model))
+    x, place = torch.randn(2, 3, 8, 8), "cbn_mmdet.norm.iteration.coefficients"
+
+    def fail(vectors):
+        monkeypatch.setattr(place, coefficients)
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    loss = model(x).square().sum()
+    with pytest.raises(MemoryError):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    twin(x).square().sum().backward()
+    assert torch.equal(model[0].weight.grad, twin[0].weight.grad)
+    step(model), step(twin)
+    assert_same_window(state_of(model), state_of(twin))
+
+
 def test_2000_steps_hold_no_more_than_200():
     torch.manual_seed(0)
     sliding = CBN(8, window="sliding", window_size=4, backward="window")
