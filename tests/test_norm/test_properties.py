@@ -159,9 +159,9 @@ class Training(RuleBasedStateMachine):
     )
     def build(self, conv, norm, data, loss_scale, channels_last, seed, iterations, size):
         torch.manual_seed(seed)
-        if self.dtype == torch.bfloat16:
-            channels_last = False  # torch's gradient of a dilated depthwise one is wrong on the CPU
         self.format = torch.channels_last if channels_last else torch.contiguous_format
+        if self.dtype == torch.bfloat16:
+            conv["dilation"] = 1  # layers.is_computed_by_torch
         conv = nn.Conv2d(**conv)
         norm.update(self.window, window_size=data.draw(self.window["window_size"]))
         if self.backward == "mixed":
