@@ -203,7 +203,6 @@ def test_parts_whose_forward_and_backward_alternate(inference, kind):
             assert_same_window(ours[name][0], theirs[name][0], name)
 
 
-@pytest.mark.slow
 def test_a_backward_pass_that_fails_can_be_repeated(monkeypatch):
     """Such as by lack of memory: nothing is added to the batch's derivative twice."""
     torch.manual_seed(0)
@@ -229,6 +228,7 @@ def test_a_backward_pass_that_fails_can_be_repeated(monkeypatch):
     assert_same_window(state_of(model), state_of(twin))
 
 
+@pytest.mark.slow
 def test_2000_steps_hold_no_more_than_200():
     torch.manual_seed(0)
     sliding = CBN(8, window="sliding", window_size=4, backward="window")
