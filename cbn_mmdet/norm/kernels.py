@@ -149,7 +149,7 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, offset: Tensor, slope: Te
     Args:
         grad: Incoming gradient, like ``y``, ``(N, C, H, W)``.
         y: Input of the layer.
-        scale: ``(C, 1, 1)``; on a GPU, as :func:`not_zero` returns it.
+        scale: ``(C,)``; on a GPU, as :func:`not_zero` returns it.
         offset: ``(C,)``; on a GPU, divided by the scale.
         slope: Likewise.
     """
@@ -160,9 +160,10 @@ def affine_sum(grad: Tensor, y: Tensor, scale: Tensor, offset: Tensor, slope: Te
         last = torch.channels_last
         is_last = y.is_contiguous(memory_format=last)
         grad = grad.contiguous(memory_format=last if is_last else torch.contiguous_format)
-        statistics = none, one, scale.view(-1), offset, slope, count
+        statistics = none, one, scale, offset, slope, count
         return torch.batch_norm_backward_elemt(grad, y, *statistics)
-    total = torch.addcmul(offset.view(-1, 1, 1), y, slope.view(-1, 1, 1))
+    offset, slope, scale = (each.view(-1, 1, 1) for each in (offset, slope, scale))
+    total = torch.addcmul(offset, y, slope)
     total = (total + grad) * scale if is_gpu(y) else total.addcmul_(grad, scale)
     return total if total.dtype == y.dtype else total.to(y.dtype)
 

@@ -79,7 +79,7 @@ class Coefficients(NamedTuple):
 
     Attributes:
         r: ``(C,)``.
-        scale: ``r gamma``, ``(C, 1, 1)``; ``(C,)`` if the batch is spread.
+        scale: ``r gamma``, ``(C,)``.
         on_mean: ``(4, C)`` or ``(8, C)``.
         on_var: Likewise.
         constant: Likewise, or None for 0.
@@ -162,10 +162,9 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
             if each is not None:
                 each[:2].div_(scale)
     parts = [
-        [None] * len(records) if each is None else vectors.split(each) for each in (*stacks, of_own)
+        [None] * len(records) if each is None else vectors.split(each)
+        for each in (r, scale, *stacks, of_own)
     ]
-    scale = scale if is_spread else scale.view(-1, 1, 1)
-    parts = [vectors.split(r), torch.split_with_sizes(scale, vectors.sizes), *parts]
     return [Coefficients(*each) for each in zip(*parts, strict=True)]
 
 
@@ -218,20 +217,23 @@ def _backward(ctx, grad):
         grad_gamma, grad_beta = sums
         rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
         grad_y = grad_weight = grad_bias = None
-        offset, slope, *others = rows.unbind()
-        if record.backward == "mixed":
-            (record.original or record).add_sums(others[4:])
+        offset, slope, of_mean, of_var, *others = rows.unbind()
+        gives_back = record.backward == "mixed"
+        if gives_back:
+            of_m, of_h, *sums = others
+            (record.original or record).add_sums(sums)
         if needs_y:
-            scale = of.scale.view(-1, 1, 1) if record.is_spread else of.scale
-            grad_y = kernels.affine_sum(grad, y, scale, offset, slope)
-        of_means, of_vars = others[0:4:2], others[1:4:2]
+            grad_y = kernels.affine_sum(grad, y, of.scale, offset, slope)
         if needs_bias:
-            grad_bias = sum(of_means[1:], of_means[0])
+            grad_bias = of_mean + of_m if gives_back else of_mean
         if needs_weight:
             # Not a view, because autograd adds the convolution's own gradient to it in place.
             grad_weight = torch.empty(ctx.conv_shape, dtype=rows.dtype, device=rows.device)
             by_row = grad_weight.view(len(offset), -1)
-            record.past.gradient(of_means, of_vars, record.derivative, by_row)
+            record.past.gradient(of_mean, of_var, by_row)
+            if gives_back:
+                by_row.addcmul_(record.derivative.var, of_h.unsqueeze(1))
+                kernels.add_outer_(by_row, of_m, record.derivative.mean)
     return (
         grad_y,
         grad_gamma if needs_gamma else None,

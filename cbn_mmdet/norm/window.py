@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .moments import Derivative, full_precision
+from .moments import full_precision
 from .record import Record, Vectors, pairs
 
 # For a window that sets its own size: the largest size, with which it starts, and the rate at which
@@ -76,30 +76,21 @@ class MovingPast(NamedTuple):
         """The factor for the gradient in ``V``, ``(C,)``: zero where ``V`` was cut."""
         return self.positive
 
-    def gradient(
-        self,
-        of_means: Sequence[Tensor],
-        of_vars: Sequence[Tensor],
-        batch: Derivative,
-        out: Tensor,
-    ) -> None:
-        """Computes the weight gradient through the past, and what the weight is given back.
+    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
+        """Computes the weight gradient through the past.
 
         Args:
-            of_means: The gradient in ``mu_p``, ``(C,)``; if something is given back, then also the
-                factor of the batch's ``m``.
-            of_vars: The gradient in ``V``, times the mask, and the factor of the batch's ``h'``.
-            batch: Derivative of the batch's statistics.
+            of_mean: The gradient in ``mu_p``, ``(C,)``.
+            of_var: The gradient in ``V``, times the mask, ``(C,)``.
             out: Tensor to write the weight gradient to, ``(C, P)``.
         """
-        of_var = of_vars[0].unsqueeze(1)
+        of_var = of_var.unsqueeze(1)
         if self.h.dtype == out.dtype:
             torch.mul(self.h, of_var, out=out)
         else:
             for rows, part in kernels.in_dtype(self.h, out.dtype):
                 torch.mul(part, of_var[rows], out=out[rows])
-        kernels.add_outer_(out, of_means[0], self.m.to(out.dtype))
-        _give_back(of_means[1:], of_vars[1:], batch, out)
+        kernels.add_outer_(out, of_mean, self.m.to(out.dtype))
 
 
 class SlidingPast(NamedTuple):
@@ -131,32 +122,16 @@ class SlidingPast(NamedTuple):
         """None: each past iteration has its own mask, which :meth:`gradient` applies."""
         return None
 
-    def gradient(
-        self,
-        of_means: Sequence[Tensor],
-        of_vars: Sequence[Tensor],
-        batch: Derivative,
-        out: Tensor,
-    ) -> None:
-        """As :meth:`MovingPast.gradient`, but without a mask, and for the batch's ``h``."""
+    def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
+        """As :meth:`MovingPast.gradient`, but ``of_var`` is without a mask."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
-        of_mean, of_var = (each[0].unsqueeze(1) / count for each in (of_means, of_vars))
+        of_mean, of_var = (each.unsqueeze(1) / count for each in (of_mean, of_var))
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
         by_group = out.view(groups, -1, patch)
         torch.bmm(of_each.view(groups, -1, count), self.m.to(dtype), out=by_group)
         of_var = of_var * self.positive
         for rows, part in kernels.in_dtype(self.h, dtype):
             out[rows, None].baddbmm_(of_var[rows, None], part)
-        _give_back(of_means[1:], of_vars[1:], batch, out)
-
-
-def _give_back(
-    of_mean: Sequence[Tensor], of_var: Sequence[Tensor], batch: Derivative, out: Tensor
-) -> None:
-    """Adds the batch's ``m`` and ``h`` times their factors, ``(C,)``, if there are any."""
-    if of_mean:
-        out.addcmul_(batch.var, of_var[0].unsqueeze(1))
-        kernels.add_outer_(out, of_mean[0], batch.mean)
 
 
 Past = MovingPast | SlidingPast

@@ -209,7 +209,7 @@ def test_affine_sum(dtype, channels_last, device, monkeypatch):
     if kernels.is_gpu(rows):
         rows = rows / scale
     y = y.to(device, memory_format=layout)
-    found = kernels.affine_sum(grad.to(device), y, scale.view(-1, 1, 1), *rows)
+    found = kernels.affine_sum(grad.to(device), y, scale, *rows)
     assert found.dtype == dtype and found.is_contiguous(memory_format=layout)
     digits = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=digits, atol=digits)

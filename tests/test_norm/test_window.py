@@ -98,7 +98,7 @@ def test_compensation_against_recomputation(groups, bias, kind):
 def gradient(past, of_mean, of_var):
     """The gradient in the weight, from given gradients in mean and variance alone."""
     found = of_mean.new_empty(len(of_mean), past.h.shape[-1])
-    past.gradient([of_mean], [of_var], None, found)
+    past.gradient(of_mean, of_var, found)
     return found
 
 
