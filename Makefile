@@ -84,6 +84,8 @@ $(READY): requirements.txt pyproject.toml .venv/bin/python
 	why=$$($(RUN) -c 'import mmcv.ops' 2>&1) || \
 	  fail "mmcv.ops does not import ($$(echo "$$why" | tail -n 1)); to compile it anew:" \
 	    "$(RUN) -m pip cache remove onedl_mmcv; rm -rf .venv; make .venv"
+	@# Writes yapf's cache, which processes that start together would read half-written.
+	@$(RUN) -c 'import yapf'
 	@touch $@
 
 train: $(READY)

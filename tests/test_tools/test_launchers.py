@@ -1,5 +1,10 @@
 """How processes start without a GPU and with some, and what the runner loads."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from common.errors import UsageError
@@ -17,6 +22,25 @@ def test_processes_without_a_gpu(monkeypatch):
         start_processes(Config(dict(launcher="pytorch")))
     with pytest.raises(UsageError, match="--launcher slurm needs GPUs"):
         start_processes(Config(dict(launcher="slurm")))
+
+
+def test_a_cache_of_yapf_that_another_process_is_writing(root, tmp_path):
+    """Its first import writes a cache, which is in place while it is still empty."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(root / "tools")}
+    subprocess.run([sys.executable, "-c", "import yapf"], env=env, check=True)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.pickle")}
+    assert whole
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    failing = subprocess.run([sys.executable, "-c", "import yapf"], env=env, capture_output=True)
+    assert failing.returncode == 1
+    code = "from common.launchers import import_yapf; print(flush=True); import_yapf(); import yapf"
+    waiting = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+    waiting.stdout.readline()
+    time.sleep(0.5)
+    for path, content in whole.items():
+        path.write_bytes(content)
+    assert waiting.wait(60) == 0
 
 
 def test_processes_with_gpus(monkeypatch):

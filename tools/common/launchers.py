@@ -3,6 +3,8 @@
 
 import argparse
 import os
+import pickle
+import time
 
 import torch
 from mmengine.config import Config
@@ -28,12 +30,28 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
 
 
+def import_yapf(tries: int = 100) -> None:
+    """Import the library that mmengine prints a config with, beside processes that do the same.
+
+    Its first import on a machine writes a cache, which is in place before it is complete: another
+    process then reads a part of it (https://github.com/google/yapf/issues/1204).
+    """
+    for _ in range(tries):
+        try:
+            import yapf  # noqa: F401
+        except (EOFError, pickle.UnpicklingError):
+            time.sleep(0.1)
+        else:
+            break
+
+
 def start_processes(cfg: Config) -> None:
     """Prepare ``cfg`` and this process for a launcher on a machine without a GPU.
 
     If each process has a GPU, the runner joins the processes by itself. Without GPUs, mmengine
     would still select one per process, unless a process group exists already: this makes one.
     """
+    import_yapf()
     if cfg.launcher == "none":
         return
     if cfg.launcher == "pytorch" and "RANK" not in os.environ:
