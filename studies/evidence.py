@@ -5,6 +5,7 @@ photos, cells           configs/photos: a pretrained backbone, varied or uniform
                         norm is in FPN and box head
 photos-all, cells-all   the same, and the backbone's norm trains, too
 detector                the Faster R-CNN of digits/configs, at 1, 2 and 4 images per step
+detector-exactly        the same, with BN over the last 8 images, which run anew in each step
 ablation                the same, with other windows and burn-ins
 levels, levels-apart    a RetinaNet whose head runs on four levels, with one norm or one for each
 classifier              a plain CNN on handwritten digits of varied tone, at 1 to 32 images per step
@@ -20,9 +21,9 @@ continued-slowly        the same, at a quarter of the learning rate
 continued-exactly       the same, with BN over the last 8 images, which run anew in each step
 
 Each study adds its results to FOLDER/NAME.json, prints them as a table and plots them (except for
-frames, centred, exactly, continued and levels) to FOLDER/NAME.png. Results in the file are not run
-again: an interrupted command goes on where it stopped, and one with more --seeds adds to what is
-there.
+frames, centred, continued, levels and those that run images anew) to FOLDER/NAME.png. Results in
+the file are not run again: an interrupted command goes on where it stopped, and one with more
+--seeds adds to what is there.
 
 Name a norm by its norm_cfg, such as BN, GN or CBN(window_size=4, backward='window').
 CBN(window='sliding', window_size=8, compensate=False, backward='window') is the paper's naive CBN.
@@ -119,6 +120,7 @@ STUDIES = {
         for name, seeds, settings, *how in (
             ("exactly", 5, CLASSIFIER, train_classifier, "accuracy"),
             ("continued-exactly", 3, CONTINUED, train_continued, "loss"),
+            ("detector-exactly", 3, DETECTOR, partial(train_detector, precise=("BN",)), "ap"),
         )
     },
     "detector": Study(

@@ -95,6 +95,11 @@ def detector_config(job: Job, options: dict) -> Config:
         cfg.param_scheduler[0].end *= parts  # counts forwards: keep the number of steps
     hook = dict(type="CBNHook", burn_in=burn_in(job, options["burn_in"]))
     cfg.custom_hooks = [hook] if settings["type"] in ("CBN", "CmBN") else []
+    if "together" in options:
+        cfg.custom_imports.imports.append("trainings.latest")
+        together = dict(type="LatestBatchSampler", together=options["together"])
+        cfg.train_dataloader.batch_sampler = together
+        cfg.model.rpn_head.type, cfg.model.roi_head.type = "LatestRPNHead", "LatestRoIHead"
     cfg.default_hooks.checkpoint.update(max_keep_ckpts=1)
     cfg.randomness = dict(seed=job.seed)
     return cfg
@@ -104,9 +109,11 @@ def call_tool(device: str, tool: str, *args: str) -> None:
     """Run another tool; if it fails, show what it printed."""
     # Train on the CPU even if there is a GPU, so that all figures of a file are comparable.
     hide = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    # A config may import a module of trainings/.
+    path = os.pathsep.join(filter(None, [paths.STUDIES, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, osp.join(paths.TOOLS, tool), *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **hide},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **hide},
         capture_output=True,
         text=True,
     )

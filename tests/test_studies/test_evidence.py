@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from common.errors import UsageError
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from torch import nn
 
 from cbn_mmdet import CBN, CenConv2d
@@ -250,6 +252,56 @@ def test_earlier_batches_are_in_the_statistics_and_not_in_the_loss():
         assert chosen.tolist() == expected
         loss = nn.functional.cross_entropy(model(images[expected])[-2:], labels[expected[-2:]])
         assert descend(model, optimizer, images[chosen], targets) == pytest.approx(loss.item())
+
+
+def latest_detector(evidence, monkeypatch, digits):
+    """The config of the detector in which earlier images take part in statistics alone."""
+    from trainings import detector
+    from trainings.shared import Job
+
+    monkeypatch.setattr(detector, "build_digits", lambda folder, **sizes: digits)
+    options = dict(evidence.STUDIES["detector-exactly"].settings, shorten=1.0, data="data")
+    cfg = detector.detector_config(Job("BN", 1, 0), options)
+    init_default_scope("mmdet")
+    import_module(cfg.custom_imports.imports[-1])
+    return cfg
+
+
+def test_earlier_images_are_in_the_statistics_of_a_detector_alone(evidence, monkeypatch, digits):
+    """Without statistics of the batch, losses and gradients are those of the last image alone."""
+    cfg = latest_detector(evidence, monkeypatch, digits)
+    batches = list(Runner.build_dataloader(cfg.train_dataloader, seed=0))
+    assert [len(each["inputs"]) for each in batches] == [1, 2, 3, 4, 5, 6, 7, *[8] * 5]
+    for before, now in itertools.pairwise(batches):
+        earlier, later = before["inputs"][-7:], now["inputs"][:-1]
+        assert all(map(torch.equal, earlier, later))
+    # All regions take part, so that nothing is drawn.
+    cfg.model.train_cfg.rpn.sampler.num = cfg.model.train_cfg.rcnn.sampler.num = 100_000
+    model = MODELS.build(cfg.model)
+
+    def losses_of(batch):
+        model.zero_grad()
+        losses = model(**model.data_preprocessor(batch, True), mode="loss")
+        loss, _ = model.parse_losses(losses)
+        loss.backward()
+        return [loss, *(each.grad.clone() for each in model.parameters())]
+
+    alone = {key: value[-1:] for key, value in batches[-1].items()}
+    for of_batch in (False, True):
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train(of_batch)
+        pairs = list(zip(losses_of(batches[-1]), losses_of(alone), strict=True))
+        close = [torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in pairs]
+        assert all(close) is not of_batch
+
+
+def test_detector_exactly(tool, tmp_path):
+    args = ["--folder", tmp_path, "--data", tmp_path, "--seeds", 1, "--jobs", 1]
+    printed = tool("evidence.py", "detector-exactly", "--shorten", 0.006, *args).stdout
+    (row,) = rows(tmp_path, "detector-exactly")
+    assert 0 <= row["ap"] <= 1 and 0 <= row["precise"] <= 1
+    assert re.search(r"^\| BN, the last 8 anew +\| 0\.\d{3} \(1\)", printed, re.M)
 
 
 def test_momentum(tool, tmp_path):
