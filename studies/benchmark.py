@@ -9,6 +9,8 @@ Name a norm by its norm_cfg, such as BN, GN or CBN(derivative_stride=2, backward
 CBN(compensate=False) is the paper's naive CBN. Only layer and count have two further rows: 'BN +
 weight gradient' computes one more gradient of the weight, the least that any derivative from all
 positions can cost; 'CBN, by autograd' is CBN behind a layer that is not a plain convolution.
+Each norm of host has a second row: its torch operations, run again one after another, without the
+Python and the autograd that call them.
 layer, host, growth and count need only torch. The others need MMDetection or, with --torchvision,
 torchvision, whose Faster R-CNN then has the norm everywhere.
 """

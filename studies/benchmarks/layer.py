@@ -19,6 +19,7 @@ from cbn_mmdet import link, step
 from .timing import FLOAT, MIB, Clock, Run, average, compare, interleave, warm_up
 
 FLOOR, AUTOGRAD = "BN + weight gradient", "CBN, by autograd"
+ALONE = ", operations alone"
 WINDOWS = [1, 2, 4, 8, 16, 32]
 IMAGES = [1, 2, 4, 8]
 COUNTED = 8  # layers side by side; they share what the norm does for all layers at once
@@ -144,9 +145,42 @@ def measure_layer(args: argparse.Namespace, bar: Bar) -> dict:
     return {"Convolution + norm, forward + backward, time / BN's": [*rows.values()]}
 
 
+class Recorder(TorchDispatchMode):
+    """Keeps operations with their arguments, to run them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operation, and keep it."""
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def operations_run(run: Run) -> Run:
+    """Build a run of the operations of another run, one after another, with nothing in between."""
+    recorder = Recorder()
+    run(0, recorder)  # in the clock's place, which leaves out what is not timed
+
+    @torch.no_grad()
+    def again(seed: int, clock: Clock) -> None:
+        with clock:
+            for func, given, named in recorder.calls:
+                func(*given, **named)
+
+    return again
+
+
 def measure_host(args: argparse.Namespace, bar: Bar) -> dict:
-    """Time the CPU's work for convolutions and each norm on tiny maps."""
-    runs = {name: layer_run(build_layers(name, TINY, DEPTH), TINY, args) for name in args.norms}
+    """Time the CPU's work for convolutions and each norm on tiny maps, and its operations alone."""
+
+    def whole(name: str) -> Run:
+        return layer_run(build_layers(name, TINY, DEPTH), TINY, args)
+
+    runs = {name: whole(name) for name in args.norms}
+    # Operations change tensors in place: those of a model of their own.
+    runs.update({f"{name}{ALONE}": operations_run(whole(name)) for name in args.norms})
     seconds = interleave(runs, args, bar, args.command, time.process_time, HOST_SECONDS)
     rows = []
     for name, own in seconds.items():

@@ -114,13 +114,34 @@ def test_host_is_one_thread_of_the_cpu(monkeypatch):
     assert args.norms == ["BN", *command_line.ROWS["host"]]
 
 
+def test_operations_of_a_run_are_run_again():
+    """With the same arguments, and nothing else: neither Python nor autograd."""
+    weight, calls = torch.ones(3, requires_grad=True), []
+
+    def run(seed, clock):
+        calls.append(seed)
+        with clock:
+            (weight * 2).sum().backward()
+
+    again = layer.operations_run(run)
+    before, clock = weight.grad.clone(), timing.Clock("cpu")
+    again(5, clock)
+    assert calls == [0] and clock.seconds() > 0
+    torch.testing.assert_close(weight.grad, before)
+    with layer.Counter() as counter:
+        again(6, timing.Clock("cpu"))
+    assert counter.operations >= 3
+
+
 @pytest.mark.slow
 def test_host(measure):
     (rows,), notes = measure("host", "--max-seconds", "0", "--norms", "GN", "CBN")
-    bn, gn, cbn = rows
+    bn, gn, cbn, *alone = rows
+    assert [each["norm"] for each in alone] == [f"{row['norm']}{layer.ALONE}" for row in rows[:3]]
     assert list(bn) == ["norm", "time / BN's", "µs per layer"]
     assert 0 < min(bn["µs per layer"], gn["µs per layer"])
     assert max(bn["µs per layer"], gn["µs per layer"]) < cbn["µs per layer"] < 60_000
+    assert 0 < alone[1]["µs per layer"] < alone[2]["µs per layer"] < cbn["µs per layer"]
     for row in rows:
         ratio = row["µs per layer"] / bn["µs per layer"]  # ratio of medians, not median of ratios
         assert row["time / BN's"]["ratio"] == pytest.approx(ratio, rel=0.5)
