@@ -1,3 +1,0 @@
-_base_ = "./faster-rcnn_r18_fpn_gn-all_1xb2_digits.py"
-
-train_dataloader = dict(batch_size=1)
