@@ -71,6 +71,17 @@ def test_checkpoints_have_what_evaluations_use(tmp_path, norm, every_evaluation,
     assert [precise(tmp_path / f"epoch_{n}.pth") for n in (1, 2, 3, 4)] == expected
 
 
+def test_data_without_names(tmp_path):
+    """A batch may be a sequence, which a model takes in its order."""
+
+    class Unnamed(Noise):
+        def __getitem__(self, index):
+            return (super().__getitem__(index)["inputs"],)
+
+    train(tmp_path, PreciseStatsHook(num_images=100), dataset=Unnamed())
+    assert precise(tmp_path / "epoch_4.pth")
+
+
 def test_iteration_based_loop(tmp_path):
     loop = dict(by_epoch=False, max_iters=7, val_interval=3)
     train(tmp_path, PreciseStatsHook(), loop=loop)

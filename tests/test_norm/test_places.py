@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cbn_mmdet import CBN, SyncCBN, link, links, set_window, step
+from cbn_mmdet import CBN, SyncCBN, link, links, set_window, step, window_state
 
 
 class Chain(nn.Module):
@@ -206,6 +206,23 @@ def test_another_convolution_in_the_same_place(calls, others):
         match=r"'norm' \(CBN\): was fed by 'convs.0' .* now by 'convs.1' .* its own CBN",
     ):
         model(x, others)
+
+
+def test_another_convolution_after_the_former_is_gone():
+    """The past says nothing of it, so the window starts empty."""
+    spare, x = nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), spare)
+    model.forward = lambda x: model[1](model[0](x))
+    link(model)
+    for _ in range(3):
+        model(x)
+        step(model)
+    model[0] = spare
+    gc.collect()
+    model(x)
+    step(model)
+    (window,) = window_state(model)["1"]
+    assert window["seen"] == 1 and links(model) == {"1": "0"}
 
 
 def test_a_model_that_is_gone():
