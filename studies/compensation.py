@@ -179,7 +179,7 @@ class Observer(Hook):
             if not self._handles:
                 self._start_keeping(runner.model)
             model = runner.model
-            limit = next(iter(cbn_layers(model).values())).window_limit  # CBNHook sets it for all
+            limit = max(each.window_in_force for each in cbn_layers(model).values())
             state = None
             if self.network:  # on the CPU: a GPU would hold its windows many times
                 state = apply_to(window_state(model), torch.is_tensor, Tensor.cpu)

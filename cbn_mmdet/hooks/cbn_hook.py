@@ -10,6 +10,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import is_model_wrapper
 from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
+from mmengine.utils import apply_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norm import link, links, load_window_state, set_window, window_state
@@ -251,10 +252,7 @@ class CBNHook(Hook):
         """Adds the windows to the checkpoint. Only the process of rank 0 gets here."""
         if self.save_window:
             state = window_state(unwrapped(runner.model))
-            checkpoint[_KEY] = {
-                name: [{key: _on_cpu(value) for key, value in each.items()} for each in windows]
-                for name, windows in state.items()
-            }
+            checkpoint[_KEY] = apply_to(state, torch.is_tensor, torch.Tensor.cpu)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keeps the checkpoint's windows until the model is linked."""
@@ -290,10 +288,6 @@ def _loss_scaler(runner) -> object:
 def _each_of(wrapper: BaseOptimWrapper) -> list[BaseOptimWrapper]:
     """The wrapper of each optimiser, if ``wrapper`` holds several; else ``wrapper`` alone."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-
-
-def _on_cpu(value: object) -> object:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _is_saved(hook: CBNHook, runner) -> bool:

@@ -14,10 +14,9 @@ from torch import Tensor
 from .layer import (
     NormLayer,
     check_count,
-    check_tracking,
+    check_norm,
     check_values,
     is_number,
-    is_recomputation,
     outside_graphs,
 )
 from .moments import batch_moments
@@ -86,7 +85,7 @@ class BRN(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         own = num_features, eps, momentum, affine, track_running_stats
-        check_tracking("BRN", *own)
+        check_norm("BRN", *own)
         check_values(
             "BRN",
             ("r_max", r_max, is_number(r_max) and r_max >= 1, "a finite number of at least 1"),
@@ -117,36 +116,21 @@ class BRN(NormLayer):
         )
         return 1 + (self.r_max - 1) * r_share, self.d_max * d_share
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
-
-        Raises:
-            ValueError: ``input`` is not 4-dimensional, has another number of channels, or has
-                only one value per channel in training.
-            RuntimeError: Activation checkpointing repeats the forward, or a training step is traced
-                or exported.
-        """
-        self._check_input_dim(input)
-        if not self.training:
-            return super().forward(input)
-        return self._train(input)
-
     @outside_graphs
     def _train(self, input: Tensor) -> Tensor:
         self._refuse_graphs(input)
-        self._refuse_without_statistics()
+        self._refuse_to_track(input)
         if input.numel() == 0:  # no region in the batch: nothing to learn
             return self._batch_norm(input, self.weight, self.bias)
-        if is_recomputation():
-            raise self.refusal(
-                "activation checkpointing repeats a forward of which the running statistics are "
-                "not known any more. Turn checkpointing off (with_cp=False) around this layer."
-            )
         r, d = self._correction(input)
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / (float(self.num_batches_tracked) + 1)
-        output = self._batch_norm(input, *self._corrected_affine(r, d), momentum)
+        if self.affine:
+            r, d = self.weight * r, torch.addcmul(self.bias, self.weight, d)
+        # gamma r and gamma d + beta, with which batch normalisation computes y.
+        weight, bias = (each.to(self.running_var.dtype) for each in (r, d))
+        output = self._batch_norm(input, weight, bias, momentum)
         self.num_batches_tracked.add_(1)
         return output
 
@@ -159,15 +143,6 @@ class BRN(NormLayer):
         r = (var + self.eps).sqrt() * inverse
         d = (mean - self.running_mean) * inverse
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
-
-    def _corrected_affine(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma r`` and ``gamma d + beta``, with which batch normalisation computes ``y``."""
-        if self.affine:
-            weight, bias = self.weight * r, torch.addcmul(self.bias, self.weight, d)
-        else:
-            weight, bias = r, d
-        dtype = self.running_var.dtype
-        return weight.to(dtype), bias.to(dtype)
 
     def _batch_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float = 0.0

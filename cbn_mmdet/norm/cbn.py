@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sync
-from .layer import (
-    NormLayer,
-    check_choice,
-    check_count,
-    check_values,
-    is_momentum,
-    is_number,
-    outside_graphs,
-)
+from .layer import NormLayer, check_choice, check_count, check_norm, check_values, outside_graphs
 from .moments import Moments, batch_derivative, batch_moments, full_precision
 from .normalize import Normalize
 from .record import Record
@@ -106,7 +98,6 @@ class CBN(NormLayer):
         dtype: Dtype of parameters and buffers.
 
     Attributes:
-        window_limit: The size last given to :meth:`set_window`; None for the layer's own.
         window_in_force: The largest window size in force: 1 in a burn-in; 8 where the window sets
             its own.
 
@@ -133,7 +124,8 @@ class CBN(NormLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_count("CBN", "num_features", num_features, "the number of channels")
+        own = num_features, eps, momentum, affine, track_running_stats
+        check_norm("CBN", *own, must_track=False)
         check_choice("CBN", "window", window, _WINDOWS)
         if window_size != "auto":
             text = "the iterations averaged, the current included (or 'auto')"
@@ -148,25 +140,13 @@ class CBN(NormLayer):
             check_count("CBN", "derivative_stride", derivative_stride, "every n-th row and column")
         is_dtype = isinstance(window_dtype, str) and window_dtype in WINDOW_DTYPES
         is_compensate = isinstance(compensate, bool) or compensate == "where_possible"
-        switch = "True or False"
         check_values(
             "CBN",
             ("window_dtype", window_dtype, is_dtype, "'float32' or 'bfloat16'"),
-            ("affine", affine, isinstance(affine, bool), switch),
-            (
-                "track_running_stats",
-                track_running_stats,
-                isinstance(track_running_stats, bool),
-                switch,
-            ),
-            ("compensate", compensate, is_compensate, f"{switch} or 'where_possible'"),
-            ("sync", sync, isinstance(sync, bool), switch),
-            ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
-            ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
+            ("compensate", compensate, is_compensate, "True or False or 'where_possible'"),
+            ("sync", sync, isinstance(sync, bool), "True or False"),
         )
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
+        super().__init__(*own, device=device, dtype=dtype)
         self.window = window
         self.window_size = window_size
         self.compensate = compensate
@@ -174,7 +154,6 @@ class CBN(NormLayer):
         self.derivative_stride = derivative_stride
         self.sync = sync
         self.window_dtype = window_dtype
-        self.window_limit: int | None = None
         self.window_in_force = self.own_window_size
         self.__dict__.update(_FRESH, _windows=[])
 
@@ -206,7 +185,7 @@ class CBN(NormLayer):
         if size is not None:
             check_count("CBN", "size", size, "the window size to put in force, or None")
         own, before = self.own_window_size, self.window_in_force
-        self.window_limit, self.window_in_force = size, own if size is None else min(size, own)
+        self.window_in_force = own if size is None else min(size, own)
         if self.window_in_force != before:
             self._forget()
             for window in self._windows:
@@ -242,26 +221,12 @@ class CBN(NormLayer):
 
     # The method, in the order of the paper.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
-
-        Raises:
-            ValueError: ``input`` is not 4-dimensional or has another number of channels, or it
-                has one value per channel and the window is empty.
-            RuntimeError: The layer trains with a window above 1 and was not linked, what feeds
-                it cannot be followed, or a training step is traced or exported.
-        """
-        self._check_input_dim(input)
-        if not self.training:
-            return super().forward(input)
-        return self._train(input)
-
     # Looking up past iterations is left to Python, so a compiled graph ends here.
     @outside_graphs
     def _train(self, y: Tensor) -> Tensor:
         self._refuse_graphs(y)
         if self._is_plain():
-            return super().forward(y)
+            return nn.BatchNorm2d.forward(self, y)
         with full_precision(y.device.type):
             call = self._iteration.call(self, y)
             is_burn_in = self.window_in_force == 1
@@ -339,7 +304,7 @@ class CBN(NormLayer):
         kind = type(record.window)
         record.kind = record.mean.device, dtype, kind, record.backward, record.is_spread
         self._iteration.add(record, call.repeats)
-        return Normalize.apply(y, gamma, beta, weight, bias, record, self.eps)
+        return Normalize.apply(y, gamma, beta, weight, bias, record)
 
     # Batch normalisation.
 

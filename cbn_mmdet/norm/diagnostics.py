@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .iteration import cbn_layers
 from .linking import is_plain
 from .moments import statistics_dtype
-from .window import Past, Window
+from .window import Past, SlidingPast, Window
 
 # Above these values, the first-order compensation is unreliable: an expansion that moves the mean
 # by a third of the standard deviation misses about a tenth of the variance, delta squared.
@@ -73,11 +73,11 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
     """
     figures = {}
     for name, layer in cbn_layers(model).items():
-        pasts = [(each, _past(each)) for each in layer._windows if _can_tell(each)]
-        if pasts:
-            of_windows = torch.stack([_figures(*each, layer.eps) for each in pasts])
+        told = [(each, past) for each in layer._windows if (past := _past(each)) is not None]
+        if told:
+            of_windows = torch.stack([_figures(*each, layer.eps) for each in told])
             together = of_windows.nanmean(0)  # the noise of some windows may be NaN
-            figures[name] = torch.cat((together, _apart([past for _, past in pasts], layer.eps)))
+            figures[name] = torch.cat((together, _apart([past for _, past in told], layer.eps)))
     if not figures:
         return {}
     together = torch.stack(
@@ -87,21 +87,14 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
     return dict(sorted(found.items(), key=lambda item: item[1].window_size))
 
 
-def _can_tell(window: Window) -> bool:
-    """Whether the window is not empty, and its weight, if it has one, can be read whole."""
-    if window.seen == 0:
-        return False
+def _past(window: Window) -> Past | None:
+    """The past at today's weight, without the bias; None if empty, or no weight can be read."""
     if window.h is None:
-        return True
-    conv = None if window.conv is None else window.conv()
-    return is_plain(conv) and window.fits(conv.weight)
-
-
-def _past(window: Window) -> Past:
-    """The window's past at today's weight, without the bias."""
-    weight = None if window.h is None else window.conv().weight
-    dtype = torch.float32 if weight is None else statistics_dtype(weight.dtype)
-    return window.past(weight, None, dtype)
+        return window.past(None, None, torch.float32)
+    conv = window.conv and window.conv()
+    if not is_plain(conv):
+        return None
+    return window.past(conv.weight, None, statistics_dtype(conv.weight.dtype))
 
 
 def _figures(window: Window, past: Past, eps: float) -> Tensor:
@@ -110,7 +103,11 @@ def _figures(window: Window, past: Past, eps: float) -> Tensor:
     correction = clamped = torch.zeros_like(scale[0])
     noise = torch.full_like(correction, math.nan)
     if past.positive is not None:
-        correction = (window.moved(past).abs() * scale[:, None]).mean()
+        if isinstance(past, SlidingPast):
+            moved = past.moved
+        else:  # in the last step; the past's mean age is the window size
+            moved = ((past.mean - window.recorded) / past.share)[:, None]
+        correction = (moved.abs() * scale[:, None]).mean()
         clamped = 1 - past.positive.to(scale.dtype).mean()
     if window.surprise is not None:
         noise = (2 * window.surprise.square().mean()).sqrt()  # V + v are two variances

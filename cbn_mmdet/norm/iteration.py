@@ -18,6 +18,7 @@ import threading
 import warnings
 import weakref
 from collections import defaultdict
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,14 @@ from .moments import Source, statistics_dtype
 from .normalize import coefficients, new_averages
 from .record import Record, Vectors
 from .window import (
-    Growth,
     MovingWindow,
     Past,
-    Surprise,
     Window,
     add_distances,
     grow,
     growth,
     pasts,
+    surprises,
 )
 
 _MANY = 10  # forwards without a step that lead to a warning
@@ -113,9 +113,6 @@ class Iteration:
         self._has_told = False  # whether the warning of narrow windows was given
 
     # A copied or unpickled model has no iteration.
-
-    def __deepcopy__(self, memo: dict) -> None:
-        return None
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -341,10 +338,12 @@ class Iteration:
             for record in self.records:
                 record.scale = scale
         kept, dropped, clamped = [], [], []
-        endings = [self._ending(records) for records in _alike(self.records)]
-        for ending, told in zip(endings, _read([each.asked for each in endings]), strict=True):
-            keep, fraction = ending.end(told)
-            for record, is_kept in zip(ending.records, keep, strict=True):
+        alike = _alike(self.records)
+        endings = [self._end(records) for records in alike]
+        told = _read([next(each) for each in endings])
+        for records, ending, figures in zip(alike, endings, told, strict=True):
+            keep, fraction = ending.send(figures)
+            for record, is_kept in zip(records, keep, strict=True):
                 (kept if is_kept else dropped).append(record)
             if fraction is not None:
                 clamped.append(fraction)
@@ -402,9 +401,14 @@ class Iteration:
             "clipped gradients), or batches that are large enough for BN, which is cheaper."
         )
 
-    def _ending(self, records: list[Record]) -> _Ending:
-        """Computes what records of one kind add to their windows, and what to read back of it."""
-        first, figures, vectors, surprise, new, sums = records[0], [], None, None, None, None
+    def _end(self, records: list[Record]) -> Generator:
+        """Ends an iteration for records of one kind, before and after their figures are read.
+
+        Yields:
+            Figures to read from the device. Sent their values, it adds the records to their
+            windows, and yields which it has added, and the fraction of past variances cut to zero.
+        """
+        first, figures, vectors, new, sums = records[0], [], None, None, None
         if first.window is None:
             running = [tensor for record in records for tensor in record.running]
             checked = [torch.cat(running).float()]
@@ -413,13 +417,13 @@ class Iteration:
             if vectors is None:
                 vectors = Vectors(records)
             checked = [vectors.union]
-            surprise = Surprise.of(vectors)
+            surprise, agreement = surprises(vectors)
             if first.is_spread and any(record.window.sets_itself for record in records):
-                dist.all_reduce(surprise.agreement)
-            figures.append(surprise.agreement.view(-1))
+                dist.all_reduce(agreement)
+            figures.append(agreement)
         if isinstance(first.window, MovingWindow):
             new = growth(vectors)
-            checked.append(new.values)
+            checked.append(new[0])
         for record in records:
             if record.derivative is not None:
                 checked += record.derivative[:2]
@@ -431,8 +435,36 @@ class Iteration:
         if positives:
             figures.append(torch.cat(positives).mean(dtype=checked[0].dtype))
         # Norms, as one NaN or infinite value makes its norm NaN or infinite.
-        asked = torch.hstack((*figures, *torch._foreach_norm(checked)))
-        return _Ending(records, vectors, surprise, new, sums, asked, len(checked), bool(positives))
+        told = yield torch.hstack((*figures, *torch._foreach_norm(checked)))
+        norms = told[-len(checked) :]
+        del told[-len(checked) :]
+        are_sums_finite = sums is None or math.isfinite(norms.pop())
+        cut = 1 - told.pop() if positives else None
+        keep = [True] * len(records)
+        if not all(map(math.isfinite, norms)):
+            values = [None] * len(records) if new is None else vectors.split(new[0])
+            keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
+        if vectors is not None:
+            of_each = zip(records, keep, vectors.split(surprise.float()), strict=True)
+            for place, (record, is_kept, values) in enumerate(of_each):
+                window, (now, product, _, last) = record.window, told[place :: len(records)]
+                # If the batch is spread, every process adapts, so that their shares stay equal.
+                if (is_kept or record.is_spread) and now * last > 0:
+                    window.adapt(product / math.sqrt(now * last))
+                if is_kept and new is None:
+                    window.push(record)
+                if is_kept:
+                    window.surprise = None if record.past is None else values
+        if new is not None:
+            grow(vectors, new, keep)
+        if sums is not None:
+            averages = vectors.split(sums.float())
+            for record, is_kept, average in zip(records, keep, averages, strict=True):
+                # An overflow here drops the average alone: the loss scaler deals with it.
+                is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
+                if record.sums is not None and is_kept:
+                    record.window.sums = average
+        yield keep, cut
 
     # Names, for messages.
 
@@ -469,66 +501,6 @@ class Iteration:
                 stacklevel=2,
             )
         self._version = version
-
-
-class _Ending(NamedTuple):
-    """Records of one kind, at the end of their iteration.
-
-    Attributes:
-        records: The records.
-        vectors: Their per-channel values; None in a burn-in.
-        surprise: Their surprises; None in a burn-in.
-        new: The new values of their windows, if these are moving windows.
-        sums: The new averages of the backward pass's sums, if there are any.
-        asked: Figures to read from the device: agreements of surprises, the fraction of variances
-            that was not cut to zero, and norms of what must be finite.
-        checked: The number of these norms.
-        has_cut: Whether ``asked`` contains that fraction.
-    """
-
-    records: list[Record]
-    vectors: Vectors | None
-    surprise: Surprise | None
-    new: Growth | None
-    sums: Tensor | None
-    asked: Tensor
-    checked: int
-    has_cut: bool
-
-    def end(self, told: list[float]) -> tuple[list[bool], float | None]:
-        """Adds records to their windows; returns which it added, and the fraction cut to zero."""
-        records, vectors, new = self.records, self.vectors, self.new
-        norms = told[-self.checked :]
-        del told[-self.checked :]
-        are_sums_finite = self.sums is None or math.isfinite(norms.pop())
-        is_finite = all(map(math.isfinite, norms))
-        cut = 1 - told.pop() if self.has_cut else None
-        keep = [True] * len(records)
-        if not is_finite:
-            values = [None] * len(records) if new is None else vectors.split(new.values)
-            keep = [_is_finite(*each) for each in zip(records, values, strict=True)]
-        if vectors is None:
-            return keep, cut
-        of_each = zip(records, keep, vectors.split(self.surprise.values.float()), strict=True)
-        for place, (record, is_kept, values) in enumerate(of_each):
-            window, (now, product, _, last) = record.window, told[place :: len(records)]
-            # If the batch is spread, every process adapts, so that their shares stay equal.
-            if (is_kept or record.is_spread) and now * last > 0:
-                window.adapt(product / math.sqrt(now * last))
-            if is_kept and new is None:
-                window.push(record)
-            if is_kept:
-                window.surprise = None if record.past is None else values
-        if new is not None:
-            grow(vectors, new, keep)
-        if self.sums is not None:
-            averages = vectors.split(self.sums.float())
-            for record, is_kept, average in zip(records, keep, averages, strict=True):
-                # An overflow here drops the average alone: the loss scaler deals with it.
-                is_kept = is_kept and (are_sums_finite or bool(average.isfinite().all()))
-                if record.sums is not None and is_kept:
-                    record.window.sums = average
-        return keep, cut
 
 
 def _read(asked: list[Tensor]) -> list[list[float]]:

@@ -40,6 +40,18 @@ class NormLayer(nn.BatchNorm2d):
         """An error that names the layer."""
         return RuntimeError(f"{self.title}: {why}")
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
+
+        Raises:
+            ValueError: ``input`` is not 4-dimensional or has another number of channels, or it has
+                too few values per channel to train on.
+            RuntimeError: The layer cannot train as it is used: it was not linked, say, or a
+                training step is traced or exported.
+        """
+        self._check_input_dim(input)
+        return self._train(input) if self.training else super().forward(input)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if isinstance(input, fx.Proxy):  # a proxy has no shape
             return
@@ -67,8 +79,13 @@ class NormLayer(nn.BatchNorm2d):
                 "torch.fx, have it as a leaf module."
             )
 
-    def _refuse_without_statistics(self) -> None:
-        """Refuses to train if the running statistics have been removed."""
+    def _refuse_to_track(self, input: Tensor) -> None:
+        """Refuses to train if running statistics were removed, or would change a second time."""
+        if input.numel() > 0 and is_recomputation():
+            raise self.refusal(
+                "activation checkpointing repeats a forward of which the running statistics are "
+                "not known any more. Turn checkpointing off (with_cp=False) around this layer."
+            )
         if self.running_mean is None:
             raise self.refusal(
                 f"{self.kind} needs its running statistics in training, and running_mean is None, "
@@ -111,24 +128,27 @@ def check_values(kind: str, *rows: tuple[str, object, bool, str]) -> None:
             raise ValueError(f"{kind}: {name} must be {right}, got {value!r}.")
 
 
-def check_tracking(
-    kind: str, num_features: object, eps: object, momentum: object, affine: object, tracks: object
+def check_norm(
+    kind: str,
+    num_features: object,
+    eps: object,
+    momentum: object,
+    affine: object,
+    tracks: object,
+    must_track: bool = True,
 ) -> None:
-    """Refuses wrong arguments of a norm that needs running statistics in training."""
+    """Refuses wrong values of the arguments that all norms share."""
     check_count(kind, "num_features", num_features, "the number of channels")
-    tracked = "True (type='BN' does without running statistics)"
+    is_momentum = momentum is None or (is_number(momentum) and 0 <= momentum <= 1)
+    switch, tracked = "True or False", "True (type='BN' does without running statistics)"
+    is_right = tracks is True or (tracks is False and not must_track)
     check_values(
         kind,
         ("eps", eps, is_number(eps) and eps > 0, "a number above 0"),
-        ("momentum", momentum, is_momentum(momentum), "None or from 0 to 1"),
-        ("affine", affine, isinstance(affine, bool), "True or False"),
-        ("track_running_stats", tracks, tracks is True, tracked),
+        ("momentum", momentum, is_momentum, "None or from 0 to 1"),
+        ("affine", affine, isinstance(affine, bool), switch),
+        ("track_running_stats", tracks, is_right, tracked if must_track else switch),
     )
-
-
-def is_momentum(value: object) -> bool:
-    """Whether ``value`` can be a weight of running statistics, or None for their plain average."""
-    return value is None or (is_number(value) and 0 <= value <= 1)
 
 
 def is_number(value: object) -> bool:

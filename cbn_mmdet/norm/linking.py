@@ -213,16 +213,9 @@ def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
         number = torch.arange(1, channels + 1, device=y.device).view(-1, 1, 1) / channels + 1
         # Keeps sums within half precision's range, and numbers above its subnormal range.
         least = max(channels / max(y.numel(), 1), 2.0**-12)
-        one, each = (
-            source.rows(
-                # The module may have a bias that it does not use.
-                torch.autograd.grad(y, source.leaf, grad, retain_graph=True, materialize_grads=True)
-            ).double()
-            for grad in (
-                torch.full_like(y, least),
-                (number * least).to(y).expand_as(y).contiguous(),
-            )
-        )
+        numbered = (number * least).to(y).expand_as(y).contiguous()
+        grads = torch.full_like(y, least), numbered
+        one, each = (source.gradient(y, grad).double() for grad in grads)
         expected = one * number.flatten(1).double()
         return not bool((each - expected).norm() > 1e-2 * each.norm())  # NaN proves nothing
 

@@ -16,10 +16,9 @@ from torch.autograd.function import once_differentiable
 from .layer import (
     NormLayer,
     check_count,
-    check_tracking,
+    check_norm,
     check_values,
     is_number,
-    is_recomputation,
     outside_graphs,
 )
 from .moments import batch_moments
@@ -88,7 +87,7 @@ class MABN(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         own = num_features, eps, momentum, affine, track_running_stats
-        check_tracking("MABN", *own)
+        check_norm("MABN", *own)
         check_count("MABN", "buffer_size", buffer_size, "the batches in a window")
         check_count("MABN", "warmup", warmup, "the steps with the batch's own statistics", 0)
         check_count("MABN", "r_warmup", r_warmup, "the steps without r, warmup's included", warmup)
@@ -108,29 +107,13 @@ class MABN(NormLayer):
         """The running mean and variance for a given mean and variance of the layer's input."""
         return torch.zeros_like(mean), torch.addcmul(var, mean, mean)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalises ``input``, ``(N, C, H, W)``, to a tensor of the same shape and dtype.
-
-        Raises:
-            ValueError: ``input`` is not 4-dimensional or has another number of channels.
-            RuntimeError: Activation checkpointing repeats the forward, or a training step is traced
-                or exported.
-        """
-        self._check_input_dim(input)
-        return self._train(input) if self.training else super().forward(input)
-
     @outside_graphs
     def _train(self, x: Tensor) -> Tensor:
         self._refuse_graphs(x)
-        self._refuse_without_statistics()
+        self._refuse_to_track(x)
         if x.numel() == 0:  # no region in the batch: nothing to learn
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
-        if is_recomputation():
-            raise self.refusal(
-                "activation checkpointing repeats a forward of which the averages are not known "
-                "any more. Turn checkpointing off (with_cp=False) around this layer."
-            )
         chi2, weight = self._statistics(x)
         mean = bias = torch.zeros_like(chi2)
         if self.affine:

@@ -120,6 +120,13 @@ class Source(NamedTuple):
         rows = weight.reshape(weight.shape[0], -1)  # a norm's weight has only one dimension
         return torch.cat([rows, *(each[:, None] for each in bias)], 1)
 
+    def gradient(self, y: Tensor, grad: Tensor) -> Tensor:
+        """The rows of the gradient in ``leaf``, given that in ``y``, by autograd."""
+        # The module may have a bias that it does not use.
+        return self.rows(
+            torch.autograd.grad(y, self.leaf, grad, retain_graph=True, materialize_grads=True)
+        )
+
 
 class Derivative(NamedTuple):
     """Derivatives of a channel's statistics in the weight that produces the channel.
@@ -214,13 +221,7 @@ def _by_autograd(source: Source, y: Tensor, moments: Moments) -> tuple[Tensor, T
     centred, r, _ = kernels.centred(y, mean, var)
     shrink = kernels.HALF_SCALE if y.dtype == torch.float16 else 1.0
     ones = torch.full_like(y, shrink * y.shape[1] / y.numel())
-    of_mean, of_var = (
-        source.rows(
-            # The bias may exist without being used.
-            torch.autograd.grad(y, source.leaf, each, retain_graph=True, materialize_grads=True)
-        ).to(mean.dtype)
-        for each in (ones, centred)
-    )
+    of_mean, of_var = (source.gradient(y, each).to(mean.dtype) for each in (ones, centred))
     return of_mean / shrink, of_var if r is None else kernels.rescaled(of_var, r)
 
 

@@ -74,8 +74,7 @@ class Coefficients(NamedTuple):
 
         4, 5    what weight and bias are given back: factors of ``m`` and ``h`` (with a moving
                 window ``h'``, and row 2 includes a factor of ``M``)
-        6, 7    the sums themselves, copied here, because autograd would copy those that it hands on
-                as gradients if they were held
+        6, 7    the sums, times ``gamma`` unless the batch is spread
 
     Attributes:
         r: ``(C,)``.
@@ -113,7 +112,9 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
         counts,
     )
     nothing = torch.zeros_like(r)
-    each = scale = r if vectors.gammas is None else r * vectors.gammas
+    gammas = [record.gamma for record in records]
+    gamma = None if all(each is None for each in gammas) else vectors.cat(gammas, 1.0)
+    each = scale = r if gamma is None else r * gamma
     if is_spread:
         # Sums over all processes include the scale of each already.
         each = torch.ones_like(r)
@@ -122,9 +123,10 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
     off = each * taken
     rest = each * past  # the part of dL/d mu_bar for the past
     on_var = rest * r  # twice the part of dL/d sigma2
-    masks = [record.past and record.past.mask for record in records]
+    is_moving = isinstance(records[0].window, MovingWindow)
+    masks = [record.past and record.past.positive for record in records]
     of_var = on_var / 2
-    if any(mask is not None for mask in masks):
+    if is_moving and any(mask is not None for mask in masks):
         of_var = of_var * vectors.cat(masks, 1.0)
     slope = off * r
     on_means = [off, nothing, rest, nothing]
@@ -142,8 +144,9 @@ def coefficients(vectors: Vectors) -> list[Coefficients]:
             own_means = [record.moments.own_mean for record in records]
             from_batch = torch.cat(own_means) - vectors.batch[0]
         # mu - mu_bar goes with m beside h, but with M beside h'.
-        place = 2 if isinstance(records[0].window, MovingWindow) else 4
-        back, of_m, one = on_var * own_part, rest * own_part, torch.ones_like(r)
+        place = 2 if is_moving else 4
+        back, of_m = on_var * own_part, rest * own_part
+        one = torch.ones_like(r) if gamma is None or is_spread else gamma
         on_means += [of_m, nothing, one, nothing]
         on_vars += [back * from_batch, back / 2, nothing, one]
         on_vars[place] = torch.addcmul(on_vars[place], back, vectors.from_union)
@@ -180,19 +183,18 @@ class Normalize(Function):
       which is a function of it; else None;
     - ``conv_bias``, the convolution's bias, likewise;
     - ``record``, with the statistics that the forward found and the choice of gradient; the
-      backward pass adds its sums to it;
-    - ``eps``, which is added to the variance.
+      backward pass adds its sums to it.
 
     It returns the normalised tensor, in the dtype and memory format of ``y``.
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, record, eps):
+    def forward(ctx, y, gamma, beta, conv_weight, conv_bias, record):
         """Returns the normalised tensor."""
-        ctx.record, ctx.eps = record, eps
+        ctx.record = record
         ctx.conv_shape = None if conv_weight is None else conv_weight.shape
         ctx.save_for_backward(y)
-        return kernels.standardize(y, gamma, beta, record.mean, record.var, eps)
+        return kernels.standardize(y, gamma, beta, record.mean, record.var, record.layer.eps)
 
     @staticmethod
     def backward(ctx, grad):
@@ -202,7 +204,7 @@ class Normalize(Function):
 
 
 def _backward(ctx, grad):
-    record, eps, (y,) = ctx.record, ctx.eps, ctx.saved_tensors
+    record, (y,) = ctx.record, ctx.saved_tensors
     if record.has_ended:
         raise record.layer.refusal(
             "the backward pass comes after the end of its iteration, which has changed the past. "
@@ -213,7 +215,7 @@ def _backward(ctx, grad):
         if record.coefficients is None:
             record.finish(record)
         of = record.coefficients
-        sums = kernels.channel_sums(grad, y, record.mean, record.var, eps, of.r)
+        sums = kernels.channel_sums(grad, y, record.mean, record.var, record.layer.eps, of.r)
         grad_gamma, grad_beta = sums
         rows = (_rows_of_all if record.is_spread else _rows)(record, of, grad_beta, grad_gamma)
         grad_y = grad_weight = grad_bias = None
@@ -240,7 +242,6 @@ def _backward(ctx, grad):
         grad_beta if needs_beta else None,
         grad_weight,
         grad_bias,
-        None,
         None,
     )
 
@@ -287,13 +288,13 @@ def new_averages(vectors: Vectors) -> Tensor:
     """
     records = vectors.records
     now = vectors.cat_pairs([record.sums for record in records], vectors.union)
-    # g includes gamma, which these sums lack; sums over all processes have it already, and r.
+    # Sums over all processes include r.
     if records[0].is_spread:
         count = torch.cat([record.moments.count.expand_as(record.mean) for record in records])
         now = now * ((vectors.union[1] + vectors.eps).sqrt_() / count)
     else:
         (count,) = vectors.spread([record.moments.count for record in records])
-        now = now / count if vectors.gammas is None else now * (vectors.gammas / count)
+        now = now / count
     scale = _scale(records[0], now)
     if isinstance(scale, Tensor) or scale != 1:
         now = now / scale

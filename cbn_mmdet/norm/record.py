@@ -43,8 +43,8 @@ class Record:
         is_spread: Whether other processes hold parts of the batch, and take part in the backward.
         scale: Factor of the loss, and hence of every gradient: 1, or a loss scaler's.
         averages: ``E_b`` and ``E_g`` of past iterations, ``(2, C)``, or None.
-        sums: ``sum(g)`` and ``sum(g x_hat)`` over backward passes, each ``(C,)``, or None; without
-            ``gamma``, but times ``r gamma`` if the batch is spread.
+        sums: ``sum(g)`` and ``sum(g x_hat)`` over backward passes, each ``(C,)``, or None; times
+            ``r`` if the batch is spread.
         kind: Key: records of equal kind can be processed together.
         coefficients: What the backward pass applies to its sums; set once the forward is over.
         finish: Function that computes ``coefficients``.
@@ -80,19 +80,12 @@ class Record:
 
     def end(self) -> None:
         """Releases everything: a loss that is kept keeps its autograd graph, and so this record."""
-        self.has_ended = True
-        self.__dict__.update(dict.fromkeys(_HELD))
+        self.__dict__ = dict(layer=self.layer, has_ended=True)
 
     def add_sums(self, sums: Sequence[Tensor]) -> None:
         """Adds the sums of one backward pass to those of earlier ones of the same forward."""
         before = self.sums
         self.sums = sums if before is None else [a + b for a, b in zip(before, sums, strict=True)]
-
-
-_HELD = (
-    *("moments", "past", "running", "window", "derivative", "weight", "bias"),
-    *("gamma", "averages", "sums", "coefficients", "finish", "original"),
-)
 
 
 class Vectors:
@@ -127,20 +120,9 @@ class Vectors:
         )
 
     @cached_property
-    def distance(self) -> Tensor:
-        """``d = mu - mu_p``, ``(N,)``."""
-        return self.batch[0] - self.past[0]
-
-    @cached_property
     def from_union(self) -> Tensor:
         """``mu - mu_bar``, which is ``(1 - s) d``, ``(N,)``."""
         return self.batch[0] - self.union[0]
-
-    @cached_property
-    def gammas(self) -> Tensor | None:
-        """The layers' scales, ``(N,)``; None if all are 1."""
-        gammas = [record.gamma for record in self.records]
-        return None if all(gamma is None for gamma in gammas) else self.cat(gammas, 1.0)
 
     def spread(self, *rows: list[float]) -> list[Tensor | float]:
         """Repeats each record's number for each of its channels; one number where all agree."""

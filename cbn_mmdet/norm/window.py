@@ -71,17 +71,12 @@ class MovingPast(NamedTuple):
     m: Tensor | None = None
     h: Tensor | None = None
 
-    @property
-    def mask(self) -> Tensor | None:
-        """The factor for the gradient in ``V``, ``(C,)``: zero where ``V`` was cut."""
-        return self.positive
-
     def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
         """Computes the weight gradient through the past.
 
         Args:
             of_mean: The gradient in ``mu_p``, ``(C,)``.
-            of_var: The gradient in ``V``, times the mask, ``(C,)``.
+            of_var: The gradient in ``V``, ``(C,)``; zero where ``V`` was cut.
             out: Tensor to write the weight gradient to, ``(C, P)``.
         """
         of_var = of_var.unsqueeze(1)
@@ -100,9 +95,9 @@ class SlidingPast(NamedTuple):
         mean: ``mu_p``, the mean of the compensated means ``mu_hat``, ``(C,)``.
         var: ``V``, the mean of the compensated variances plus the variance of the means, ``(C,)``.
         share: ``s``, that is ``1 / (T + 1)``.
-        moved: How far the compensation moved each mean, ``(C, T)``.
-        positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``. This and all
-            that follow are None if the past is not a function of the weight.
+        moved: How far the compensation moved each mean, ``(C, T)``. This and all that follow are
+            None if the past is not a function of the weight.
+        positive: ``c``, whether ``v_hat`` was not cut by the maximum, bool ``(C, T)``.
         offset: ``mu_hat - c delta - mu_p``, ``(C, T)``.
         m: ``m`` of each iteration, ``(groups, T, P)``.
         h: ``h`` of each iteration, ``(C, T, P)``.
@@ -111,19 +106,14 @@ class SlidingPast(NamedTuple):
     mean: Tensor
     var: Tensor
     share: float
-    moved: Tensor
+    moved: Tensor | None = None
     positive: Tensor | None = None
     offset: Tensor | None = None
     m: Tensor | None = None
     h: Tensor | None = None
 
-    @property
-    def mask(self) -> None:
-        """None: each past iteration has its own mask, which :meth:`gradient` applies."""
-        return None
-
     def gradient(self, of_mean: Tensor, of_var: Tensor, out: Tensor) -> None:
-        """As :meth:`MovingPast.gradient`, but ``of_var`` is without a mask."""
+        """As :meth:`MovingPast.gradient`, but zeroes ``of_var`` itself, for each iteration."""
         (groups, count, patch), dtype = self.m.shape, out.dtype
         of_mean, of_var = (each.unsqueeze(1) / count for each in (of_mean, of_var))
         of_each = torch.addcmul(of_mean, of_var, self.offset, value=2)  # C, T
@@ -227,7 +217,8 @@ class Window:
             return True
         if weight is None or self.h is None:
             return weight is None and self.h is None
-        return self.weight_size == weight.numel() and self.h.device == weight.device
+        size = len(self.h) * self.h.shape[-1]  # C P, however many iterations there are
+        return size == weight.numel() and self.h.device == weight.device
 
     def cache(self, past: Past, weight: Tensor | None, bias: Tensor | None) -> None:
         """Keeps a past that was computed for today's weight and bias."""
@@ -245,14 +236,9 @@ class Window:
         if self.seen == 0:
             return None
         if self.cached is not None:
-            past, ref, version, of_bias = self.cached
-            is_it = ref is None if weight is None else ref is not None and ref() is weight
-            is_it = (
-                is_it
-                and version == kernels.version_of(weight)
-                and of_bias == kernels.version_of(bias)
-            )
-            if is_it and past.mean.dtype == dtype:
+            past, ref, *versions = self.cached
+            is_it = (ref and ref()) is weight and past.mean.dtype == dtype
+            if is_it and versions == [kernels.version_of(weight), kernels.version_of(bias)]:
                 return past
         if not self.fits(weight):  # the end of the iteration clears it
             return None
@@ -262,19 +248,18 @@ class Window:
     _plain = ("seen", "lag")
 
     def adapt(self, correlation: float) -> None:
-        """Averages into ``lag`` the correlation of the last two surprises, vectors over channels.
+        """Adapts ``lag`` and the window's own share to the correlation of the last two surprises.
 
         With the best possible past, consecutive surprises are independent. If the window is too
         wide for the network's speed they point the same way, if it is too narrow opposite ways
         (Mehra 1970, "On the identification of variances and adaptive Kalman filtering").
         """
-        if math.isfinite(correlation):
-            self.lag += RATE * (correlation - self.lag)
-
-    @property
-    def weight_size(self) -> int:
-        """The number of weights that the past is a function of."""
-        return self.h.numel()
+        if not math.isfinite(correlation):
+            return
+        self.lag += RATE * (correlation - self.lag)
+        if self.sets_itself:
+            changed = self.log_share + RATE * correlation
+            self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
 
 
 class MovingWindow(Window):
@@ -303,21 +288,6 @@ class MovingWindow(Window):
         own = math.exp(self.log_share) if self.sets_itself else 0.0
         return max(own, 1 / self.size, 1 / (self.seen + 1))
 
-    def moved(self, past: MovingPast) -> Tensor:
-        """For diagnostics: how far means moved in the last step, times the size, ``(C, 1)``.
-
-        Args:
-            past: The past at today's weight, without the bias.
-        """
-        return ((past.mean - self.recorded) / past.share)[:, None]
-
-    def adapt(self, correlation: float) -> None:
-        """Also adapts the share to ``correlation``, if the window sets its own."""
-        super().adapt(correlation)
-        if self.sets_itself and math.isfinite(correlation):
-            changed = self.log_share + RATE * correlation
-            self.log_share = min(max(changed, -math.log(LARGEST)), 0.0)
-
 
 class SlidingWindow(Window):
     """The paper's window: a ring of the last ``size - 1`` iterations.
@@ -343,15 +313,6 @@ class SlidingWindow(Window):
     def share(self) -> float:
         """``s``: the next iteration's share of the union."""
         return 1 / (self.held + 1)
-
-    def moved(self, past: SlidingPast) -> Tensor:
-        """For diagnostics: how far the compensation moved each past mean, ``(C, T)``."""
-        return past.moved
-
-    @property
-    def weight_size(self) -> int:
-        """The number of weights that the past is a function of."""
-        return self.h[:, 0].numel()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -410,10 +371,9 @@ class SlidingWindow(Window):
         distances = means - mean[:, None]
         var = torch.addcmul(variances, distances, distances).mean(1)
         offset = None if positive is None else torch.addcmul(distances, positive, delta, value=-1)
-        moved = torch.zeros_like(means) if delta is None else delta
         if bias is not None:
             mean = mean + bias.detach().to(dtype)
-        return SlidingPast(mean, var, self.share, moved, positive, offset, m, h)
+        return SlidingPast(mean, var, self.share, delta, positive, offset, m, h)
 
 
 @torch.no_grad()
@@ -487,43 +447,28 @@ def _left_out(weight: Tensor, h: Tensor, rounded: Tensor) -> Tensor | float:
     return ((h - rounded.to(h.dtype)) * weight.reshape(h.shape).to(h.dtype)).sum(1)
 
 
-class Surprise(NamedTuple):
+def surprises(vectors: Vectors) -> tuple[Tensor, Tensor]:
     """How far batches were from what their windows predicted.
 
-    Attributes:
-        values: ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``.
-        agreement: Sums over the channels of each window, ``(4, L)``: of ``z_t^2``, of ``z_t
-            z_{t-1}`` twice and of ``z_{t-1}^2``, where ``z_{t-1}`` is the last iteration's.
+    Returns:
+        ``z = d / sqrt(V + v + eps)`` of all channels, ``(N,)``; and sums over the channels of each
+        window, ``(4 L,)``: of ``z_t^2``, of ``z_t z_{t-1}`` twice and of ``z_{t-1}^2``, where
+        ``z_{t-1}`` is the last iteration's.
     """
-
-    values: Tensor
-    agreement: Tensor
-
-    @classmethod
-    def of(cls, vectors: Vectors) -> Surprise:
-        """Computes the surprises of an iteration."""
-        now = vectors.distance * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
-        last = [each.past and each.window.surprise for each in vectors.records]
-        both = torch.cat([now, *vectors.parts(last, 0.0)]).view(2, -1)
-        products = both[:, None] * both
-        agreement = kernels.segment_sums(products.view(-1), 4 * vectors.sizes)
-        return cls(now, agreement.view(4, -1))
+    d = vectors.batch[0] - vectors.past[0]
+    now = d * (vectors.past[1] + vectors.batch[1] + vectors.eps).rsqrt_()
+    last = [each.past and each.window.surprise for each in vectors.records]
+    both = torch.cat([now, *vectors.parts(last, 0.0)]).view(2, -1)
+    products = both[:, None] * both
+    return now, kernels.segment_sums(products.view(-1), 4 * vectors.sizes)
 
 
-class Growth(NamedTuple):
+def growth(vectors: Vectors) -> tuple[Tensor, Tensor]:
     """New values of moving windows, which :func:`grow` keeps or drops.
 
-    Attributes:
-        values: ``A`` and ``R`` of all channels, ``(2, N)``.
-        recorded: Means of the unions without the bias, ``(N,)``.
+    Returns:
+        ``A`` and ``R`` of all channels, ``(2, N)``; means of the unions without the bias, ``(N,)``.
     """
-
-    values: Tensor
-    recorded: Tensor
-
-
-def growth(vectors: Vectors) -> Growth:
-    """Computes the new values of moving windows from their records."""
     records, union = vectors.records, vectors.union
     # m . w and h . w of the batch, M . w and H . w of the past.
     ofs = [record.derivative for record in records]
@@ -536,7 +481,7 @@ def growth(vectors: Vectors) -> Growth:
     at = past_at.lerp(batch_at, vectors.share)  # with h; what h' has beyond it is subtracted below
     values = union - at
     values[1].addcmul_(at[0] - past_at[0], vectors.from_union, value=-2)
-    return Growth(values, union[0])
+    return values, union[0]
 
 
 @torch.inference_mode(False)
@@ -562,7 +507,7 @@ def add_distances(vectors: Vectors) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def grow(vectors: Vectors, new: Growth, keep: Sequence[bool]) -> None:
+def grow(vectors: Vectors, new: Sequence[Tensor], keep: Sequence[bool]) -> None:
     """Puts what :func:`growth` found into the moving windows whose record is to be kept."""
     add_distances(vectors)
     stored = [vectors.split(each.float()) for each in new]

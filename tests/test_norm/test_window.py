@@ -111,7 +111,7 @@ def test_a_negative_variance_is_cut(kind):
     past = past_of(window, conv)
     assert not past.positive.any() and not past.var.any()
     # Then it does not depend on the weight.
-    of_var = torch.ones(1) if past.mask is None else past.mask.float()
+    of_var = past.positive.float() if kind == "moving" else torch.ones(1)
     assert not gradient(past, torch.zeros(1), of_var).any()
 
 
@@ -198,7 +198,7 @@ def test_gradient(groups, window_dtype, kind):
     of_mean, of_var = torch.randn(2, 4, dtype=torch.float64)
     past = past_of(window, conv)
     assert not past.positive[0].any() and past.positive.any()
-    masked = of_var if past.mask is None else of_var * past.mask
+    masked = of_var * past.positive if kind == "moving" else of_var
     found = gradient(past, of_mean, masked)
     for place in range(found.shape[1]):
         ends = []
