@@ -201,6 +201,11 @@ class CBN(NormLayer):
         """Whether ``update_bn`` is gathering running statistics, as far as a layer can tell."""
         return self._was_reset and self.momentum is None
 
+    @property
+    def tracks(self) -> bool:
+        """Whether there are running statistics to update, which TTA may have set to None."""
+        return self.track_running_stats and self._buffers["running_mean"] is not None
+
     def is_spread(self) -> bool:
         """Whether other processes hold parts of the batch."""
         return self.sync and sync.is_distributed()
@@ -339,7 +344,7 @@ class CBN(NormLayer):
 
         If ``moments`` are given, averages them into the copies; else ``F.batch_norm`` is to do it.
         """
-        if repeats or not self.track_running_stats:
+        if repeats or not self.tracks:
             return *self._copies(), 0.0
         records = [each for each in self._iteration.records if each.layer is self]
         copies = [each.clone() for each in records[-1].running] if records else self._copies()

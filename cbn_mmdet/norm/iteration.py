@@ -137,8 +137,9 @@ class Iteration:
         self._depth = max(self._depth - 1, 0)
         if self._depth > 0:
             return
-        if self._trains and output is None and not is_recomputation():
-            self._clear()  # no output: the forward failed
+        has_failed = output is None and sys.exc_info()[1] is not None
+        if self._trains and has_failed and not is_recomputation():
+            self._clear()
         self._trains = False
         if self._marked:
             linking.unmark(self._marked)
@@ -571,7 +572,7 @@ def _update_running_stats(records: list[Record]) -> None:
     calls: dict[CBN, int] = defaultdict(int)
     for record in records:
         layer = record.layer
-        if layer.track_running_stats:
+        if layer.tracks:
             by_call[calls[layer]].append(record)
             calls[layer] += 1
     for together in by_call.values():

@@ -131,8 +131,9 @@ class MABN(NormLayer):
         limit = 1 + (self.r_max - 1) * (steps > self.r_warmup).to(own.dtype)
         r = ((chi2 + self.eps) / (old + self.eps)).sqrt().clamp(1 / limit, limit)
         momentum = 1 / steps.clamp_min(1) if self.momentum is None else self.momentum
-        self.running_mean.sub_(self.running_mean * momentum)
-        self.running_var.add_(torch.where(own.isfinite().all(), own - old, 0) * momentum)
+        is_finite = own.isfinite().all()
+        self.running_mean.sub_(torch.where(is_finite, self.running_mean, 0) * momentum)
+        self.running_var.add_(torch.where(is_finite, own - old, 0) * momentum)
         return chi2, r
 
     @torch.no_grad()

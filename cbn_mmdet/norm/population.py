@@ -72,7 +72,7 @@ def precise_statistics(
     done = []
     try:
         for name, layer in layers.items():
-            hooks.append(layer.register_forward_pre_hook(populations[name].see))
+            hooks.append(layer.register_forward_pre_hook(populations[name].see, with_kwargs=True))
             layer.training = False
         for batch in batches:
             (forward or model)(batch)
@@ -116,9 +116,9 @@ class _Population:
         zeros = torch.zeros_like(layer.running_mean, dtype=torch.float64)
         self._moments = Moments(zeros, zeros, 0, zeros, zeros, 0)
 
-    def see(self, layer: nn.Module, args: tuple[Tensor]) -> None:
+    def see(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Adds a batch, which the layer then normalises with all that it has seen."""
-        (x,) = args
+        (x,) = *args, *kwargs.values()
         count = x.numel() // x.shape[1]
         if count == 0:
             return

@@ -126,6 +126,21 @@ class TestToolsThatLookForBatchNorm:
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window_size", ["auto", 1])
+def test_statistics_that_were_removed_alone(window_size):
+    """Some methods leave ``track_running_stats`` as it was; training goes on without them."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), CBN(4, window_size=window_size))
+    link(model)
+    model[1].running_mean = model[1].running_var = None
+    for number in range(3):
+        x = images()
+        expected = nn.functional.batch_norm(model[0](x), None, None, training=True)
+        is_same = torch.allclose(model(x), expected, atol=1e-5)
+        assert is_same == (number == 0 or window_size == 1)
+        step(model)
+    assert model[1].running_mean is None
+
+
 @pytest.mark.parametrize("norm", [BRN, MABN])
 def test_adaptation_of_a_norm_that_needs_its_statistics_is_refused(norm):
     model = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))

@@ -42,6 +42,27 @@ def test_forwards_without_a_step_are_told_of_once():
     assert not model[1].running_mean.any()
 
 
+def test_a_model_that_keeps_its_loss_to_itself():
+    """A forward without an output has not failed: what it recorded counts."""
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+
+        def forward(self, x):
+            self.loss = self.body(x).square().mean()
+
+    model = Alone()
+    link(model)
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 8))
+        model.loss.backward()
+        step(model)
+    (window,) = window_state(model)["body.1"]
+    assert window["seen"] == model.body[1].num_batches_tracked == 3
+
+
 def test_a_search_on_a_line_is_not_told_of():
     """In a model that trains, one step of LBFGS may take many forwards."""
     model = linked()

@@ -150,6 +150,14 @@ def test_what_is_not_reached_or_empty_keeps_its_statistics():
     assert model[6].running_mean.eq(0).all() and model[6].running_var.eq(1).all()
 
 
+def test_a_layer_that_is_handed_its_input_by_name():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).double()
+    names = precise_statistics(model, [images()], lambda x: model[1](input=model[0](x)))
+    assert names == ["1"]
+    expected = model[0](images()).mean((0, 2, 3))
+    torch.testing.assert_close(model[1].running_mean, expected)
+
+
 def test_nan_is_left_out_and_told_of():
     model, data = network(nn.BatchNorm2d), images()
     spoilt = torch.full_like(data[:1], float("nan"))
