@@ -267,16 +267,23 @@ class Iteration:
             found = linking.mark_of(y)
             module = None if found is None else found.module
         before = None if window.conv is None else window.conv()
-        if layer.compensate and before is not module:
-            if before is not None and module is not None and window.seen > 0:
-                raise layer.refusal(
-                    f"was fed by {self.name_of(before)} so far, and now by {self.name_of(module)} "
-                    "in the same place of the model's forward. Past statistics of one convolution "
-                    "say nothing of another: give each its own CBN."
-                )
-            if before is None and window.conv is not None:  # another module has taken its place
-                window.clear()
+        if layer.compensate and window.conv is not None and before is None:  # it was replaced
+            window.clear()
+            window.conv = None
         if before is not module:
+            weight = None if source is None else source.weight
+            if module is None and weight is not None and before is not None:
+                # It may have been called as a function, or while the linked model evaluates.
+                module = before if before._parameters.get("weight") is weight else None
+            is_other = module is not before and (module is not None or weight is not None)
+            if layer.compensate and before is not None and is_other and window.seen > 0:
+                now = "one that no module of the linked model returned"
+                raise layer.refusal(
+                    f"was fed by {self.name_of(before)} so far, and now by "
+                    f"{now if module is None else self.name_of(module)} in the same place of the "
+                    "model's forward. Past statistics of one convolution say nothing of another: "
+                    "give each its own CBN, or call cbn_mmdet.link(model) if it was replaced."
+                )
             window.conv = None if module is None else weakref.ref(module)
         if not layer.compensate:
             return None

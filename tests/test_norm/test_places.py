@@ -208,21 +208,65 @@ def test_another_convolution_in_the_same_place(calls, others):
         model(x, others)
 
 
-def test_another_convolution_after_the_former_is_gone():
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_another_convolution_after_the_former_is_gone(is_linked):
     """The past says nothing of it, so the window starts empty."""
-    spare, x = nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 5)
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), spare)
+    other, x = nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), *([other] if is_linked else []))
     model.forward = lambda x: model[1](model[0](x))
     link(model)
     for _ in range(3):
         model(x)
         step(model)
-    model[0] = spare
+    model[0] = other
     gc.collect()
+    for seen in (1, 2):
+        model(x)
+        step(model)
+        (window,) = window_state(model)["1"]
+        assert window["seen"] == seen
+        assert links(model) == {"1": "0" if is_linked else "(a function)"}
+
+
+def test_another_convolution_while_the_former_is_kept():
+    """It has no hook, so that only its weight tells; linking anew takes it on."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4)), torch.randn(2, 3, 5, 5)
+    link(model)
+    for _ in range(3):
+        model(x)
+        step(model)
+    former, model[0] = model[0], nn.Conv2d(3, 4, 1)
+    with pytest.raises(
+        RuntimeError, match=r"'1' \(CBN\): was fed by Conv2d so far, and now by one"
+    ):
+        model(x)
+    link(model)
     model(x)
     step(model)
-    (window,) = window_state(model)["1"]
-    assert window["seen"] == 1 and links(model) == {"1": "0"}
+    assert window_state(model)["1"][0]["seen"] == 1 and former is not model[0]
+
+
+def test_a_convolution_that_is_called_as_a_function_at_times():
+    """The weight is the same, so the past is its own."""
+
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.turn = nn.Conv2d(3, 4, 1), CBN(4), 0
+
+        def forward(self, x):
+            self.turn += 1
+            is_function = self.turn in (2, 3, 5)
+            y = F.conv2d(x, self.conv.weight, self.conv.bias) if is_function else self.conv(x)
+            return self.norm(y)
+
+    model = Either()
+    link(model)
+    for seen in range(1, 7):
+        model(torch.randn(2, 3, 5, 5))
+        step(model)
+        (window,) = window_state(model)["norm"]
+        assert window["seen"] == seen and links(model) == {"norm": "conv"} or seen == 1
 
 
 def test_a_model_that_is_gone():
