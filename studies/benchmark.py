@@ -15,8 +15,6 @@ layer, host, growth and count need only torch. The others need MMDetection or, w
 torchvision, whose Faster R-CNN then has the norm everywhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -27,7 +25,7 @@ from importlib import import_module
 
 import paths
 import torch
-from benchmarks.layer import AUTOGRAD, FLOOR, SHAPES, SMALL, Shape
+from benchmarks.layer import AUTOGRAD, FLOOR, SHAPES, Shape
 from benchmarks.timing import machine
 from common.errors import positive, run_tool
 from norms import norm
@@ -54,7 +52,6 @@ ROWS = {
     "inference": ["GN", "CBN"],
     "memory": ["GN", "SyncBN", "BRN", *CBNS, BFLOAT16, *SLIDING],
 }
-VISION = "step", "memory"  # commands that take --torchvision
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,8 +78,6 @@ def parse_args() -> argparse.Namespace:
 
     add, text = shaped.add_argument, "N,C_in,C_out,kernel,size of each (five of a detector's)"
     add("--shapes", nargs="+", type=shape, default=SHAPES, metavar="SHAPE", help=text)
-    text = "the shapes of the digits detector"
-    add("--small", dest="shapes", action="store_const", const=SMALL, help=text)
 
     add, text = detector.add_mutually_exclusive_group().add_argument, "R-50's backbone, too"
     add("--all-norms", action="store_true", help=text)
@@ -109,7 +104,7 @@ def parse_args() -> argparse.Namespace:
     ):
         subparser = commands.add_parser(command, help=text, parents=[common, *parents])
         add = subparser.add_argument
-        if command in VISION:
+        if command in ("step", "memory"):
             text = "torchvision's Faster R-CNN"
             add("--torchvision", action="store_true", help=text)
         if placed not in parents:

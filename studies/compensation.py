@@ -14,8 +14,6 @@ The error of a variance is the sum over channels of |estimate - truth|, divided 
 truth; for the error of a mean, the divisor is the sum of the true standard deviations.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -136,7 +134,8 @@ class Observer(Hook):
         layers = cbn_layers(runner.model)
         if not layers:
             raise UsageError(f"{args.config}: the model has no CBN layer")
-        self.past = max(map(past_iterations, layers.values()))
+        sizes = [layer.window_size for layer in layers.values()]
+        self.past = max(PAST if size == "auto" else size - 1 for size in sizes)
         if self.past < 1:
             raise UsageError(f"{args.config}: window_size is 1, which compensates nothing")
         self.names = self._choose(args.layers, layers)
@@ -145,8 +144,8 @@ class Observer(Hook):
         self.every = max(args.every or runner.max_iters // PROBES, self.past + 1)
         self.rows: list[dict] = []
         self.sizes: list[dict] = []  # of all layers' windows, at an iteration
-        # One per batch; None if the convolution did not run or got no region.
-        self.kept: dict[str, list[Kept | None]] = defaultdict(list)
+        # By layer and batch; none where the convolution did not run or got no region.
+        self.kept: dict[str, dict[int, Kept]] = defaultdict(dict)
         self.network = args.network
         self.batches: list[tuple] = []  # data, windows, window limit, random state
         self._handles: list = []
@@ -171,7 +170,9 @@ class Observer(Hook):
             self.sizes.append(dict(iteration=runner.iter, sizes=sizes))
         phase = runner.iter % self.every
         if phase == 0 and self.batches:
-            self._stop_keeping()
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
             self._look_back(runner)
             self.kept.clear()
             self.batches.clear()
@@ -191,11 +192,9 @@ class Observer(Hook):
             layer = model.get_submodule(name)
 
             def keep(conv, args, output, name=name, layer=layer) -> None:
-                kept = self.kept[name]
-                kept += [None] * (len(self.batches) - 1 - len(kept))
-                if len(kept) < len(self.batches):  # only a forward's first call
-                    has_values = output.numel() > 0
-                    kept.append(self._keep(layer, conv, args[0], output) if has_values else None)
+                kept, batch = self.kept[name], len(self.batches) - 1
+                if batch not in kept and output.numel() > 0:  # only a forward's first call
+                    kept[batch] = self._keep(layer, conv, args[0], output)
 
             self._handles.append(conv.register_forward_hook(keep))
 
@@ -208,11 +207,6 @@ class Observer(Hook):
             for name, conv in convs.items()
             if isinstance(conv, nn.Conv2d) and conv.weight.requires_grad
         }
-
-    def _stop_keeping(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @torch.no_grad()
     def _keep(self, layer: CBN, conv: nn.Conv2d, x: Tensor, y: Tensor) -> Kept:
@@ -235,13 +229,10 @@ class Observer(Hook):
         convs = self._convolutions(runner.model)
         for name, all_kept in self.kept.items():
             conv = convs[name]
-            all_kept += [None] * (len(self.batches) - len(all_kept))
-            for back, kept in enumerate(reversed(all_kept), 1):
-                if kept is None:
-                    continue
+            for batch, kept in reversed(all_kept.items()):
                 truths = {"layer": batch_moments(conv(kept.input.to(conv.weight.dtype)))[:2]}
-                if whole is not None and name in whole[-back]:
-                    truths["network"] = whole[-back][name]
+                if whole is not None and name in whole[batch]:
+                    truths["network"] = whole[batch][name]
                 estimates = {NAIVE: (kept.mean, kept.var)}
                 for variant in kept.products:
                     estimates[variant] = kept.compensated(variant, conv)
@@ -250,7 +241,7 @@ class Observer(Hook):
                         iteration=runner.iter,
                         lr=rate,
                         layer=name,
-                        back=back,
+                        back=len(self.batches) - batch,
                         truth=truth,
                         estimate=variant,
                         mean_error=distance(mean, true_mean) / true_var.sqrt().sum().item(),
@@ -286,11 +277,6 @@ class Observer(Hook):
                 seen.append(dict(moments))
                 moments.clear()
         return seen
-
-
-def past_iterations(layer: CBN) -> int:
-    """How many past iterations a window of the layer stands for."""
-    return PAST if layer.window_size == "auto" else layer.window_size - 1
 
 
 def distance(one: Tensor, other: Tensor) -> float:

@@ -7,8 +7,6 @@ collectives: what processes on this machine's CPU send each other, and the time 
 on many GPUs. Nothing here measures a time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -23,7 +21,7 @@ import torch
 import torch.distributed as dist
 from benchmarks.vision import build_backbone
 from common.errors import positive
-from norms import PAPERS, has_cbn
+from norms import PAPERS, link_cbn
 from printing import print_table
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
@@ -31,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cbn_mmdet import link, step
+from cbn_mmdet import step
 
 GIGA, TERA, MS, KIB = 1e9, 1e12, 1e3, 1024
 NORMS = {"BN": "BN", "GN": "GN", "CBN": "CBN", "the paper's CBN": PAPERS}
@@ -69,9 +67,7 @@ def count_step(name: str, images: int, half: bool) -> dict[str, object]:
     with fake_cuda() as watch:
         with torch.device("cuda"):
             model = build_backbone(name)
-        windows = has_cbn(model)
-        if windows:
-            link(model)
+        windows = link_cbn(model)
         for _ in range(4 if windows else 1):
             x = torch.empty(images, 3, *SIZE, device="cuda")
             watch.take()

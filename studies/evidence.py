@@ -31,8 +31,6 @@ All norms see the same images, and learning rates follow the images per optimise
 CmBN has 8 forwards, so CmBN takes an eighth of the steps of the others.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing
@@ -64,107 +62,76 @@ PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
 ANEW = {"BN": "BN, the last 8 anew"}
 FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
-MOMENTA = (0.005, 0.02, 0.1, 0.5)
+MOMENTA = {
+    f"{SLIDING[:-1]}, momentum={momentum})": f"CBN, sliding, momentum={momentum}"
+    for momentum in (0.005, 0.02, 0.1, 0.5)
+}
+classified = partial(Study, train=train_classifier, figure="accuracy")
+continued = partial(Study, train=train_continued, figure="loss")
+detected = partial(Study, train=train_detector, figure="ap")
 STUDIES = {
-    "classifier": Study(
-        ALL, [1, 2, 4, 8, 16, 32], {1: 5}, CLASSIFIER, train_classifier, "accuracy", plot_batches
+    "classifier": classified(ALL, [1, 2, 4, 8, 16, 32], {1: 5}, CLASSIFIER, draw=plot_batches),
+    "momentum": classified(
+        [*MOMENTA], [1, 2], {1: 3}, CLASSIFIER, draw=plot_batches, labels=MOMENTA
     ),
-    "momentum": Study(
-        [f"{SLIDING[:-1]}, momentum={momentum})" for momentum in MOMENTA],
-        [1, 2],
-        {1: 3},
-        CLASSIFIER,
-        train_classifier,
-        "accuracy",
-        plot_batches,
-        {f"{SLIDING[:-1]}, momentum={each})": f"CBN, sliding, momentum={each}" for each in MOMENTA},
-    ),
-    "even": Study(
-        ALL, [1, 2], {1: 5}, dict(CLASSIFIER, even=True), train_classifier, "accuracy", plot_batches
-    ),
-    "frames": Study(
+    "even": classified(ALL, [1, 2], {1: 5}, dict(CLASSIFIER, even=True), draw=plot_batches),
+    "frames": classified(
         ["BN", "BRN", "MABN", SLIDING, "CBN", FIXED, SMALL_GN],
         [1, 2],
         {1: 5},
         dict(CLASSIFIER, frames=8),
-        train_classifier,
-        "accuracy",
     ),
-    "centred": Study(
+    "centred": classified(
         ["BN", "MABN", "CmBN", SLIDING, "CBN", SMALL_GN],
         [1],
         {1: 5},
         dict(CLASSIFIER, centred=True),
-        train_classifier,
-        "accuracy",
     ),
-    "continued": Study(
-        ["BN", SLIDING, "CBN"],
+    "continued": continued(["BN", SLIDING, "CBN"], [1], {1: 3}, CONTINUED),
+    "continued-clipped": continued(["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, clip=10.0)),
+    "continued-slowly": continued(
+        ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, lr_at_1=CONTINUED["lr_at_1"] / 4)
+    ),
+    "exactly": classified(["BN"], [1], {1: 5}, dict(CLASSIFIER, together=8), labels=ANEW),
+    "continued-exactly": continued(["BN"], [1], {1: 3}, dict(CONTINUED, together=8), labels=ANEW),
+    "detector-exactly": detected(
+        ["BN"],
         [1],
         {1: 3},
-        CONTINUED,
-        train_continued,
-        "loss",
+        dict(DETECTOR, together=8),
+        train=partial(train_detector, precise=("BN",)),
+        labels=ANEW,
     ),
-    **{
-        f"continued-{how}": Study(
-            ["BN", "CBN"], [1], {1: 3}, dict(CONTINUED, **settings), train_continued, "loss"
-        )
-        for how, settings in (
-            ("clipped", {"clip": 10.0}),
-            ("slowly", {"lr_at_1": CONTINUED["lr_at_1"] / 4}),
-        )
-    },
-    **{
-        name: Study(["BN"], [1], {1: seeds}, dict(settings, together=8), *how, labels=ANEW)
-        for name, seeds, settings, *how in (
-            ("exactly", 5, CLASSIFIER, train_classifier, "accuracy"),
-            ("continued-exactly", 3, CONTINUED, train_continued, "loss"),
-            ("detector-exactly", 3, DETECTOR, partial(train_detector, precise=("BN",)), "ap"),
-        )
-    },
-    "detector": Study(
+    "detector": detected(
         ALL,
         [1, 2, 4],
         {1: 3, 2: 2, 4: 1},
         DETECTOR,
-        partial(train_detector, precise=("BN", "MABN", "CmBN", SLIDING, "CBN")),
-        "ap",
-        plot_batches,
+        train=partial(train_detector, precise=("BN", "MABN", "CmBN", SLIDING, "CBN")),
+        draw=plot_batches,
     ),
     **{
-        name + end: Study(
+        name + end: detected(
             ["none", *PHOTO_NORMS] if norm_in == "head" else PHOTO_NORMS,
             [1, 2],
             {1: 3},
             dict(settings, norm_in=norm_in),
-            train_detector,
-            "ap",
-            plot_batches,
+            draw=plot_batches,
         )
         for name, settings in (("photos", PHOTOS), ("cells", CELLS))
         for end, norm_in in (("", "head"), ("-all", "all"))
     },
     **{
-        name: Study(
-            ["BN", "CBN", SMALL_GN],
-            [1],
-            {1: 3},
-            dict(LEVELS, head=head),
-            train_detector,
-            "ap",
-        )
+        name: detected(["BN", "CBN", SMALL_GN], [1], {1: 3}, dict(LEVELS, head=head))
         for name, head in (("levels", "shared"), ("levels-apart", "apart"))
     },
-    "ablation": Study(
+    "ablation": detected(
         [],
         [1, 2],
         {1: 3},
         ABLATION,
-        train_detector,
-        "ap",
-        plot_ablation,
-        {sliding(k): f"CBN, sliding, window_size={k}" for k in WINDOWS},
+        draw=plot_ablation,
+        labels={sliding(k): f"CBN, sliding, window_size={k}" for k in WINDOWS},
     ),
 }
 

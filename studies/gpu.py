@@ -6,8 +6,6 @@ The parts are the tests that a CPU skips, two COCO configs on images of noise, a
 an interruption, the same command goes on, and it repeats parts that failed or found no time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -176,7 +174,8 @@ def say(*command: str) -> str:
 
 def run(part: Part, limit: float, log: Path) -> dict[str, object]:
     """Run a part until it ends or its time is up."""
-    start = time.monotonic()
+    start, folder = time.monotonic(), log.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)  # of a training that was interrupted with this tool
     with log.open("w") as file:
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         process = subprocess.Popen(part.command, cwd=paths.ROOT, start_new_session=True, **streams)
@@ -188,7 +187,7 @@ def run(part: Part, limit: float, log: Path) -> dict[str, object]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines, folder = log.read_text(errors="replace").strip().splitlines(), log.with_suffix("")
+    lines = log.read_text(errors="replace").strip().splitlines()
     text = "\n".join(lines if result == "done" else lines[-TAIL:])
     if folder.is_dir():  # the part was a training
         text = describe(folder) if result == "done" else text

@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Build norms from their names in tables: ``GN``, ``CBN(window_size=4, backward='current')``."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import math
@@ -11,7 +9,7 @@ from functools import reduce
 
 from torch import nn
 
-from cbn_mmdet import BRN, CBN, MABN, CmBN
+from cbn_mmdet import BRN, CBN, MABN, CmBN, link
 
 GROUPS = 32
 PAPERS = "CBN(window='sliding', window_size=4, backward='current', derivative_stride=1)"
@@ -52,9 +50,9 @@ def build_norm(cfg: dict, channels: int) -> nn.Module:
     return NORMS[cfg["type"]](channels, **{key: cfg[key] for key in cfg if key != "type"})
 
 
-def has_cbn(model: nn.Module) -> bool:
-    """Whether the model has CBN, which needs ``link``, and ``step`` after each iteration."""
-    return any(isinstance(module, CBN) for module in model.modules())
+def link_cbn(model: nn.Module) -> bool:
+    """Link a model that has CBN; returns whether it does, and so needs ``step``."""
+    return any(isinstance(module, CBN) for module in model.modules()) and link(model) > 0
 
 
 def norm(text: str) -> str:

@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Show the results and the progress of a study. Needs nothing but Python."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

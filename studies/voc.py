@@ -8,8 +8,6 @@ annotation, and boxes that are empty or reach beyond the image. An object marked
 becomes a crowd, which neither trains nor counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

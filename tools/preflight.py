@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 from common.checkpoint import check_checkpoint, misfits, read_checkpoint, weights_of
@@ -129,10 +129,8 @@ class Report:
     def check(self, name: str) -> Iterator[Callable[[str], None]]:
         """Run a check; yields a function that prints its OK line. Any error prints FAIL."""
         try:
-            with ExitStack() as quiet:
-                if not self.verbose:
-                    quiet.enter_context(redirect_stdout(io.StringIO()))
-                    quiet.enter_context(redirect_stderr(io.StringIO()))
+            out, err = (sys.stdout, sys.stderr) if self.verbose else (io.StringIO(), io.StringIO())
+            with redirect_stdout(out), redirect_stderr(err):
                 yield lambda text: self.line("OK", name, text)
         except Exception as error:  # a wrong setting can fail anywhere, far from where it is set
             self.failed += 1
@@ -274,7 +272,8 @@ def check_weights(report: Report, cfg: Config, model: nn.Module) -> list[str]:
                 mend = f"give a file with --cfg-options {setting}=PATH"
                 raise UsageError(f"{error}; {mend}") from error
             below = f"{prefix.rstrip('.')}." if prefix else ""
-            report.line(*compare_weights(setting, part, weights_of(found, below), path))
+            status, text = compare_weights(part, weights_of(found, below), path)
+            report.line(status, setting, text)
             failed.remove(setting)
     return failed
 
@@ -291,9 +290,7 @@ def pretrained_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, st
                 yield setting, module, init["checkpoint"], init.get("prefix")
 
 
-def compare_weights(
-    setting: str, part: nn.Module, weights: dict, path: str
-) -> tuple[str, str, str]:
+def compare_weights(part: nn.Module, weights: dict, path: str) -> tuple[str, str]:
     """Compare names and shapes; returns the line to print, OK if all of the part's weights fit."""
     own = [key for key in part.state_dict() if not key.endswith("num_batches_tracked")]
     kind = type(part).__name__
@@ -311,7 +308,7 @@ def compare_weights(
         (unused, "of the file are not used"),
     ):
         text += f"; {len(keys)} {what}: {some(keys)}" if keys else ""
-    return "NOTE" if missing or others else "OK", setting, text
+    return "NOTE" if missing or others else "OK", text
 
 
 def check_hook(report: Report, cfg: Config, model: nn.Module, epoch_length: int | None) -> None:
@@ -345,7 +342,8 @@ def check_hook(report: Report, cfg: Config, model: nn.Module, epoch_length: int 
 
 def is_cbn_hook(settings: dict) -> bool:
     """Whether an entry of custom_hooks is the CBNHook."""
-    return settings["type"] in ("CBNHook", CBNHook)
+    kind = settings["type"]  # a name may begin with a scope
+    return (HOOKS.get(kind) if isinstance(kind, str) else kind) is CBNHook
 
 
 # Two training steps and an evaluation.
@@ -425,8 +423,7 @@ def check_links(report: Report, model: nn.Module) -> None:
         return
     idle = [name for name, layer in layers.items() if not layer.training]
     needy = [name for name, layer in layers.items() if layer.compensate and layer.window_size != 1]
-    needy = [name for name in needy if name not in idle]
-    alone = [name for name in needy if name not in fed_by]
+    alone = [name for name in needy if name not in {*idle, *fed_by}]
     memory = decimal(sum(layer.window_bytes for layer in layers.values()))
     with report.check("links") as ok:
         if alone:

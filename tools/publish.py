@@ -35,7 +35,7 @@ def main() -> None:
         raise UsageError(f"{out} exists already: name another OUT, or remove it")
     check_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    state = checkpoint.get("state_dict")
     if not isinstance(state, dict):
         raise UsageError(f"{args.checkpoint} holds no state_dict: give a checkpoint of a training")
     state = {key: state[key] for key in state if key.rpartition(".")[2] not in MABN_BUFFERS}
@@ -74,11 +74,10 @@ def with_batchnorm(cfg: dict) -> dict:
         cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) not in OUR_HOOKS]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
-    rest = [name for name in imports if name.partition(".")[0] != "cbn_mmdet"]
-    if any(_kind(value) == "CenConv2d" for _, value in walk(cfg)):
-        rest = imports
-    if rest:
-        cfg["custom_imports"]["imports"] = rest
+    if not any(_kind(value) == "CenConv2d" for _, value in walk(cfg)):
+        imports = [name for name in imports if name.partition(".")[0] != "cbn_mmdet"]
+    if imports:
+        cfg["custom_imports"]["imports"] = imports
     else:
         cfg.pop("custom_imports", None)
     return cfg

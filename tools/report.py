@@ -65,28 +65,25 @@ def main() -> None:
         check_data(cfg, "val")
 
     check_writable(work_dir, "the work dir")
-    curves = osp.join(work_dir, "curves.png")
-    plot_curves(run, curves)
+    files = {"log": osp.join(run.folder, f"{osp.basename(run.folder)}.log")}
+    files["checkpoint"] = checkpoint
+    files["loss and AP"] = osp.join(work_dir, "curves.png")
+    plot_curves(run, files["loss and AP"])
     diagnosed = [record for record in training if "cbn/correction" in record]
-    window = osp.join(work_dir, "window.png")
     if diagnosed:
-        plot_window(diagnosed, window)
-    detections = osp.join(work_dir, "detections.png")
+        files["window"] = osp.join(work_dir, "window.png")
+        plot_window(diagnosed, files["window"])
     if has_images:
+        files["detections"] = osp.join(work_dir, "detections.png")
         with explained_damage(cfg):
-            draw_detections(cfg, checkpoint, detections)
+            draw_detections(cfg, checkpoint, files["detections"])
 
     if evaluations:
         print_table(evaluations[-1], run.unit)
     else:
         print("There is no COCO evaluation yet.")
-    print_path("log", osp.join(run.folder, f"{osp.basename(run.folder)}.log"))
-    print_path("checkpoint", checkpoint)
-    print_path("loss and AP", curves)
-    if diagnosed:
-        print_path("window", window)
-    if has_images:
-        print_path("detections", detections)
+    for name, path in files.items():
+        print(f"{name + ':':13}{osp.relpath(path)}")
 
 
 def plot_curves(run: Run, path: str) -> None:
@@ -208,11 +205,6 @@ def print_table(evaluation: dict, unit: str) -> None:
     if -1 in evaluation.values():
         table.caption = "-1: no such objects"
     Console().print(table)
-
-
-def print_path(name: str, path: str) -> None:
-    """Print a path, relative to the current folder."""
-    print(f"{name + ':':13}{osp.relpath(path)}")
 
 
 if __name__ == "__main__":

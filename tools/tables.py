@@ -10,6 +10,7 @@ import json
 import os.path as osp
 import re
 from glob import glob
+from pathlib import Path
 from statistics import mean, median
 
 import yaml
@@ -100,13 +101,13 @@ def read_models(configs: str) -> dict[str, dict]:
         try:
             with open(path) as file:
                 listed = {
-                    config_name(model["Config"]): dict(model.get("Published") or {})
+                    Path(model["Config"]).stem: dict(model.get("Published") or {})
                     for model in yaml.safe_load(file)["Models"]
                 }
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} is no metafile: it needs Models, each with Config") from error
         for other in sorted(glob(osp.join(osp.dirname(path), "*.py"))):
-            listed.setdefault(config_name(other), {})
+            listed.setdefault(Path(other).stem, {})
         for name, published in listed.items():
             unknown = sorted(published.keys() - {*METRICS, "Source"})
             if unknown:
@@ -115,11 +116,6 @@ def read_models(configs: str) -> dict[str, dict]:
                 )
             models[name] = published
     return models
-
-
-def config_name(path: str) -> str:
-    """The name of a config: its file name without the extension."""
-    return osp.splitext(osp.basename(path))[0]
 
 
 # From here on, runs, rows and tables are plain dictionaries, as --json prints them.

@@ -58,7 +58,7 @@ def main() -> None:
             raise UsageError(f"--out {args.out}: the name must end with .pkl or .pickle")
         check_writable(osp.dirname(args.out) or ".", "--out")
     if args.show or args.show_dir:
-        if "visualization" not in cfg.get("default_hooks", {}):
+        if "visualization" not in (cfg.get("default_hooks") or {}):
             raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
         draw(cfg, args)
     check_writable(cfg.work_dir, "--work-dir")

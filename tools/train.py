@@ -69,7 +69,7 @@ def use_amp(cfg: Config) -> None:
 
 def use_lr_scaling(cfg: Config) -> None:
     """Let the learning rate follow the total batch size."""
-    if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+    if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
         raise UsageError("--auto-scale-lr: the config has no auto_scale_lr.base_batch_size")
     cfg.auto_scale_lr.enable = True
 

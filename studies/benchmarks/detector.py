@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure what a norm costs a detector: training step, evaluation and memory."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import os.path as osp
@@ -19,14 +17,14 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from norms import has_cbn, norm_cfg, replace_norms
+from norms import link_cbn, norm_cfg, replace_norms
 from printing import Bar
 from torch import nn
 
-from cbn_mmdet import link, step
+from cbn_mmdet import step
 
-from . import memory
-from .timing import Clock, Run, compare, interleave, warm_up
+from . import memory, timing
+from .timing import Clock, Run, warm_up
 
 
 def read_detector(args: argparse.Namespace) -> Config:
@@ -73,18 +71,16 @@ def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict
     return invent, f"{args.batch} image(s) of {args.size[0]}×{args.size[1]}, noise"
 
 
-def step_run(
-    cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
-) -> tuple[Run, nn.Module]:
+def step_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
     """Build a training step: losses, backward, clipping, optimiser, the end of the iteration."""
+    cfg = read_detector(args)
+    batch, _ = batches(cfg, args)
     model = build_detector(cfg, name, args).train()
     settings = copy.deepcopy(cfg.optim_wrapper)
     settings.optimizer.lr *= 0.01  # no warm-up: train, but do not diverge
     if args.dtype != "float32":
         settings.update(type="AmpOptimWrapper", dtype=args.dtype)
-    optim_wrapper, steps, loss = build_optim_wrapper(model, settings), has_cbn(model), []
-    if steps:
-        link(model)
+    optim_wrapper, steps, loss = build_optim_wrapper(model, settings), link_cbn(model), []
 
     def run(seed: int, clock: Clock) -> None:
         data = batch(seed)
@@ -101,10 +97,10 @@ def step_run(
     return run, model
 
 
-def inference_run(
-    cfg: Config, name: str, batch: Callable[[int], dict], args: argparse.Namespace
-) -> tuple[Run, nn.Module]:
+def inference_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
     """Build an evaluation step, from images to detections."""
+    cfg = read_detector(args)
+    batch, _ = batches(cfg, args)
     model, dtype = build_detector(cfg, name, args).eval(), getattr(torch, args.dtype)
 
     def run(seed: int, clock: Clock) -> None:
@@ -116,32 +112,25 @@ def inference_run(
     return warm_up(model, run, args.device), model
 
 
-def time_detectors(
-    build: Callable, what: str, args: argparse.Namespace, bar: Bar
-) -> tuple[dict, dict[str, Run]]:
-    """Time a detector with each norm; returns the table, and the run of each norm."""
-    cfg, runs = read_detector(args), {}
-    batch, data = batches(cfg, args)
-    for name in args.norms:
-        bar.update(0, description=f"building and warming up {name}")
-        runs[name], _ = build(cfg, name, batch, args)
-    seconds = interleave(runs, args, bar, args.command)
-    rows = [{"norm": name, "time / BN's": compare(seconds[name], seconds["BN"])} for name in runs]
-    return {f"{what}, {Path(args.config).stem}, {data}": rows}, runs
+def describe(what: str, args: argparse.Namespace) -> str:
+    """The title of a table."""
+    _, data = batches(read_detector(args), args)
+    return f"{what}, {Path(args.config).stem}, {data}"
 
 
 def measure_step(args: argparse.Namespace, bar: Bar) -> dict:
     """Time a training step with each norm."""
-    return time_detectors(step_run, "Training step", args, bar)[0]
+    return {describe("Training step", args): timing.measure(step_run, args, bar)[0]}
 
 
 def measure_inference(args: argparse.Namespace, bar: Bar) -> dict:
     """Time evaluation with each norm, and compare its operations with BN's."""
-    tables, runs = time_detectors(inference_run, "Evaluation", args, bar)
+    title = describe("Evaluation", args)
+    rows, runs = timing.measure(inference_run, args, bar)
     operations = {name: operations_of(run, args.device) for name, run in runs.items()}
-    for row in next(iter(tables.values())):
+    for row in rows:
         row["calls BN's operations"] = operations[row["norm"]] == operations["BN"]
-    return tables
+    return {title: rows}
 
 
 def operations_of(run: Run, device: str) -> list[list[str]]:
@@ -157,12 +146,4 @@ def operations_of(run: Run, device: str) -> list[list[str]]:
 
 def measure_memory(args: argparse.Namespace, bar: Bar) -> dict:
     """Measure peak memory with each norm."""
-    cfg = read_detector(args)
-    what = f"Memory, {Path(args.config).stem}, {batches(cfg, args)[1]}"
-    return {what: memory.measure(memory_run, args, bar)}
-
-
-def memory_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
-    """Build a training step in a process that has not read the config yet."""
-    cfg = read_detector(args)
-    return step_run(cfg, name, batches(cfg, args)[0], args)
+    return {describe("Memory", args): memory.measure(step_run, args, bar)}

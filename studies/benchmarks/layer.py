@@ -1,20 +1,18 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure what a norm costs behind one convolution. Needs only torch."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from typing import NamedTuple
 
 import torch
-from norms import build_norm, has_cbn, norm_cfg
+from norms import build_norm, link_cbn, norm_cfg
 from printing import Bar
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cbn_mmdet import link, step
+from cbn_mmdet import step
 
 from .timing import FLOAT, MIB, Clock, Run, average, compare, interleave, warm_up
 
@@ -42,11 +40,9 @@ class Shape(NamedTuple):
 
 
 # Shapes of a detector with 2 images of about 800 x 1333, scaled down for a CPU: the box head's
-# convolution on 64 regions, the FPN's, and three of the backbone's. SMALL: of the digits detector.
+# convolution on 64 regions, the FPN's, and three of the backbone's.
 SHAPES = [Shape(64, 256, 256, 3, 7), Shape(2, 256, 256, 3, 50), Shape(2, 64, 256, 1, 100)]
 SHAPES += [Shape(2, 256, 64, 1, 100), Shape(2, 64, 64, 3, 100)]
-SMALL = [Shape(1, 32, 32, 3, 32), Shape(1, 128, 128, 3, 8), Shape(1, 256, 256, 3, 4)]
-SMALL += [Shape(32, 64, 64, 3, 7)]
 # A layer so small that its arithmetic takes no time, and how many of them stand in a row.
 TINY, DEPTH = Shape(1, 8, 8, 3, 4), 20
 
@@ -91,14 +87,13 @@ def build_layers(text: str, shape: Shape, depth: int = 1) -> nn.Sequential:
         else:
             layers += [conv, build_norm(norm_cfg(name), shape.c_out)]
     model = nn.Sequential(*layers)
-    if has_cbn(model):
-        link(model)
+    link_cbn(model)
     return model
 
 
 def layer_run(model: nn.Sequential, shape: Shape, args: argparse.Namespace) -> Run:
     """Build a run: forward, backward, end of the iteration; between runs, weights move a little."""
-    dtype, steps = getattr(torch, args.dtype), has_cbn(model)
+    dtype, steps = getattr(torch, args.dtype), link_cbn(model)
     model.to(args.device)
     size = shape.images, shape.c_in, shape.size, shape.size
     x = torch.randn(size, dtype=dtype, device=args.device)
@@ -275,9 +270,7 @@ def measure_count(args: argparse.Namespace, bar: Bar) -> dict:
 def count_of(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, Counter]:
     """Count what layers side by side do in each part of an iteration, with full windows."""
     model = SideBySide([build_layers(name, shape) for _ in range(COUNTED)]).to(args.device)
-    steps = has_cbn(model)
-    if steps:
-        link(model)
+    steps = link_cbn(model)
     size = shape.images, shape.c_in, shape.size, shape.size
     x = torch.randn(size, device=args.device, requires_grad=True)
     gradients = [torch.ones_like(y) for y in model(x)]

@@ -1,34 +1,25 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure peak memory. Needs only torch."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import io
 import multiprocessing
 import random
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 
 import torch
 from common.memory import peak_memory
 from printing import Bar
-from torch import nn
 
 from cbn_mmdet import CBN, links
 
-from .timing import FLOAT, MIB, Clock, Run, compare
-
-Build = Callable[[str, argparse.Namespace], tuple[Run, nn.Module]]
+from .timing import FLOAT, MIB, Build, Clock, compare
 
 
 def measure(build: Build, args: argparse.Namespace, bar: Bar) -> list[dict]:
-    """Measure each norm's peak memory; on the CPU, each time in a process of its own.
-
-    ``build`` is a function of a module, and returns the warmed-up run and its model.
-    """
+    """Measure each norm's peak memory; on the CPU, each time in a process of its own."""
     measured, order = {name: [] for name in args.norms}, random.Random(0)
     bar.update(0, total=args.repeats * len(measured))
     for _ in range(args.repeats):

@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure ratios of times: clocks, rounds and medians."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -58,6 +56,8 @@ class Clock:
 
 # A function that runs once what is timed: it prepares with the seed, then works within the clock.
 Run = Callable[[int, Clock], None]
+# A function of a module that builds a norm's run, warmed up, and its model.
+Build = Callable[[str, argparse.Namespace], tuple[Run, nn.Module]]
 
 
 def warm_up(model: nn.Module, run: Run, device: str) -> Run:
@@ -99,6 +99,17 @@ def interleave(
         bar.update(0, description=f"{label}: round {rounds}, to {100 * worst:.1f} %")
     bar.advance(0)
     return seconds
+
+
+def measure(build: Build, args: argparse.Namespace, bar: Bar) -> tuple[list[dict], dict[str, Run]]:
+    """Time each norm; returns the rows of a table, and the runs."""
+    runs = {}
+    for name in args.norms:
+        bar.update(0, description=f"building and warming up {name}")
+        runs[name], _ = build(name, args)
+    seconds = interleave(runs, args, bar, args.command)
+    rows = [{"norm": name, "time / BN's": compare(seconds[name], seconds["BN"])} for name in runs]
+    return rows, runs
 
 
 def compare(own: list[float], reference: list[float], unit: str = "ms") -> dict:

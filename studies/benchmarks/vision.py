@@ -1,12 +1,10 @@
 # Licensed under the Apache License, Version 2.0.
 """Measure what a norm costs torchvision's Faster R-CNN, on machines without MMDetection."""
 
-from __future__ import annotations
-
 import argparse
 
 import torch
-from norms import build_norm, has_cbn, norm_cfg
+from norms import build_norm, link_cbn, norm_cfg
 from printing import Bar
 from torch import Tensor, nn
 from torchvision.models import resnet50
@@ -14,10 +12,10 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
-from cbn_mmdet import link, step
+from cbn_mmdet import step
 
-from . import memory
-from .timing import Clock, Run, compare, interleave, warm_up
+from . import memory, timing
+from .timing import Clock, Run, warm_up
 
 CHANNELS, CLASSES, OBJECTS = 256, 91, 8
 STAGES = {f"layer{number}": CHANNELS * 2 ** (number - 1) for number in range(1, 5)}
@@ -68,9 +66,7 @@ def step_run(name: str, args: argparse.Namespace) -> tuple[Run, nn.Module]:
     model = build_detector(name, args.size).to(args.device).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    steps, dtype = has_cbn(model), getattr(torch, args.dtype)
-    if steps:
-        link(model)
+    steps, dtype = link_cbn(model), getattr(torch, args.dtype)
 
     def run(seed: int, clock: Clock) -> None:
         images, targets = batch(args, seed)
@@ -97,13 +93,7 @@ def describe(what: str, args: argparse.Namespace) -> str:
 
 def measure_step(args: argparse.Namespace, bar: Bar) -> dict:
     """Time a training step with each norm."""
-    runs = {}
-    for name in args.norms:
-        bar.update(0, description=f"building and warming up {name}")
-        runs[name], _ = step_run(name, args)
-    seconds = interleave(runs, args, bar, args.command)
-    rows = [{"norm": name, "time / BN's": compare(seconds[name], seconds["BN"])} for name in runs]
-    return {describe("Training step", args): rows}
+    return {describe("Training step", args): timing.measure(step_run, args, bar)[0]}
 
 
 def measure_memory(args: argparse.Namespace, bar: Bar) -> dict:

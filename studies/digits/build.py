@@ -246,7 +246,7 @@ def _write_set(folder, arguments, progress):
 
 def _write_split(folder, split, indices, arguments):
     (folder / split).mkdir()
-    size = arguments.image_size
+    size, segment = arguments.image_size, _polygons if arguments.masks == "polygon" else _rle
     images, annotations = [], []
     for index in indices:
         pixels, digits = _draw_image(split, index, arguments)
@@ -259,9 +259,17 @@ def _write_split(folder, split, indices, arguments):
             {"id": image_id, "file_name": _file_name(index), "width": size, "height": size}
         )
         for label, mask in digits:
-            annotation = {"id": len(annotations) + 1, "image_id": image_id}
-            annotation.update(_annotate(label, mask, arguments.masks))
-            annotations.append(annotation)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": [float(value) for value in _box(mask)],
+                    "area": float(mask.sum()),
+                    "segmentation": segment(mask),
+                    "iscrowd": 0,
+                }
+            )
     coco = {
         "info": {
             "description": f"Handwritten digits on varied grounds, {split}",
@@ -444,16 +452,6 @@ def _overlap(first, second):
     width = min(ax + aw, bx + bw) - max(ax, bx)
     height = min(ay + ah, by + bh) - max(ay, by)
     return max(width, 0) * max(height, 0) / min(aw * ah, bw * bh)
-
-
-def _annotate(label, mask, masks):
-    return {
-        "category_id": label + 1,
-        "bbox": [float(value) for value in _box(mask)],
-        "area": float(mask.sum()),
-        "segmentation": _polygons(mask) if masks == "polygon" else _rle(mask),
-        "iscrowd": 0,
-    }
 
 
 def _rle(mask):

@@ -1,16 +1,14 @@
 # Licensed under the Apache License, Version 2.0.
 """A plain CNN on handwritten digits of varied tone and contrast."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from digits.build import split_glyphs
-from norms import build_norm, has_cbn, norm_cfg
+from norms import build_norm, link_cbn, norm_cfg
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cbn_mmdet import CenConv2d, link, precise_statistics, set_window, step
+from cbn_mmdet import CenConv2d, precise_statistics, set_window, step
 
 from .shared import (
     POPULATION,
@@ -81,9 +79,7 @@ def train_classifier(job: Job, options: dict) -> dict:
     model = classifier(settings, options.get("centred", False))
     rate = options["lr_at_32"] * job.batch * parts / 32
     optimizer, schedule = one_cycle(model, rate, steps, weight_decay=1e-4)
-    windows = has_cbn(model)
-    if windows:
-        link(model)
+    windows = link_cbn(model)
     held_images = options["burn_in_images"] * burn_in(job, 1)  # burn-ins are eighths
     opens = round(held_images * options["shorten"]) // job.batch
     order = shuffled(len(images), job.batch, steps * parts, options.get("frames", 1))

@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """A ResNet-18 that was trained with BN, and whose training goes on at one image per step."""
 
-from __future__ import annotations
-
 import math
 import os
 import os.path as osp
@@ -11,12 +9,12 @@ from statistics import mean
 import numpy as np
 import torch
 from filelock import FileLock  # a dependency of torch
-from norms import has_cbn, norm_cfg
+from norms import link_cbn, norm_cfg
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from cbn_mmdet import from_batchnorm, link, step
+from cbn_mmdet import from_batchnorm, step
 
 from .shared import (
     AVERAGES,
@@ -78,9 +76,7 @@ def train_continued(job: Job, options: dict) -> dict:
             layer.momentum = settings["momentum"]
     if settings.pop("type") == "CBN":
         from_batchnorm(model, **settings)
-    windows = has_cbn(model)
-    if windows:
-        link(model)
+    windows = link_cbn(model)
     rate = options["lr_at_1"] * job.batch
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     torch.manual_seed(job.seed)  # the same, whether or not the network was trained just now

@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Train and test a study's detector with ``tools/train.py`` and ``tools/test.py``."""
 
-from __future__ import annotations
-
 import os
 import os.path as osp
 import re

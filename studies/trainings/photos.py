@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """The detectors of ``configs/photos``; their photographs come from repositories to be cloned."""
 
-from __future__ import annotations
-
 import json
 import os.path as osp
 from typing import NamedTuple

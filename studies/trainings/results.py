@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """Show the results of trainings in tables and plots."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable

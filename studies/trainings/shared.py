@@ -1,8 +1,6 @@
 # Licensed under the Apache License, Version 2.0.
 """What the studies of evidence.py share: norms, jobs and training steps."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -134,6 +134,16 @@ class TestRun:
         assert found["result"] == "failed" and len(lines) == gpu.TAIL
         assert lines[-1].startswith("ZeroDivisionError")
 
+    def test_what_an_interrupted_training_left_does_not_count(self, tmp_path):
+        log = json.dumps(dict(loss=1.0, time=1.0))
+        (tmp_path / "x/old/vis_data").mkdir(parents=True)
+        (tmp_path / "x/old/vis_data/scalars.json").write_text(log)
+        folder = str(tmp_path / "x/new/vis_data")
+        code = f"import pathlib; folder = pathlib.Path({folder!r}); folder.mkdir(parents=True); "
+        code += f"(folder / 'scalars.json').write_text({log!r})"
+        assert self.run(tmp_path, code)["text"] == "1 steps of 1 s, loss 1 to 1"
+        assert not (tmp_path / "x").exists()
+
     def test_a_part_ends_with_its_workers_when_its_time_is_up(self, tmp_path):
         flag = tmp_path / "late"
         worker = f"import time, pathlib; time.sleep(5); pathlib.Path({str(flag)!r}).touch()"

@@ -40,7 +40,7 @@ def lines_of(done, status):
 
 
 def test_digits(tool, small_config, tmp_path):
-    hook = "custom_hooks = [dict(type='CBNHook', burn_in=40, by_epoch=False)]"
+    hook = "custom_hooks = [dict(type='mmengine.CBNHook', burn_in=40, by_epoch=False)]"
     done = tool("preflight.py", small_config(tmp_path, DIGITS, hook), "--images", "2")
     ok = lines_of(done, "OK")
     assert ok["batch"].startswith("1 GPU(s) (the config's name) x 1 image(s) = 1 images per step")

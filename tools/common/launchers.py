@@ -30,13 +30,13 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
 
 
-def import_yapf(tries: int = 100) -> None:
+def import_yapf() -> None:
     """Import the library that mmengine prints a config with, beside processes that do the same.
 
     Its first import on a machine writes a cache, which is in place before it is complete: another
     process then reads a part of it (https://github.com/google/yapf/issues/1204).
     """
-    for _ in range(tries):
+    for _ in range(100):
         try:
             import yapf  # noqa: F401
         except (EOFError, pickle.UnpicklingError):
