@@ -240,7 +240,7 @@ class CBNHook(Hook):
         buffers = [
             buffer
             for layer in cbn_layers(unwrapped(runner.model)).values()
-            if layer.training and layer.track_running_stats
+            if layer.training and layer.tracks
             for buffer in (layer.running_mean, layer.running_var)
         ]
         if buffers:

@@ -301,7 +301,11 @@ class CBN(NormLayer):
             # If the convolution ran without gradients, its weight gets none from the past either.
             if record.past is not None and self.backward != "current" and y.requires_grad:
                 weight, bias = call.source[:2]
-        gamma, beta = self._parameters["weight"], self._parameters["bias"]
+        own = self._parameters
+        if "weight" in own and "bias" in own:
+            gamma, beta = own["weight"], own["bias"]
+        else:  # pruned or parametrized
+            gamma, beta = self.weight, self.bias
         if gamma is not None:
             if gamma.dtype != dtype:
                 gamma, beta = gamma.to(dtype), beta.to(dtype)

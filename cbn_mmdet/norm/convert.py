@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import linking
 from .cbn import CBN
 from .layer import NormLayer
+from .mabn import MABN
 
 # Settings that the new layer takes from the old one, so that they cannot be options.
 _KEPT = ("num_features", "affine", "track_running_stats", "device", "dtype")
@@ -92,8 +93,9 @@ def from_batchnorm(model: nn.Module, **options) -> nn.Module:
 def _to_batchnorm(layer: NormLayer) -> nn.BatchNorm2d:
     own = layer.eps, layer.momentum, layer.affine, layer.track_running_stats
     new = nn.BatchNorm2d(layer.num_features, *own, device="meta")
-    names = list(new._buffers)  # MABN has more
-    _taking_over(layer, new)._buffers = {name: layer._buffers[name] for name in names}
+    more = MABN.more_buffers if isinstance(layer, MABN) else ()
+    kept = {name: buffer for name, buffer in layer._buffers.items() if name not in more}
+    _taking_over(layer, new)._buffers = kept
     return new
 
 

@@ -77,7 +77,7 @@ def diagnose(model: nn.Module) -> dict[str, Diagnosis]:
         if told:
             of_windows = torch.stack([_figures(*each, layer.eps) for each in told])
             together = of_windows.nanmean(0)  # the noise of some windows may be NaN
-            figures[name] = torch.cat((together, _apart([past for _, past in told], layer.eps)))
+            figures[name] = torch.cat((together, _apart(told, layer.eps)))
     if not figures:
         return {}
     together = torch.stack(
@@ -115,8 +115,17 @@ def _figures(window: Window, past: Past, eps: float) -> Tensor:
     return torch.stack((correction, clamped, noise.to(scale.dtype), size, lag)).float()
 
 
-def _apart(pasts: list[Past], eps: float) -> Tensor:
+def _apart(told: list[tuple[Window, Past]], eps: float) -> Tensor:
     """The figure ``apart``: how far the means of a layer's calls are from each other, ``(1,)``."""
-    means, variances = (torch.stack([past[i] for past in pasts]) for i in (0, 1))
+    means = torch.stack([_mean_with_bias(*each) for each in told])
+    variances = torch.stack([past.var for _, past in told])
     spread = means.var(0, correction=0) / (variances.mean(0) + eps)
     return spread.mean().sqrt().float().view(1)
+
+
+def _mean_with_bias(window: Window, past: Past) -> Tensor:
+    """The past's mean; convolutions that feed one layer in turn may have different biases."""
+    conv = window.conv and window.conv()
+    if not window.is_without_bias or not is_plain(conv) or conv.bias is None:
+        return past.mean
+    return past.mean + conv.bias.to(past.mean.dtype)

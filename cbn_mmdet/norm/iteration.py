@@ -104,6 +104,7 @@ class Iteration:
         self._made: list[weakref.ref[Record]] = []  # made since the last step
         self._trains = False  # whether the model's forward is running, with a layer that trains
         self._depth = 0  # nesting depth of the model's forward, which may call itself
+        self._handled: BaseException | None = None  # what was being handled when it began
         self._finished: list[Vectors] = []
         self._lock = threading.Lock()
         self._forwards = 0  # begun since the last step
@@ -130,6 +131,7 @@ class Iteration:
             self._depth = 0  # a KeyboardInterrupt ended the last one, and torch called no hook
         self._depth += 1
         if self._depth == 1:
+            self._handled = sys.exc_info()[1]
             self.begin()
 
     def leave(self, model: nn.Module, args: tuple, output: object) -> None:
@@ -137,7 +139,8 @@ class Iteration:
         self._depth = max(self._depth - 1, 0)
         if self._depth > 0:
             return
-        has_failed = output is None and sys.exc_info()[1] is not None
+        has_failed = output is None and sys.exc_info()[1] is not self._handled
+        self._handled = None
         if self._trains and has_failed and not is_recomputation():
             self._clear()
         self._trains = False
@@ -223,6 +226,14 @@ class Iteration:
                 self.begin()
             elif number > 0 and self._depth == 0:
                 self._warn_if_not_stepped(self.living())
+                if number == 10 * _MANY and layer is next(iter(self._calls)):
+                    warnings.warn(
+                        f"{layer.title} was called {number} times, not by the linked model's own "
+                        "forward, and cbn_mmdet.step(model) was not called after any: each call "
+                        "counts as a further one of the iteration, and takes a window of its own. "
+                        "Call step after each iteration.",
+                        stacklevel=2,
+                    )
             self._calls[layer] = number + 1
         windows = layer._windows
         while len(windows) <= number:
@@ -236,6 +247,10 @@ class Iteration:
             window.cached = None
         weight, bias = (None, None) if source is None else source[:2]
         past = window.past(weight, bias, statistics_dtype(y.dtype))
+        if past is not None:
+            is_like = window.is_without_bias in (None, bias is not None)
+            if not is_like or past.mean.shape[0] != y.shape[1]:
+                past = None  # the end of the iteration clears the window
         gamma, version = self._gammas.get(layer, (None, None))
         if version != kernels.version_of(layer._parameters.get("weight")):
             gamma = None

@@ -414,7 +414,7 @@ def spread(
     found: list[Tensor | float] = [row[0] for row in rows]
     differ = [place for place, row in enumerate(rows) if row.count(row[0]) < len(row)]
     if differ:
-        values = torch.tensor([rows[place] for place in differ], dtype=like.dtype)
+        values = torch.tensor([rows[place] for place in differ], dtype=like.dtype, device="cpu")
         values = _moved(values, like.device)[:, _owners(sizes, like.device)]
         for place, row in zip(differ, values, strict=True):
             found[place] = row
@@ -436,7 +436,7 @@ def constant(size: int, value: float, dtype: torch.dtype, device: torch.device) 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _lengths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return _moved(torch.tensor(sizes), device)
+    return _moved(torch.tensor(sizes, device="cpu"), device)
 
 
 @lru_cache(maxsize=64)

@@ -43,6 +43,9 @@ class Mark:
     def __init__(self, module: nn.Module, input: object, version: int) -> None:
         self.module, self.input, self.version = module, input, version
 
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copied or pickled tensor has no mark
+
 
 class Hook:
     """A hook that :func:`cbn_mmdet.link` puts on a model: it calls a method of the iteration.
@@ -74,8 +77,7 @@ def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[T
         tensors = [part for part in parts if isinstance(part, Tensor)]
         return [ref for tensor in tensors for ref in mark(module, None, tensor)]
     version = kernels.version_of(output)
-    there = getattr(output, _MARK, None)
-    if there is not None and there.version == version:
+    if mark_of(output) is not None:
         return []
     setattr(output, _MARK, Mark(module, input, version))
     return [weakref.ref(output)]
@@ -84,7 +86,20 @@ def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[T
 def mark_of(tensor: Tensor) -> Mark | None:
     """The mark of a tensor; None if it has none, or was changed in place since."""
     there = getattr(tensor, _MARK, None)
+    base = tensor._base
+    if there is None and base is not None and _is_whole(tensor, base):
+        there = getattr(base, _MARK, None)
     return there if there is not None and there.version == kernels.version_of(tensor) else None
+
+
+def _is_whole(view: Tensor, base: Tensor) -> bool:
+    """Whether a view is all of its base as it is, such as torch's backward hooks hand on."""
+    return (
+        view.shape == base.shape
+        and view.stride() == base.stride()
+        and view.storage_offset() == base.storage_offset()
+        and view.dtype == base.dtype
+    )
 
 
 def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
@@ -135,7 +150,7 @@ def is_plain(module: nn.Module | None) -> bool:
         isinstance(module, nn.Conv2d)
         and kind.forward is nn.Conv2d.forward
         and kind._conv_forward is nn.Conv2d._conv_forward
-        and "forward" not in module.__dict__
+        and module.__dict__.keys().isdisjoint(("forward", "_conv_forward"))
         and type(module._parameters.get("weight")) is nn.Parameter  # not FSDP's, between forwards
     )
 
@@ -169,7 +184,9 @@ def _source_by_autograd(
     y: Tensor, module: nn.Module | None, name_of: Callable[[nn.Module], str], is_checked: bool
 ) -> tuple[Source | None, str]:
     """The source of a tensor that no plain convolution returned, or why there is none."""
-    graph = y.grad_fn
+    graph, place = y.grad_fn, y.output_nr
+    while graph is not None and graph.name() == "BackwardHookFunctionBackward":
+        graph, place = graph.next_functions[place]
     is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
     if module is None and not is_convolution:
         return None, (

@@ -71,6 +71,7 @@ class MABN(NormLayer):
     """
 
     kind = "MABN"
+    more_buffers = ("second_moments", "gradient_moments", "num_gradients_tracked")
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class MABN(NormLayer):
         return torch.where(is_full, window.mean(0, dtype=own.dtype), own)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        own = ("second_moments", "gradient_moments", "num_gradients_tracked")
+        own = self.more_buffers
         if f"{prefix}running_var" in state_dict and f"{prefix}{own[0]}" not in state_dict:
             for name in (*own, "num_batches_tracked"):  # a checkpoint of batch normalisation
                 state_dict[prefix + name] = torch.zeros_like(getattr(self, name))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import kernels
 from .kernels import statistics_dtype
@@ -95,14 +96,16 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, conv: nn.Conv2d, x: Tensor) -> Source:
         """Source for a plain convolution of ``x`` with its own weight."""
-        weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+        weight, bias = conv._parameters["weight"], conv.bias  # a pruned bias is no parameter
         if not weight.requires_grad:
             return cls(None, bias)
         padding = conv.padding
         if conv.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode), (0, 0)
-        return cls(weight, bias, x, padding, conv.stride, conv.dilation, conv.groups)
+        # Whoever changes a convolution may set plain numbers, which torch takes as well.
+        sizes = _pair(padding), _pair(conv.stride), _pair(conv.dilation)
+        return cls(weight, bias, x, *sizes, conv.groups)
 
     @classmethod
     def by_autograd(cls, weight: Tensor, bias: Tensor | None, transposed: int | None) -> Source:

@@ -101,7 +101,10 @@ def trained_batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and module.track_running_stats
+        and module.running_mean is not None  # as methods of test-time adaptation set it
     }
 
 

@@ -140,6 +140,7 @@ class Window:
         why_not: Why this module is not compensated although others are, or None.
         rows_of: Weak reference to the module whose channels autograd has shown to be rows.
         seen: Number of iterations that were added.
+        is_without_bias: Whether the means are without the convolution's bias; None if unknown.
         lag: Running average of the cosine between consecutive surprises, from -1 to 1.
         surprise: ``d / sqrt(V + v + eps)`` of the last iteration, ``(C,)``, or None.
         sums: ``E_b`` and ``E_g``, the averages of the backward pass's sums, ``(2, C)``, or None.
@@ -156,6 +157,7 @@ class Window:
         """Forgets the past and frees its memory."""
         self.seen = 0
         self.lag = 0.0
+        self.is_without_bias: bool | None = None
         self.surprise: Tensor | None = None
         self.sums: Tensor | None = None
         self.m: Tensor | None = None
@@ -245,7 +247,7 @@ class Window:
         (past,) = pasts([(self, weight, bias)], dtype)
         return past
 
-    _plain = ("seen", "lag")
+    _plain = ("seen", "lag", "is_without_bias")
 
     def adapt(self, correlation: float) -> None:
         """Adapts ``lag`` and the window's own share to the correlation of the last two surprises.
@@ -273,7 +275,7 @@ class MovingWindow(Window):
         log_share: Logarithm of the share that the surprises have set.
     """
 
-    _plain = ("seen", "lag", "log_share")
+    _plain = (*Window._plain, "log_share")
 
     def clear(self) -> None:
         """Forgets the past and frees its memory."""
@@ -338,6 +340,7 @@ class SlidingWindow(Window):
                     channels, self.size - 1, patch, dtype=self.dtype, device=mean.device
                 )
         self.vectors[slot] = vectors
+        self.is_without_bias = record.bias is not None
         if of is not None:
             self.m[:, slot] = of.mean
             self.h[:, slot] = of.var
@@ -520,6 +523,7 @@ def grow(vectors: Vectors, new: Sequence[Tensor], keep: Sequence[bool]) -> None:
         if record.past is None:
             window.clear()
         window.values, window.recorded = values, recorded
+        window.is_without_bias = record.bias is not None
         window.seen += 1
         if of is None:
             continue
