@@ -86,8 +86,7 @@ def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[T
 def mark_of(tensor: Tensor) -> Mark | None:
     """The mark of a tensor; None if it has none, or was changed in place since."""
     there = getattr(tensor, _MARK, None)
-    base = tensor._base
-    if there is None and base is not None and _is_whole(tensor, base):
+    if there is None and (base := tensor._base) is not None and _is_whole(tensor, base):
         there = getattr(base, _MARK, None)
     return there if there is not None and there.version == kernels.version_of(tensor) else None
 
@@ -150,7 +149,8 @@ def is_plain(module: nn.Module | None) -> bool:
         isinstance(module, nn.Conv2d)
         and kind.forward is nn.Conv2d.forward
         and kind._conv_forward is nn.Conv2d._conv_forward
-        and module.__dict__.keys().isdisjoint(("forward", "_conv_forward"))
+        and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__
         and type(module._parameters.get("weight")) is nn.Parameter  # not FSDP's, between forwards
     )
 

@@ -96,15 +96,17 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, conv: nn.Conv2d, x: Tensor) -> Source:
         """Source for a plain convolution of ``x`` with its own weight."""
-        weight, bias = conv._parameters["weight"], conv.bias  # a pruned bias is no parameter
+        own = conv._parameters
+        weight, bias = own["weight"], own["bias"] if "bias" in own else conv.bias  # it is pruned
         if not weight.requires_grad:
             return cls(None, bias)
         padding = conv.padding
         if conv.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode), (0, 0)
-        # Whoever changes a convolution may set plain numbers, which torch takes as well.
-        sizes = _pair(padding), _pair(conv.stride), _pair(conv.dilation)
+        sizes = padding, conv.stride, conv.dilation
+        if int in map(type, sizes):  # set by hand, which torch takes as well
+            sizes = tuple(map(_pair, sizes))
         return cls(weight, bias, x, *sizes, conv.groups)
 
     @classmethod
