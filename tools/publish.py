@@ -13,10 +13,10 @@ from common.errors import UsageError, run_tool
 from mmengine.config import Config
 from torch import nn
 
+from cbn_mmdet import MABN
+
 # Keys that a norm_cfg of BN may have: BN's own arguments, and those mmengine and mmcv read.
 BN_KEYS = {*inspect.signature(nn.BatchNorm2d).parameters, "type", "requires_grad", "_scope_"}
-# Buffers that MABN has and BN lacks.
-MABN_BUFFERS = ("second_moments", "gradient_moments", "num_gradients_tracked")
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def main() -> None:
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict):
         raise UsageError(f"{args.checkpoint} holds no state_dict: give a checkpoint of a training")
-    state = {key: state[key] for key in state if key.rpartition(".")[2] not in MABN_BUFFERS}
+    state = {key: state[key] for key in state if key.rpartition(".")[2] not in MABN.more_buffers}
     meta = dict(checkpoint.get("meta") or {})
     notes = []
     if "cfg" in meta:

@@ -76,10 +76,9 @@ def mark(module: nn.Module, input: object, output: object) -> list[weakref.ref[T
         parts = output if isinstance(output, list | tuple) else ()
         tensors = [part for part in parts if isinstance(part, Tensor)]
         return [ref for tensor in tensors for ref in mark(module, None, tensor)]
-    version = kernels.version_of(output)
     if mark_of(output) is not None:
         return []
-    setattr(output, _MARK, Mark(module, input, version))
+    setattr(output, _MARK, Mark(module, input, kernels.version_of(output)))
     return [weakref.ref(output)]
 
 

@@ -71,6 +71,7 @@ class MABN(NormLayer):
     """
 
     kind = "MABN"
+    # Those that batch normalisation lacks.
     more_buffers = ("second_moments", "gradient_moments", "num_gradients_tracked")
 
     def __init__(

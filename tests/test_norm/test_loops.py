@@ -42,25 +42,39 @@ def test_forwards_without_a_step_are_told_of_once():
     assert not model[1].running_mean.any()
 
 
-def test_a_model_that_keeps_its_loss_to_itself():
-    """A forward without an output has not failed: what it recorded counts."""
+class Alone(nn.Module):
+    """Keeps its loss to itself; its forward returns nothing."""
 
-    class Alone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+        link(self)
 
-        def forward(self, x):
-            self.loss = self.body(x).square().mean()
+    def forward(self, x):
+        self.loss = self.body(x).square().mean()
 
+
+def test_a_forward_without_an_output_has_not_failed():
+    """What it recorded counts."""
     model = Alone()
-    link(model)
     for _ in range(3):
         model(torch.randn(2, 3, 8, 8))
         model.loss.backward()
         step(model)
     (window,) = window_state(model)["body.1"]
     assert window["seen"] == model.body[1].num_batches_tracked == 3
+
+
+def test_training_while_an_error_is_handled():
+    """That error is not the forward's."""
+    model = Alone()
+    try:
+        raise FileNotFoundError("no checkpoint")
+    except FileNotFoundError:
+        model(torch.randn(2, 3, 6, 6))
+        step(model)
+    (window,) = window_state(model)["body.1"]
+    assert window["seen"] == 1
 
 
 def test_a_search_on_a_line_is_not_told_of():

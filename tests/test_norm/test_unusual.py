@@ -121,25 +121,6 @@ def test_a_default_device():
     assert seen(model) == [4, 4] and model[3].running_var.isfinite().all()
 
 
-def test_training_while_an_error_is_handled():
-    class Alone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
-
-        def forward(self, x):
-            self.loss = self.body(x).square().mean()
-
-    model = Alone()
-    link(model)
-    try:
-        raise FileNotFoundError("no checkpoint")
-    except FileNotFoundError:
-        model(torch.randn(2, 3, 6, 6))
-        step(model)
-    assert seen(model) == [1]
-
-
 def test_parts_that_are_called_without_a_step_are_told_of():
     """Not once for each call, and not in a loop that ends its iterations."""
     model = pair()
