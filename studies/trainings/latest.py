@@ -4,8 +4,9 @@
 Each step's batch ends with the new images; its losses are those of the last image.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from functools import partial
 
 from mmdet.models import RPNHead, StandardRoIHead
 from mmdet.registry import DATA_SAMPLERS, MODELS
@@ -17,7 +18,10 @@ LAST = slice(-1, None)
 
 @DATA_SAMPLERS.register_module()
 class LatestBatchSampler(BatchSampler):
-    """Yields batches that end with the sampler's next images, after those of earlier steps."""
+    """Yields batches that end with the sampler's next images, after those of earlier steps.
+
+    Tall and wide images have batches apart, which would be padded by a third if they met in one.
+    """
 
     def __init__(self, *args, together: int, drop_last: bool = False, **kwargs) -> None:
         super().__init__(*args, drop_last=drop_last, **kwargs)
@@ -25,10 +29,12 @@ class LatestBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of each step's images."""
-        latest = deque(maxlen=self.together)
+        latest = defaultdict(partial(deque, maxlen=self.together))
         for batch in super().__iter__():
-            latest.append(batch)
-            yield sum(latest, [])
+            newest = self.sampler.dataset.get_data_info(batch[-1])
+            alike = latest[newest["width"] < newest["height"]]
+            alike.append(batch)
+            yield sum(alike, [])
 
 
 @MODELS.register_module()
