@@ -277,7 +277,8 @@ class Iteration:
             seen = window.seen
             is_due = seen > 0 and (seen & (seen - 1) == 0 or seen % _SELDOM == 0)
             checked = None if is_due else window.rows_of
-            module, source, why_not = linking.source_of(y, self.name_of, checked)
+            follows = window.h is not None
+            module, source, why_not = linking.source_of(y, self.name_of, checked, follows)
         else:
             found = linking.mark_of(y)
             module = None if found is None else found.module

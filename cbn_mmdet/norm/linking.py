@@ -158,6 +158,7 @@ def source_of(
     y: Tensor,
     name_of: Callable[[nn.Module], str],
     checked: weakref.ref[nn.Module] | None = None,
+    follows: bool = False,
 ) -> tuple[nn.Module | None, Source | None, str]:
     """Finds what computed ``y`` as a function of a weight.
 
@@ -166,6 +167,7 @@ def source_of(
         name_of: A function that names a module, for messages.
         checked: A reference to a module whose output channels are known to be rows of its weight,
             if there is one.
+        follows: Whether the window has followed a weight so far. It goes on if this is frozen.
 
     Returns:
         The module that marked ``y``, or None; the source, or None; and, as a part of a sentence,
@@ -174,19 +176,24 @@ def source_of(
     found = mark_of(y)
     module = None if found is None else found.module
     if is_plain(module):
-        return module, Source.of(module, found.input), ""
+        return module, Source.of(module, found.input, follows), ""
     is_checked = module is not None and checked is not None and checked() is module
-    return module, *_source_by_autograd(y, module, name_of, is_checked)
+    return module, *_source_by_autograd(y, module, name_of, is_checked, follows)
 
 
 def _source_by_autograd(
-    y: Tensor, module: nn.Module | None, name_of: Callable[[nn.Module], str], is_checked: bool
+    y: Tensor,
+    module: nn.Module | None,
+    name_of: Callable[[nn.Module], str],
+    is_checked: bool,
+    follows: bool,
 ) -> tuple[Source | None, str]:
     """The source of a tensor that no plain convolution returned, or why there is none."""
     graph, place = y.grad_fn, y.output_nr
     while graph is not None and graph.name() == "BackwardHookFunctionBackward":
         graph, place = graph.next_functions[place]
     is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
+    has_rows = is_convolution and not graph._saved_transposed
     if module is None and not is_convolution:
         return None, (
             f"was handed a tensor of shape {tuple(y.shape)} that no module with a weight of the "
@@ -194,8 +201,9 @@ def _source_by_autograd(
             "operation in place, or of a module that the linked model does not contain"
         )
     fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
-    if module is not None and not any(each.requires_grad for each in module.parameters()):
-        return Source(None, None), ""  # the weight never changes
+    is_frozen = module is not None and not any(each.requires_grad for each in module.parameters())
+    if is_frozen and not (follows and has_rows):
+        return Source(None, None), ""
     # A checkpoint's first forward ran without gradients, so its source was unknown as well.
     if graph is None or is_recomputation() or _is_checkpointed():
         return None, (
@@ -203,8 +211,8 @@ def _source_by_autograd(
             "this forward runs without gradients, as that of activation checkpointing does (turn "
             "with_cp off around this layer)"
         )
-    if is_convolution and not graph._saved_transposed:
-        return _convolution(graph), ""
+    if has_rows:
+        return _convolution(graph, follows, module if is_frozen else None), ""
     weight = graph._saved_weight if is_convolution else module._parameters.get("weight")
     if weight is None or not weight.requires_grad:
         return None, f"{fed}, which has no weight of its own that trains"
@@ -236,11 +244,15 @@ def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
         return not bool((each - expected).norm() > 1e-2 * each.norm())  # NaN proves nothing
 
 
-def _convolution(graph: torch.autograd.graph.Node) -> Source:
+def _convolution(
+    graph: torch.autograd.graph.Node, follows: bool, frozen: nn.Module | None
+) -> Source:
     """The source that a convolution's node in the autograd graph describes."""
     _, weight, bias = (_parameter(each) for each, _ in graph.next_functions)
     weight = graph._saved_weight if weight is None else weight
-    trains = weight.requires_grad
+    if frozen is not None and any(graph._saved_bias_sym_sizes_opt):  # the graph hides which
+        bias = frozen._parameters.get("bias")
+    trains = weight.requires_grad or follows
     return Source(
         weight if trains else None,
         bias,

@@ -73,7 +73,7 @@ class Source(NamedTuple):
 
     Attributes:
         weight: The weight that was used, ``(C_out, ...)``; in autograd's graph if it is not a
-            parameter. None if it does not train: then there is nothing to compensate.
+            parameter. None if statistics are not taken as functions of it.
         bias: The convolution's bias, a parameter, or None.
         input: The convolution's input, ``(N, C_in, H_in, W_in)``; None for other operations.
         padding: The convolution's zeros on each side; stride, dilation and groups are its own, too.
@@ -94,11 +94,17 @@ class Source(NamedTuple):
     groups_of_transposed: int | None = None
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, x: Tensor) -> Source:
-        """Source for a plain convolution of ``x`` with its own weight."""
+    def of(cls, conv: nn.Conv2d, x: Tensor, follows: bool = False) -> Source:
+        """Source for a plain convolution of ``x`` with its own weight.
+
+        Args:
+            conv: The convolution.
+            x: Its input.
+            follows: Whether the window follows the weight, even while this does not train.
+        """
         own = conv._parameters
         weight, bias = own["weight"], own["bias"] if "bias" in own else conv.bias  # it is pruned
-        if not weight.requires_grad:
+        if not (weight.requires_grad or follows):
             return cls(None, bias)
         padding = conv.padding
         if conv.padding_mode != "zeros" or isinstance(padding, str):

@@ -102,11 +102,12 @@ class Reference:
         self.sums: tuple[Tensor, Tensor] | None = None
 
     def moves(self) -> bool:
-        """Whether past statistics are functions of a weight that trains."""
-        return self.compensate and self.conv.weight.requires_grad
+        """Whether past statistics are functions of a weight that trains, or did when they began."""
+        began = bool(self.past) and self.past[0].moves
+        return self.compensate and (began or self.conv.weight.requires_grad)
 
     def separate(self, moves: bool) -> None:
-        """Empties the window if the weight has been frozen, or unfrozen, since the last entry."""
+        """Empties the window if the weight has begun to train since the last entry."""
         if self.past and self.past[0].moves != moves:
             sums = self.sums
             self.forget()
@@ -233,14 +234,16 @@ class Reference:
 
     def new_entry(self, x: Tensor) -> Entry:
         """Statistics of the batch ``x`` alone, with their derivatives at today's weight."""
-        y, weight = self.output(x), self.conv.weight
+        weight, moves, trains = self.conv.weight, self.moves(), self.conv.weight.requires_grad
+        weight.requires_grad_(moves or trains)  # a past that follows the weight does so if frozen
+        y = self.output(x)
         mean, var = _moments(y)
-        moves = self.moves()
         mean_in_w = var_in_w = torch.zeros_like(weight)
         if moves:
             stride = stride_for(y) if self.stride is None else self.stride
             mean_in_w = self.derivative(mean)
             var_in_w = self.derivative(_moments(y[:, :, ::stride, ::stride]).var)
+        weight.requires_grad_(trains)
         if self.compensate:
             mean = mean - self.bias()
         return Entry(

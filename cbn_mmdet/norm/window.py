@@ -231,7 +231,7 @@ class Window:
         """The past at today's weight; None if the window is empty or does not fit the weight.
 
         Args:
-            weight: The convolution's weight, or None if it does not train.
+            weight: The convolution's weight, or None if the past is to be no function of it.
             bias: The convolution's bias, or None.
             dtype: Dtype to compute in.
         """

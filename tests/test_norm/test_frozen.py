@@ -91,25 +91,55 @@ def test_a_frozen_scale_and_shift():
 
 
 @KINDS
-def test_frozen_and_thawed_again(kind):
-    """Statistics of a frozen weight are not mixed with those that are compensated."""
+def test_thawed_and_frozen_again(kind):
+    """A weight that begins to train begins a window; one that is frozen later goes on with its."""
     torch.manual_seed(0)
     model = linked(kind, bias=True).double()
     conv, norm = model
     slow = reference(model)
     for index in range(9):
-        conv.weight.requires_grad = index not in (3, 4, 5)
+        conv.weight.requires_grad = index in (3, 4, 5)
         x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
         expected = slow.forward(x, norm.weight, norm.bias)
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         slow.step(x)
         step(model)
         state = state_of(model)
-        assert state["seen"] == index % 3 + 1
-        assert ("m" in state, "h" in state) == (conv.weight.requires_grad,) * 2
-        if conv.weight.requires_grad:
+        assert state["seen"] == (index + 1 if index < 3 else index - 2)
+        assert ("m" in state, "h" in state) == (index >= 3,) * 2
+        if index >= 3:
             with torch.no_grad():
                 conv.weight *= 1.02
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that is not plain, so that autograd's graph tells its weight."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias, padding=1)
+
+
+@KINDS
+@pytest.mark.parametrize("convolution", [nn.Conv2d, Standardized])
+def test_a_critic_that_is_frozen_while_the_generator_trains(kind, convolution):
+    """It normalises, and passes gradients on, as if it were not frozen."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(
+        convolution(3, 4, 3, padding=1), CBN(4, window=kind, window_size=4), nn.ReLU()
+    )
+    link(critic)
+    iterate(critic, 5)
+    images = torch.randn(2, 3, 8, 8)
+    target = torch.randn(2, 4, 8, 8)
+    found = []
+    for trains in (True, False):
+        critic.requires_grad_(trains)
+        x = images.clone().requires_grad_()
+        y = critic(x)
+        (y * target).sum().backward()
+        found.append((y.detach(), x.grad))
+    assert_all_equal(*found)
 
 
 class Parts(nn.Sequential):

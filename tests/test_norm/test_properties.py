@@ -105,10 +105,6 @@ class Limited(Reference):
         own = super().largest()
         return own if self.limit is None else min(own, self.limit)
 
-    def moves(self):
-        """Whether what is learnt now is a function of the weight."""
-        return self.compensate and self.conv.weight.requires_grad
-
     def uncut_variances(self):
         """Past variances at today's weight before those below zero are cut, ``(T, C)``."""
         found = []
