@@ -516,7 +516,9 @@ class Iteration:
         """Warns if a loop trains but never ends an iteration: its windows would stay empty."""
         weights = (layer.weight for layer in layers if layer.weight is not None)
         weight = next((weight for weight in weights if weight.requires_grad), None)
-        version = None if weight is None else kernels.version_of(weight)
+        if weight is None:  # a critic that is frozen while another network trains
+            return
+        version = kernels.version_of(weight)
         if self.records and version != self._version:
             warnings.warn(
                 "CBN: the weights changed since the last forward, but cbn_mmdet.step(model) was "

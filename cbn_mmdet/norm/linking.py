@@ -201,18 +201,19 @@ def _source_by_autograd(
             "operation in place, or of a module that the linked model does not contain"
         )
     fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
-    is_frozen = module is not None and not any(each.requires_grad for each in module.parameters())
-    if is_frozen and not (follows and has_rows):
-        return Source(None, None), ""
     # A checkpoint's first forward ran without gradients, so its source was unknown as well.
-    if graph is None or is_recomputation() or _is_checkpointed():
+    hides = graph is None or is_recomputation() or _is_checkpointed()
+    is_frozen = module is not None and not any(each.requires_grad for each in module.parameters())
+    if is_frozen and (hides or not (follows and has_rows)):
+        return Source(None, None), ""
+    if hides:
         return None, (
             f"{fed}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, and "
             "this forward runs without gradients, as that of activation checkpointing does (turn "
             "with_cp off around this layer)"
         )
     if has_rows:
-        return _convolution(graph, follows, module if is_frozen else None), ""
+        return _convolution(graph, module, follows), ""
     weight = graph._saved_weight if is_convolution else module._parameters.get("weight")
     if weight is None or not weight.requires_grad:
         return None, f"{fed}, which has no weight of its own that trains"
@@ -245,14 +246,16 @@ def _has_rows_of_channels(source: Source, y: Tensor) -> bool:
 
 
 def _convolution(
-    graph: torch.autograd.graph.Node, follows: bool, frozen: nn.Module | None
+    graph: torch.autograd.graph.Node, module: nn.Module | None, follows: bool
 ) -> Source:
     """The source that a convolution's node in the autograd graph describes."""
     _, weight, bias = (_parameter(each) for each, _ in graph.next_functions)
     weight = graph._saved_weight if weight is None else weight
-    if frozen is not None and any(graph._saved_bias_sym_sizes_opt):  # the graph hides which
-        bias = frozen._parameters.get("bias")
-    trains = weight.requires_grad or follows
+    trains = weight.requires_grad
+    # A bias that is frozen with its weight; the graph has no more than its size.
+    if follows and not trains and module is not None and any(graph._saved_bias_sym_sizes_opt):
+        bias = module._parameters.get("bias")
+    trains = trains or follows
     return Source(
         weight if trains else None,
         bias,

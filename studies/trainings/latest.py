@@ -20,7 +20,8 @@ LAST = slice(-1, None)
 class LatestBatchSampler(BatchSampler):
     """Yields batches that end with the sampler's next images, after those of earlier steps.
 
-    Tall and wide images have batches apart, which would be padded by a third if they met in one.
+    Tall and wide images have batches apart, as they would pad each other most. In each epoch, the
+    first batches of both are smaller.
     """
 
     def __init__(self, *args, together: int, drop_last: bool = False, **kwargs) -> None:

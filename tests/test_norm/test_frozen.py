@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from layers import (
     KINDS,
     assert_all_equal,
@@ -120,8 +121,20 @@ class Standardized(nn.Conv2d):
         return nn.functional.conv2d(x, weight, self.bias, padding=1)
 
 
+class Gained(nn.Conv2d):
+    """A convolution that is not plain, with one more parameter."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(self.gain * x)
+
+
+@pytest.mark.filterwarnings("error")
 @KINDS
-@pytest.mark.parametrize("convolution", [nn.Conv2d, Standardized])
+@pytest.mark.parametrize("convolution", [nn.Conv2d, Standardized, Gained])
 def test_a_critic_that_is_frozen_while_the_generator_trains(kind, convolution):
     """It normalises, and passes gradients on, as if it were not frozen."""
     torch.manual_seed(0)
@@ -134,12 +147,31 @@ def test_a_critic_that_is_frozen_while_the_generator_trains(kind, convolution):
     target = torch.randn(2, 4, 8, 8)
     found = []
     for trains in (True, False):
-        critic.requires_grad_(trains)
+        for name, parameter in critic.named_parameters():
+            parameter.requires_grad_(trains or name == "0.gain")
         x = images.clone().requires_grad_()
         y = critic(x)
         (y * target).sum().backward()
         found.append((y.detach(), x.grad))
     assert_all_equal(*found)
+
+
+@KINDS
+def test_a_frozen_critic_whose_weight_no_graph_shows(kind):
+    """Its window does not fit; checkpointing, which hides the graph, is not refused for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardized(3, 4, 3, padding=1), CBN(4, window=kind, window_size=4))
+    link(model)
+    iterate(model, 5)
+    model.requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    expected = nn.functional.batch_norm(model[0](x), None, None, training=True)
+    torch.testing.assert_close(model(x), expected)
+    x.requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    assert x.grad.isfinite().all()
 
 
 class Parts(nn.Sequential):

@@ -374,7 +374,7 @@ def test_no_norm(data):
 
 
 def test_earlier_photographs_are_as_tall_or_wide(tmp_path):
-    """Of photographs that run anew, none is padded to the shape of another."""
+    """Of photographs that run anew, no tall one is padded for a wide one."""
     for number in range(16):
         size = SIZE[:: 1 if number % 2 else -1]
         draw(tmp_path / "raccoon", f"r{number}", size)
