@@ -260,7 +260,7 @@ def check_weights(report: Report, cfg: Config, model: nn.Module) -> list[str]:
     if cfg.get("load_from"):
         sources.append(("load_from", model, cfg.load_from, None))
     if not sources:
-        report.line("NOTE", "weights", "none are pretrained: init_cfg and load_from name no file")
+        report.line("NOTE", "weights", "init_cfg and load_from name no file")
     failed = []
     for setting, part, path, prefix in sources:
         failed.append(setting)

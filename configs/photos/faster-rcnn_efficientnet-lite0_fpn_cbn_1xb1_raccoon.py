@@ -117,7 +117,7 @@ param_scheduler = [
 auto_scale_lr = dict(enable=True, base_batch_size=2)
 custom_hooks = [dict(type="CBNHook")]
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=2),
     # Draws every tenth image of a validation below WORK_DIR/TIMESTAMP/vis_data/vis_image.
     visualization=dict(draw=True, interval=10),
 )

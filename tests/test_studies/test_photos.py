@@ -414,12 +414,28 @@ def test_configs(path):
     assert cfg.model.roi_head.bbox_head.num_classes == len(classes)
     assert cfg.test_evaluator.ann_file == f"data/{source}_coco/instances_val.json"
     assert cfg.model.backbone.norm_cfg.type == ("CBN" if is_all else "BN")
-    model = build_model(cfg).train()
+    model = build_model(cfg)
+    # DistributedDataParallel asks before the first train().
+    asked = [name for name, each in model.named_parameters() if not each.requires_grad]
+    model.train()
     trained = [each for each in model.modules() if isinstance(each, CBN) and each.training]
     assert len(trained) == (58 if is_all else 10)
     frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+    assert asked == frozen
     assert bool(frozen) != is_all and all(name.startswith("backbone.") for name in frozen)
     assert path.name in (CONFIGS / "README.md").read_text()
+
+
+def test_another_norm(tmp_path):
+    """The README's config has GN, and nothing that is left of CBN."""
+    readme = (CONFIGS / "README.md").read_text()
+    (text,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    path = tmp_path / "faster-rcnn_gn.py"
+    path.write_text(text.replace('"./', f'"{CONFIGS}/'))
+    cfg = Config.fromfile(path)
+    assert cfg.custom_hooks == []
+    kinds = {type(each).__name__ for each in build_model(cfg).modules()}
+    assert "GroupNorm" in kinds and "CBN" not in kinds
 
 
 def build_model(cfg):

@@ -232,6 +232,8 @@ def _check_part(
     unknown = [option for option in options if taken and option not in taken]
     if unknown:
         hint = did_you_mean(unknown[0], taken) or f"; it takes {', '.join(taken)}"
+        if where.endswith("norm_cfg"):
+            hint += ". (Options of a base config stay, unless this dict has _delete_=True.)"
         raise UsageError(f"{where}: {kind.__name__} has no option {unknown[0]!r}{hint}")
     if getattr(kind, "__name__", None) in ours:
         try:

@@ -45,6 +45,8 @@ class EfficientNetLite(EfficientNet):
     def __init__(self, pretrained: bool = True, **kwargs) -> None:
         super().__init__(act_cfg=dict(type="ReLU6"), **kwargs)
         self.pretrained = pretrained
+        # The parent waits for train(), by when DistributedDataParallel expects these to train.
+        self._freeze_stages()
 
     def init_weights(self) -> None:
         """Initialise as the parent does, and load the weights if ``pretrained``.
