@@ -83,12 +83,15 @@ def summary(values: list[float], figure: str) -> str:
 
 
 def plot_batches(rows: list[dict], study: Study, path: str) -> None:
-    """Plot the results over the batch."""
+    """Plot the results over the batch; beside lines, what has one batch is left to the table."""
     canvas = Figure(figsize=(7.2, 4), layout="constrained")
     axes = canvas.subplots()
     axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more than the usual ten
-    for group, values in grouped(rows, study).items():
-        if group[-1] == study.figure:
+    found = grouped(rows, study).items()
+    lines = {group: values for group, values in found if group[-1] == study.figure}
+    fewest = min(2, max(map(len, lines.values())))
+    for group, values in lines.items():
+        if len(values) >= fewest:
             draw(axes, values, title(*group))
     axes.set(xscale="log", xlabel="images per step", ylabel=AXES[study.figure])
     ticks = sorted({row["batch"] for row in rows})
