@@ -590,6 +590,24 @@ def test_one_command_at_a_time(evidence, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("batches, drawn", [((1, 2), ["BN"]), ((1,), ["BN", "GN"])])
+def test_a_plot_has_lines(evidence, monkeypatch, tmp_path, batches, drawn):
+    """What has one batch alone is no line, unless nothing has more."""
+    from trainings import results
+
+    labels, draw = [], results.draw
+    monkeypatch.setattr(
+        results,
+        "draw",
+        lambda axes, values, label: (labels.append(label), draw(axes, values, label)),
+    )
+    row = dict(seed=0, burn_in=None, ap=0.5)
+    rows = [dict(row, norm="BN", batch=batch) for batch in batches]
+    rows.append(dict(row, norm="GN(num_groups=8)", batch=1))
+    results.plot_batches(rows, evidence.STUDIES["detector"], str(tmp_path / "plot.png"))
+    assert labels == drawn and (tmp_path / "plot.png").stat().st_size > 1000
+
+
 KEPT = Path(__file__).parents[2] / "docs" / "evidence"
 ALL_KEPT = sorted([*KEPT.glob("*.json"), *KEPT.glob("h100/*.json")])
 
