@@ -4,7 +4,6 @@
 photos, cells           configs/photos: a pretrained backbone, varied or uniform photographs; the
                         norm is in FPN and box head
 photos-all, cells-all   the same, and the backbone's norm trains, too
-photos-exactly          photos with BN over the last 8 images, which run anew in each step
 detector                the Faster R-CNN of digits/configs, at 1, 2 and 4 images per step
 detector-exactly        the same, with BN over the last 8 images, which run anew in each step
 ablation                the same, with other windows and burn-ins
@@ -122,9 +121,6 @@ STUDIES = {
         for name, settings in (("photos", PHOTOS), ("cells", CELLS))
         for end, norm_in in (("", "head"), ("-all", "all"))
     },
-    "photos-exactly": detected(
-        ["BN"], [1], {1: 3}, dict(PHOTOS, norm_in="head", together=8), labels=ANEW
-    ),
     **{
         name: detected(["BN", "CBN", SMALL_GN], [1], {1: 3}, dict(LEVELS, head=head))
         for name, head in (("levels", "shared"), ("levels-apart", "apart"))

@@ -119,7 +119,7 @@ RUN_BY = {
         for name in names.split()
     },
     # With images that the test draws, in folders laid out like a clone's.
-    r"git clone .* data/\w+|python studies/evidence\.py (photos|cells)(-all|-exactly)?": (
+    r"git clone .* data/\w+|python studies/evidence\.py (photos|cells)(-all)?": (
         "test_studies/test_photos.py"
     ),
     r"make gpu( GPU_ARGS=.*)?|python studies/gpu\.py .*": "test_studies/test_gpu.py",

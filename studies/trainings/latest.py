@@ -4,9 +4,8 @@
 Each step's batch ends with the new images; its losses are those of the last image.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
-from functools import partial
 
 from mmdet.models import RPNHead, StandardRoIHead
 from mmdet.registry import DATA_SAMPLERS, MODELS
@@ -18,11 +17,7 @@ LAST = slice(-1, None)
 
 @DATA_SAMPLERS.register_module()
 class LatestBatchSampler(BatchSampler):
-    """Yields batches that end with the sampler's next images, after those of earlier steps.
-
-    Tall and wide images have batches apart, as they would pad each other most. In each epoch, the
-    first batches of both are smaller.
-    """
+    """Yields batches that end with the sampler's next images, after those of earlier steps."""
 
     def __init__(self, *args, together: int, drop_last: bool = False, **kwargs) -> None:
         super().__init__(*args, drop_last=drop_last, **kwargs)
@@ -30,12 +25,10 @@ class LatestBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of each step's images."""
-        latest = defaultdict(partial(deque, maxlen=self.together))
+        latest = deque(maxlen=self.together)
         for batch in super().__iter__():
-            newest = self.sampler.dataset.get_data_info(batch[-1])
-            alike = latest[newest["width"] < newest["height"]]
-            alike.append(batch)
-            yield sum(alike, [])
+            latest.append(batch)
+            yield sum(latest, [])
 
 
 @MODELS.register_module()

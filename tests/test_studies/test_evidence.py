@@ -636,6 +636,5 @@ def test_the_page_has_the_results_kept_beside_it(kept, evidence):
     fewest = {"cells.json": 4}
     fewest.update({"continued-clipped.json": 4, "continued-slowly.json": 4})
     fewest.update({"continued-exactly.json": 2, "exactly.json": 2, "detector-exactly.json": 2})
-    fewest["photos-exactly.json"] = 1
     fewest.update({"levels.json": 3, "levels-apart.json": 3})
     assert printed >= fewest.get(str(kept.relative_to(KEPT)), 6)

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,8 +16,6 @@ from common.efficientnet_lite import EfficientNetLite, find_weights, load_weight
 from common.errors import UsageError
 from conftest import ROOT
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from norms import replace_norms
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -373,24 +370,6 @@ def test_no_norm(data):
         replace_norms(dict(backbone=dict(norm_cfg=dict(type="BN"))), dict(type="none"))
 
 
-def test_earlier_photographs_are_as_tall_or_wide(tmp_path):
-    """Of photographs that run anew, no tall one is padded for a wide one."""
-    for number in range(16):
-        size = SIZE[:: 1 if number % 2 else -1]
-        draw(tmp_path / "raccoon", f"r{number}", size)
-        annotate(tmp_path / "raccoon", f"r{number}", [("raccoon", 1, 1, 40, 40)], size)
-    cfg = detector.detector_config(Job("BN", 1, 0), options(tmp_path, together=3))
-    init_default_scope("mmdet")
-    import_module(cfg.custom_imports.imports[-1])
-    seen = {True: [], False: []}
-    for batch in Runner.build_dataloader(cfg.train_dataloader, seed=0):
-        (is_tall,) = {each.shape[1] > each.shape[2] for each in batch["inputs"]}
-        paths = [each.img_path for each in batch["data_samples"]]
-        seen[is_tall].append(paths[-1])
-        assert paths == seen[is_tall][-3:]
-    assert min(map(len, seen.values())) > 3 and sum(map(len, seen.values())) == 12
-
-
 def test_no_clone(tmp_path):
     with pytest.raises(
         UsageError, match="no .*/raccoon: git clone https://github.com/datitran/racc"
@@ -440,6 +419,7 @@ def test_another_norm(tmp_path):
 
 def build_model(cfg):
     from mmdet.registry import MODELS
+    from mmengine.registry import init_default_scope
 
     init_default_scope("mmdet")
     return MODELS.build(cfg.model)
@@ -468,10 +448,3 @@ def test_all_of_it_trains(data, tool, tmp_path):
     assert 0 <= row["ap"] <= 1
     log = next(tmp_path.glob("runs/photos-all/0.4/CBN_2_None_0/run/*/*.log")).read_text()
     assert "58 CBN layers" in log
-
-
-@pytest.mark.slow
-def test_photos_exactly(data, tool, tmp_path):
-    args = ["--folder", tmp_path, "--data", data, "--jobs", 1, "--seeds", 1, "--shorten", 0.4]
-    printed = tool("evidence.py", "photos-exactly", *args).stdout
-    assert re.search(r"^\| BN, the last 8 anew +\| 0\.\d{3} \(1\)", printed, re.MULTILINE)
