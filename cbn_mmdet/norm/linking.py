@@ -192,6 +192,10 @@ def _source_by_autograd(
     graph, place = y.grad_fn, y.output_nr
     while graph is not None and graph.name() == "BackwardHookFunctionBackward":
         graph, place = graph.next_functions[place]
+
+    def fed() -> str:  # for messages alone, because to find a name takes a walk through the model
+        return f"is fed by {'a convolution' if module is None else name_of(module)}"
+
     is_convolution = graph is not None and graph.name() == "ConvolutionBackward0"
     has_rows = is_convolution and not graph._saved_transposed
     if module is None and not is_convolution:
@@ -200,7 +204,6 @@ def _source_by_autograd(
             "linked model returned as it is: the result of an activation, a function or an "
             "operation in place, or of a module that the linked model does not contain"
         )
-    fed = "is fed by a convolution" if module is None else f"is fed by {name_of(module)}"
     # A checkpoint's first forward ran without gradients, so its source was unknown as well.
     hides = graph is None or is_recomputation() or _is_checkpointed()
     is_frozen = module is not None and not any(each.requires_grad for each in module.parameters())
@@ -208,15 +211,15 @@ def _source_by_autograd(
         return Source(None, None), ""
     if hides:
         return None, (
-            f"{fed}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, and "
-            "this forward runs without gradients, as that of activation checkpointing does (turn "
-            "with_cp off around this layer)"
+            f"{fed()}, which is no plain nn.Conv2d, so that autograd has to tell its derivative, "
+            "and this forward runs without gradients, as that of activation checkpointing does "
+            "(turn with_cp off around this layer)"
         )
     if has_rows:
         return _convolution(graph, module, follows), ""
     weight = graph._saved_weight if is_convolution else module._parameters.get("weight")
     if weight is None or not weight.requires_grad:
-        return None, f"{fed}, which has no weight of its own that trains"
+        return None, f"{fed()}, which has no weight of its own that trains"
     channels, groups = y.shape[1], graph._saved_groups if is_convolution else None
     bias = None if module is None else module._parameters.get("bias")
     if bias is not None and bias.shape != (channels,):
@@ -228,7 +231,7 @@ def _source_by_autograd(
         source = Source.by_autograd(weight, bias, groups)
         if is_checked or _has_rows_of_channels(source, y):
             return source, ""
-    return None, f"{fed}, whose weight has not one row for each of its {channels} channels"
+    return None, f"{fed()}, whose weight has not one row for each of its {channels} channels"
 
 
 def _has_rows_of_channels(source: Source, y: Tensor) -> bool:

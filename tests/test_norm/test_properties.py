@@ -468,7 +468,7 @@ class Training(RuleBasedStateMachine):
         self.pending = None
 
     def fitting(self):
-        """The reference at today's weights, without a past from before a freeze or thaw."""
+        """The reference at today's weights, without a past that its weight does not fit."""
         self.sync()
         slow = self.slow
         if slow.past and slow.past[0].moves != slow.moves():
