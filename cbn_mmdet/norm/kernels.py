@@ -57,7 +57,7 @@ def version_of(tensor: Tensor | None) -> int:
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """``E[y]`` and ``E[(y - E[y])^2]`` of each channel, ``(C,)``, in float32 at least."""
-    dtype = statistics_dtype(y.dtype)
+    dtype, y = statistics_dtype(y.dtype), _without_gaps(y)
     if y.dtype == dtype and not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
         return _moments_in_two_reductions(y)
     if y.dtype == dtype or y.is_cuda:  # CUDA's kernel returns float32 of half precision
@@ -65,6 +65,13 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     # Without float32 running statistics, a CPU's kernel returns half precision.
     unused = y.new_empty(2, y.shape[1], dtype=dtype)
     return torch.batch_norm_update_stats(y, unused[0], unused[1], 0.0)
+
+
+def _without_gaps(y: Tensor) -> Tensor:
+    """Copies fp16 maps that lie apart, because a GPU's kernels would round their mean to fp16."""
+    if y.dtype != torch.float16 or not is_gpu(y) or y.is_contiguous():
+        return y
+    return y if y.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
 
 def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +102,7 @@ def centred(y: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None
     if y.dtype == torch.float16:
         of, none = (constant(len(mean), value, *like) for value in (HALF_SCALE * scale, 0.0))
         # A variance of zero leaves a constant channel at 0.
+        y = _without_gaps(y)
         of_y, _, r = torch.native_batch_norm(y, of, none, None, None, True, 0.0, _TINY)
         if not is_gpu(y):  # a CPU rounds y r and mean r separately, and r is 1e10 there
             of_y.masked_fill_((r * r * _TINY > 0.5).view(-1, 1, 1), 0)
