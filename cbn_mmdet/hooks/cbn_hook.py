@@ -19,6 +19,7 @@ from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
 
 _KEY = "cbn_windows"  # of the windows in a checkpoint
+MOMENTUM = 0.02  # for each image of a step: running statistics of some 50 images
 
 
 @HOOKS.register_module()
@@ -45,6 +46,8 @@ class CBNHook(Hook):
     - ``cbn/clamped``: the fraction of compensated past variances in this iteration that came out
       negative and were cut to zero. Much above 0 means that the weights move too fast for the
       window: lengthen the burn-in or narrow the window. The hook warns of this once.
+
+    At the start of training it warns of a ``momentum`` that is for larger batches.
 
     In distributed training these figures are those of rank 0, but each process reports its own NaN
     or infinite values. A loss scaler is found where mmengine's ``AmpOptimWrapper`` has it.
@@ -104,10 +107,28 @@ class CBNHook(Hook):
             f"CBNHook: {linked} CBN layers, whose window (window_size={', '.join(sizes)}) "
             + (f"opens after {self.burn_in} {unit}." if self.burn_in else "is open from the start.")
         )
+        self._tell_momentum(runner, model)
         self._is_read_each_time = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         windows, self._loaded = self._loaded, None
         if runner.iter > 0:
             self._fill(runner, windows)
+
+    def _tell_momentum(self, runner, model) -> None:
+        """Warns of running statistics of so few images that evaluation suffers."""
+        images = images_per_step(runner.train_loop.dataloader)
+        for name, layer in cbn_layers(model).items():
+            together = images and images * (get_world_size() if layer.sync else 1)
+            is_default = layer.backward != "current" and layer.window != "step"  # the others' own
+            if not (together and is_default and layer.tracks and layer.own_window_size > 1):
+                continue
+            if layer.momentum and layer.momentum >= 2 * MOMENTUM * together:
+                runner.logger.warning(
+                    f"CBNHook: '{name}' has momentum={layer.momentum:g}: its running statistics, "
+                    f"which evaluation uses, average over {together / layer.momentum:.0f} images. "
+                    f"Set momentum={MOMENTUM * together:g} ({MOMENTUM:g} for each of {together} "
+                    "image(s) per step) in its norm_cfg."
+                )
+                return
 
     def check_length(self, epochs: int, iterations: int | None) -> None:
         """Checks that the window opens within a run of this length (None: unknown, no check).
@@ -306,6 +327,11 @@ def _is_saved(hook: CBNHook, runner) -> bool:
 def log_scalar(name: str, value: float) -> None:
     """Logs one of CBN's figures beside the losses."""
     MessageHub.get_current_instance().update_scalar(f"train/cbn/{name}", value)
+
+
+def images_per_step(loader) -> int | None:
+    """The batch size of a data loader; None if it has none."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
 
 def plain_batch_norms(model) -> list[str]:

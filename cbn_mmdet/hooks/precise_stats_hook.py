@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from ..norm import precise_statistics
 from ..norm.layer import check_count
 from ..norm.population import trained_batch_norms
-from .cbn_hook import unwrapped
+from .cbn_hook import images_per_step, unwrapped
 
 
 @HOOKS.register_module()
@@ -102,7 +102,7 @@ class PreciseStatsHook(Hook):
         chosen = [i * length // count for i in range(count)][get_rank() :: world]
         batches = DataLoader(
             Subset(loader.dataset, chosen),
-            batch_size=loader.batch_size or loader.batch_sampler.batch_size,
+            batch_size=images_per_step(loader),
             collate_fn=loader.collate_fn,
         )
         shown = track(

@@ -552,6 +552,30 @@ def test_what_is_logged(tmp_path):
     assert {"cbn/window_size", "cbn/clamped"} <= set(tensorboard.Tags()["scalars"])
 
 
+@pytest.mark.parametrize(
+    ("options", "images", "told"),
+    [
+        (dict(), 1, "momentum=0.1: .* 10 images. Set momentum=0.02 "),
+        (dict(), 2, "momentum=0.1: .* 20 images. Set momentum=0.04 "),
+        (dict(window="sliding", window_size=3, momentum=0.5), 1, "momentum=0.5: .* 2 images. "),
+        (dict(), 3, None),  # of 0.06
+        (dict(momentum=0.02), 1, None),
+        (dict(momentum=None), 1, None),
+        (dict(window="step"), 1, None),
+        (dict(window_size=1), 1, None),
+        (dict(track_running_stats=False), 1, None),
+        (dict(window="sliding", window_size=4, backward="current"), 1, None),  # the paper's
+    ],
+)
+def test_a_momentum_for_many_images_is_told_of(tmp_path, options, images, told):
+    made, _ = runner(tmp_path, CBNHook(burn_in=0), CBN(4, **options), epochs=1)
+    made._train_dataloader["batch_size"] = images
+    made.train()
+    found = re.findall(r"WARNING - CBNHook: 'body.1' has (.*)", log_of(tmp_path))
+    assert len(found) == (told is not None)
+    assert told is None or re.match(told, found[0])
+
+
 def test_windows_that_stay_narrow_are_told_of_once(tmp_path, monkeypatch):
     monkeypatch.setattr(cbn_mmdet.norm.iteration, "_NARROW", 9)  # wider than any
     monkeypatch.setattr(cbn_mmdet.norm.iteration, "_LONG", 3)
