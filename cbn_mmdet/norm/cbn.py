@@ -98,6 +98,7 @@ class CBN(NormLayer):
         dtype: Dtype of parameters and buffers.
 
     Attributes:
+        window_size: As given. A value set later is in force after :func:`cbn_mmdet.set_window`.
         window_in_force: The largest window size in force: 1 in a burn-in; 8 where the window sets
             its own.
 
