@@ -59,6 +59,7 @@ from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, slid
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
 PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
+BY_RUNNING = ["BN", "BRN", NAIVE, CURRENT, "CBN"]  # norms of photographs with running statistics
 ANEW = {"BN": "BN, the last 8 anew"}
 FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)
@@ -116,6 +117,7 @@ STUDIES = {
             [1, 2],
             {1: 3},
             dict(settings, norm_in=norm_in),
+            train=partial(train_detector, precise=BY_RUNNING),
             draw=plot_batches,
         )
         for name, settings in (("photos", PHOTOS), ("cells", CELLS))
