@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norm import link, links, load_window_state, set_window, window_state
+from ..norm import CBN, link, links, load_window_state, set_window, window_state
 from ..norm.diagnostics import LARGE_APART, LARGE_CLAMPED, diagnose
 from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
@@ -107,28 +107,10 @@ class CBNHook(Hook):
             f"CBNHook: {linked} CBN layers, whose window (window_size={', '.join(sizes)}) "
             + (f"opens after {self.burn_in} {unit}." if self.burn_in else "is open from the start.")
         )
-        self._tell_momentum(runner, model)
         self._is_read_each_time = any(isinstance(hook, EMAHook) for hook in runner.hooks)
         windows, self._loaded = self._loaded, None
         if runner.iter > 0:
             self._fill(runner, windows)
-
-    def _tell_momentum(self, runner, model) -> None:
-        """Warns of running statistics of so few images that evaluation suffers."""
-        images = images_per_step(runner.train_loop.dataloader)
-        for name, layer in cbn_layers(model).items():
-            together = images and images * (get_world_size() if layer.sync else 1)
-            is_default = layer.backward != "current" and layer.window != "step"  # the others' own
-            if not (together and is_default and layer.tracks and layer.own_window_size > 1):
-                continue
-            if layer.momentum and layer.momentum >= 2 * MOMENTUM * together:
-                runner.logger.warning(
-                    f"CBNHook: '{name}' has momentum={layer.momentum:g}: its running statistics, "
-                    f"which evaluation uses, average over {together / layer.momentum:.0f} images. "
-                    f"Set momentum={MOMENTUM * together:g} ({MOMENTUM:g} for each of {together} "
-                    "image(s) per step) in its norm_cfg."
-                )
-                return
 
     def check_length(self, epochs: int, iterations: int | None) -> None:
         """Checks that the window opens within a run of this length (None: unknown, no check).
@@ -168,6 +150,30 @@ class CBNHook(Hook):
                 "statistics. To train them, set norm_eval=False and frozen_stages=-1 in the "
                 "backbone; to keep them frozen, leave their norm at BN."
             )
+
+        self._tell_momentum(runner, layers)
+
+    def _tell_momentum(self, runner, layers: dict[str, CBN]) -> None:
+        """Warns of running statistics over so few images that evaluation suffers."""
+        from .precise_stats_hook import PreciseStatsHook  # which imports this module
+
+        images = images_per_step(runner.train_loop.dataloader)
+        if images is None or any(isinstance(hook, PreciseStatsHook) for hook in runner.hooks):
+            return
+        images *= get_world_size()  # before an evaluation the processes' averages are averaged
+        right = min(0.1, MOMENTUM * images)
+        for name, layer in layers.items():
+            is_default = layer.backward != "current" and layer.window != "step"  # the others' own
+            if not (is_default and layer.training and layer.tracks and layer.own_window_size > 1):
+                continue
+            if layer.momentum and layer.momentum >= 2 * right:
+                runner.logger.warning(
+                    f"CBNHook: '{name}' has momentum={layer.momentum:g}: its running statistics, "
+                    f"which evaluation uses, average over {images / layer.momentum:.0f} images. "
+                    f"Set momentum={right:g} in its norm_cfg ({MOMENTUM:g} for each image of a "
+                    "forward, at most 0.1)."
+                )
+                return
 
     # Burn-in.
 
@@ -330,8 +336,10 @@ def log_scalar(name: str, value: float) -> None:
 
 
 def images_per_step(loader) -> int | None:
-    """The batch size of a data loader; None if it has none."""
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    """The batch size of a data loader; None if it tells none."""
+    sources = loader, getattr(loader, "batch_sampler", None)
+    found = (getattr(each, "batch_size", None) for each in sources)
+    return next((size for size in found if isinstance(size, int)), None)
 
 
 def plain_batch_norms(model) -> list[str]:

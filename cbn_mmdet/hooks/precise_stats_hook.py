@@ -102,7 +102,7 @@ class PreciseStatsHook(Hook):
         chosen = [i * length // count for i in range(count)][get_rank() :: world]
         batches = DataLoader(
             Subset(loader.dataset, chosen),
-            batch_size=images_per_step(loader),
+            batch_size=images_per_step(loader) or 1,
             collate_fn=loader.collate_fn,
         )
         shown = track(

@@ -71,7 +71,7 @@ def _without_gaps(y: Tensor) -> Tensor:
     """Copies fp16 maps that lie apart, because a GPU's kernels would round their mean to fp16."""
     if y.dtype != torch.float16 or not is_gpu(y) or y.is_contiguous():
         return y
-    return y if y.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+    return y if y.is_contiguous(memory_format=torch.channels_last) else y.clone()
 
 
 def _moments_in_two_reductions(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,11 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import cbn_mmdet.norm.iteration
 from cbn_mmdet import CBN, CBNHook, CmBN, DiagnoseHook, links, window_state
+from cbn_mmdet.hooks.cbn_hook import images_per_step
 from cbn_mmdet.norm.reference import Reference
 
 LENGTH = 4  # iterations of an epoch
@@ -558,7 +559,9 @@ def test_what_is_logged(tmp_path):
         (dict(), 1, "momentum=0.1: .* 10 images. Set momentum=0.02 "),
         (dict(), 2, "momentum=0.1: .* 20 images. Set momentum=0.04 "),
         (dict(window="sliding", window_size=3, momentum=0.5), 1, "momentum=0.5: .* 2 images. "),
+        (dict(momentum=0.3), 6, "momentum=0.3: .* 20 images. Set momentum=0.1 "),
         (dict(), 3, None),  # of 0.06
+        (dict(momentum=0.19), 8, None),
         (dict(momentum=0.02), 1, None),
         (dict(momentum=None), 1, None),
         (dict(window="step"), 1, None),
@@ -571,9 +574,43 @@ def test_a_momentum_for_many_images_is_told_of(tmp_path, options, images, told):
     made, _ = runner(tmp_path, CBNHook(burn_in=0), CBN(4, **options), epochs=1)
     made._train_dataloader["batch_size"] = images
     made.train()
-    found = re.findall(r"WARNING - CBNHook: 'body.1' has (.*)", log_of(tmp_path))
+    found = told_momenta(tmp_path)
     assert len(found) == (told is not None)
     assert told is None or re.match(told, found[0])
+
+
+def told_momenta(work_dir):
+    return re.findall(r"WARNING - CBNHook: 'body.1' has (momentum.*)", log_of(work_dir))
+
+
+def test_a_momentum_that_is_told_of_in_a_loop_by_iterations(tmp_path):
+    hook = CBNHook(burn_in=0, by_epoch=False)
+    runner(tmp_path, hook, CBN(4), loop=dict(by_epoch=False, max_iters=2))[0].train()
+    assert len(told_momenta(tmp_path)) == 1
+
+
+def test_no_word_of_a_momentum_that_evaluation_does_not_meet(tmp_path):
+    """It meets statistics estimated anew, or those that a frozen layer came with."""
+    (tmp_path / "precise").mkdir()
+    (tmp_path / "frozen").mkdir()
+    hooks = [dict(type="PreciseStatsHook", num_images=2)]
+    runner(tmp_path / "precise", CBNHook(burn_in=0), CBN(4), 1, more_hooks=hooks)[0].train()
+    made, _ = runner(tmp_path / "frozen", CBNHook(burn_in=0), CBN(4), epochs=1)
+    made.model.train = lambda mode=True: BaseModel.train(made.model, mode).body[1].eval()
+    made.train()
+    assert "in evaluation mode" in log_of(tmp_path / "frozen")
+    assert not told_momenta(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], None])
+def test_loaders_that_tell_no_batch_size(sizes):
+    """As samplers of several data sets at once; or an iterable that is no ``DataLoader``."""
+    sampler = BatchSampler(range(4), 2, drop_last=False)
+    sampler.batch_size = sizes
+    for loader in (DataLoader(range(4), batch_sampler=sampler), [1, 2]):
+        assert images_per_step(loader) is None
+    assert images_per_step(DataLoader(range(4), batch_size=3)) == 3
+    assert images_per_step(DataLoader(range(4), batch_sampler=[[0], [1]])) is None
 
 
 def test_windows_that_stay_narrow_are_told_of_once(tmp_path, monkeypatch):

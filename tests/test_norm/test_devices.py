@@ -7,6 +7,7 @@ import torch
 from conftest import needs_float16
 from layers import as_on_a_gpu
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cbn_mmdet import (
@@ -228,7 +229,7 @@ def test_affine_sum(dtype, channels_last, device, monkeypatch):
     ],
 )
 def test_statistics_and_centring(dtype, channels_last, step, device):
-    """Also of every second row and column, where they lie."""
+    """Also of every second row and column."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     y = (torch.randn(2, 5, 12, 14, dtype=torch.float64) * 3 + 1).to(dtype)
@@ -251,6 +252,34 @@ def test_statistics_and_centring(dtype, channels_last, step, device):
     torch.testing.assert_close(
         count * found.cpu().double(), expected, rtol=digits, atol=10 * digits
     )
+
+
+class FirstInputs(TorchDispatchMode):
+    """Keeps the first input of each of batch norm's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "batch_norm" in func.name():
+            self.found.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@needs_float16
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+def test_a_gpu_is_given_no_gaps_in_float16(channels_last):
+    """Of such maps its kernels round the mean to float16: see docs/gpu.md."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    whole = torch.randn(2, 5, 12, 14).to(torch.float16).contiguous(memory_format=layout)
+    for y in (whole, whole[:, :, ::2, ::2]):
+        with as_on_a_gpu(), FirstInputs() as inputs:
+            kernels.centred(y, *kernels.moments(y))
+        assert len(inputs.found) == 2
+        for found in inputs.found:
+            assert found.is_contiguous(memory_format=layout)
+            assert torch.equal(found, y) and (y is not whole or found is whole)
 
 
 @pytest.mark.parametrize("device", DEVICES)
