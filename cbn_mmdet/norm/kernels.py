@@ -57,7 +57,9 @@ def version_of(tensor: Tensor | None) -> int:
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """``E[y]`` and ``E[(y - E[y])^2]`` of each channel, ``(C,)``, in float32 at least."""
-    dtype, y = statistics_dtype(y.dtype), _without_gaps(y)
+    dtype = statistics_dtype(y.dtype)
+    if y.dtype == torch.float16:
+        y = _without_gaps(y)
     if y.dtype == dtype and not is_gpu(y) and y.numel() >= _LARGE and y.is_contiguous():
         return _moments_in_two_reductions(y)
     if y.dtype == dtype or y.is_cuda:  # CUDA's kernel returns float32 of half precision
@@ -69,7 +71,7 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _without_gaps(y: Tensor) -> Tensor:
     """Copies fp16 maps that lie apart, because a GPU's kernels would round their mean to fp16."""
-    if y.dtype != torch.float16 or not is_gpu(y) or y.is_contiguous():
+    if not is_gpu(y) or y.is_contiguous():
         return y
     return y if y.is_contiguous(memory_format=torch.channels_last) else y.clone()
 
