@@ -58,8 +58,8 @@ from trainings.shared import CURRENT, NAIVE, SLIDING, SMALL_GN, Job, Study, slid
 # The results that docs/evidence.md shows, and their runs, which an interrupted command resumes.
 KEPT, RUNS = "docs/evidence", "work_dirs/evidence"
 ALL = ["BN", "BRN", "MABN", "CmBN", NAIVE, CURRENT, SLIDING, "CBN", SMALL_GN]
-PHOTO_NORMS = ["BN", "BRN", NAIVE, CURRENT, "CBN", SMALL_GN]
 BY_RUNNING = ["BN", "BRN", NAIVE, CURRENT, "CBN"]  # norms of photographs with running statistics
+PHOTO_NORMS = [*BY_RUNNING, SMALL_GN]
 ANEW = {"BN": "BN, the last 8 anew"}
 FIXED = "CBN(window_size=8)"  # the default gradient, but the batch's share stays fixed
 WINDOWS, BURN_INS = (1, 2, 4, 8, 16), (0, 1, 3, 5)

@@ -19,7 +19,7 @@ from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
 
 _KEY = "cbn_windows"  # of the windows in a checkpoint
-MOMENTUM = 0.02  # for each image of a step: running statistics of some 50 images
+MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1  # for each image of a step, and at most
 
 
 @HOOKS.register_module()
@@ -47,10 +47,9 @@ class CBNHook(Hook):
       negative and were cut to zero. Much above 0 means that the weights move too fast for the
       window: lengthen the burn-in or narrow the window. The hook warns of this once.
 
-    At the start of training it warns of a ``momentum`` that is for larger batches.
-
     In distributed training these figures are those of rank 0, but each process reports its own NaN
-    or infinite values. A loss scaler is found where mmengine's ``AmpOptimWrapper`` has it.
+    or infinite values. At the start of training the hook warns of a ``momentum`` that is for larger
+    batches. A loss scaler is found where mmengine's ``AmpOptimWrapper`` has it.
 
     Args:
         burn_in: Length of the burn-in, at least 0 and shorter than the run.
@@ -161,7 +160,7 @@ class CBNHook(Hook):
         if images is None or any(isinstance(hook, PreciseStatsHook) for hook in runner.hooks):
             return
         images *= get_world_size()  # before an evaluation the processes' averages are averaged
-        right = min(0.1, MOMENTUM * images)
+        right = momentum_for(images)
         for name, layer in layers.items():
             is_default = layer.backward != "current" and layer.window != "step"  # the others' own
             if not (is_default and layer.training and layer.tracks and layer.own_window_size > 1):
@@ -171,7 +170,7 @@ class CBNHook(Hook):
                     f"CBNHook: '{name}' has momentum={layer.momentum:g}: its running statistics, "
                     f"which evaluation uses, average over {images / layer.momentum:.0f} images. "
                     f"Set momentum={right:g} in its norm_cfg ({MOMENTUM:g} for each image of a "
-                    "forward, at most 0.1)."
+                    f"forward, at most {LARGEST_MOMENTUM:g})."
                 )
                 return
 
@@ -333,6 +332,11 @@ def _is_saved(hook: CBNHook, runner) -> bool:
 def log_scalar(name: str, value: float) -> None:
     """Logs one of CBN's figures beside the losses."""
     MessageHub.get_current_instance().update_scalar(f"train/cbn/{name}", value)
+
+
+def momentum_for(images: int) -> float:
+    """The momentum with which running statistics average over some 50 images, or BN's usual one."""
+    return min(LARGEST_MOMENTUM, round(MOMENTUM * images, 4))
 
 
 def images_per_step(loader) -> int | None:

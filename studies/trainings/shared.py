@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cbn_mmdet.hooks.cbn_hook import LARGEST_MOMENTUM, MOMENTUM, momentum_for
+
 NAIVE = "CBN(window='sliding', window_size=8, compensate=False, backward='window')"
 CURRENT = "CBN(window='sliding', window_size=8, backward='current')"
 SLIDING = "CBN(window='sliding', window_size=8, backward='window')"
@@ -18,9 +20,7 @@ LABELS = {"none": "none", "MABN": "MABN", "CmBN": "CmBN"}  # after BN and BRN
 LABELS.update({NAIVE: "naive CBN", CURRENT: "CBN, current", SLIDING: "CBN, sliding", "CBN": "CBN"})
 LABELS.update({SMALL_GN: "GN", "GN": "GN(num_groups=32)"})
 
-# All norms share these. Learning rates follow the batch linearly. Running statistics average over
-# 50 images at each batch size, until that takes more than the usual momentum of 0.1.
-MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1
+# All norms share these. Learning rates follow the batch linearly.
 POPULATION = 300  # images that statistics for evaluation are estimated from
 AVERAGES = dict(momentum=MOMENTUM, largest_momentum=LARGEST_MOMENTUM)
 SHARED = dict(AVERAGES, population=POPULATION)
@@ -72,7 +72,7 @@ def with_defaults(settings: dict, batch: int, steps: int) -> dict:
     """Add the settings that a norm takes from the training, unless they are given."""
     defaults = {}
     if settings["type"] not in ("GN", "none"):
-        defaults.update(momentum=min(LARGEST_MOMENTUM, round(MOMENTUM * batch, 4)))
+        defaults.update(momentum=momentum_for(batch))
     if settings["type"] == "BRN":  # its paper's shares of the run
         defaults.update(warmup=steps // 18, r_end=4 * steps // 9, d_end=5 * steps // 18)
     return {**defaults, **settings}
