@@ -355,7 +355,8 @@ class CBN(NormLayer):
         copies = [each.clone() for each in records[-1].running] if records else self._copies()
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / (float(self.num_batches_tracked) + len(records) + 1)
+            count = self.num_batches_tracked  # without it BN, too, keeps its running statistics
+            momentum = 0.0 if count is None else 1.0 / (float(count) + len(records) + 1)
         if moments is not None:
             for copy, new in zip(copies, (moments.mean, moments.unbiased_var), strict=True):
                 copy.lerp_(new.to(copy.dtype), momentum)

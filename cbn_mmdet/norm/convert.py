@@ -7,6 +7,7 @@ import warnings
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import linking
 from .cbn import CBN
@@ -31,9 +32,20 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 
     Returns:
         The model; the new layer if ``model`` is itself a layer to turn.
+
+    Raises:
+        ValueError: A layer is parametrized; the model stays as it was.
     """
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, NormLayer):
+            if is_parametrized(module):
+                raise ValueError(
+                    f"to_batchnorm: '{name}' ({module.kind}) is parametrized: make its values "
+                    "plain first, by torch.nn.utils.parametrize.remove_parametrizations."
+                )
+            layers.append(module)
     linking.unhook(model)
-    layers = [module for module in model.modules() if isinstance(module, NormLayer)]
     return _replace(model, {layer: _to_batchnorm(layer) for layer in layers})
 
 

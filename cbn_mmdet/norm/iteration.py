@@ -602,14 +602,16 @@ def _update_running_stats(records: list[Record]) -> None:
             calls[layer] += 1
     for together in by_call.values():
         counts = [record.layer._buffers["num_batches_tracked"] for record in together]
-        torch._foreach_add_(counts, 1)
+        counted = [count for count in counts if count is not None]
+        if counted:
+            torch._foreach_add_(counted, 1)
         alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for record, count in zip(together, counts, strict=True):
             weight = record.layer.momentum
             if record.window is None:  # in a burn-in, the record has averaged copies
                 weight = 1.0
             elif weight is None:
-                weight = 1.0 / float(count)
+                weight = 0.0 if count is None else 1.0 / float(count)  # as in BN
             running, new = alike.setdefault(weight, ([], []))
             buffers = record.layer._buffers
             for name, value in zip(("running_mean", "running_var"), record.running, strict=True):

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 import cbn_mmdet
 from cbn_mmdet import (
@@ -156,6 +157,18 @@ class TestToBatchnorm:
         layer = CBN(3, track_running_stats=False).eval()
         expected = layer(images())
         assert torch.equal(to_batchnorm(layer)(images()), expected)
+
+    def test_refuses_a_parametrized_layer_and_changes_nothing(self):
+        model = trained().eval()
+        parametrize.register_parametrization(model[3][1], "running_var", nn.Softplus())
+        expected = model(images())
+        with pytest.raises(
+            ValueError, match=r"'3\.1' \(CBN\) is parametrized.*remove_parametrizations"
+        ):
+            to_batchnorm(model)
+        assert CBN in kinds(model) and torch.equal(model(images()), expected)
+        parametrize.remove_parametrizations(model[3][1], "running_var")
+        assert torch.equal(to_batchnorm(model)(images()), expected)
 
     def test_shared_layers_stay_shared(self):
         norm = CBN(3)

@@ -142,6 +142,26 @@ def test_statistics_that_were_removed_alone(window_size):
     assert model[1].running_mean is None
 
 
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_count_that_was_removed(momentum, size):
+    """As in BN: the average goes on without it, and one over all batches stands still."""
+    model, counting = blocks(momentum=momentum), blocks(momentum=0.1 if momentum else 0.0)
+    model[1].num_batches_tracked = model[4].num_batches_tracked = None
+    for each in (model, counting):
+        link(each)
+        set_window(each, size)
+    for _ in range(2):
+        x = images()
+        for each in (model, counting):
+            each(x)
+            step(each)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(*(getattr(each[4], name) for each in (model, counting)))
+    assert (model[1].running_mean == 0).all() == (momentum is None)
+    assert model[1].num_batches_tracked is None
+
+
 @pytest.mark.parametrize("norm", [BRN, MABN])
 def test_adaptation_of_a_norm_that_needs_its_statistics_is_refused(norm):
     model = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))
