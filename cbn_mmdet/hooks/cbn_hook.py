@@ -7,7 +7,6 @@ import torch
 from mmengine.dist import all_reduce_params, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import MessageHub
-from mmengine.model import is_model_wrapper
 from mmengine.optim import BaseOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
@@ -17,6 +16,7 @@ from ..norm import CBN, link, links, load_window_state, set_window, window_state
 from ..norm.diagnostics import LARGE_APART, LARGE_CLAMPED, diagnose
 from ..norm.iteration import cbn_layers, end_iteration
 from ..norm.layer import NormLayer, check_count
+from .precise_stats_hook import PreciseStatsHook, images_per_step, unwrapped
 
 _KEY = "cbn_windows"  # of the windows in a checkpoint
 MOMENTUM, LARGEST_MOMENTUM = 0.02, 0.1  # for each image of a step, and at most
@@ -154,8 +154,6 @@ class CBNHook(Hook):
 
     def _tell_momentum(self, runner, layers: dict[str, CBN]) -> None:
         """Warns of running statistics over so few images that evaluation suffers."""
-        from .precise_stats_hook import PreciseStatsHook  # which imports this module
-
         images = images_per_step(runner.train_loop.dataloader)
         if images is None or any(isinstance(hook, PreciseStatsHook) for hook in runner.hooks):
             return
@@ -339,13 +337,6 @@ def momentum_for(images: int) -> float:
     return min(LARGEST_MOMENTUM, round(MOMENTUM * images, 4))
 
 
-def images_per_step(loader) -> int | None:
-    """The batch size of a data loader; None if it tells none."""
-    sources = loader, getattr(loader, "batch_sampler", None)
-    found = (getattr(each, "batch_size", None) for each in sources)
-    return next((size for size in found if isinstance(size, int)), None)
-
-
 def plain_batch_norms(model) -> list[str]:
     """The names of a model's batch norms that train and are not layers of this package."""
     return [
@@ -353,10 +344,3 @@ def plain_batch_norms(model) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.training and not isinstance(module, NormLayer)
     ]
-
-
-def unwrapped(model):
-    """The model inside any wrappers, such as DDP."""
-    while is_model_wrapper(model):
-        model = model.module
-    return model

@@ -11,7 +11,8 @@ from mmengine.registry import HOOKS
 from ..norm import diagnose
 from ..norm.diagnostics import LARGE_CLAMPED, LARGE_CORRECTION, Diagnosis
 from ..norm.layer import check_count
-from .cbn_hook import log_scalar, unwrapped
+from .cbn_hook import log_scalar
+from .precise_stats_hook import unwrapped
 
 
 @HOOKS.register_module()

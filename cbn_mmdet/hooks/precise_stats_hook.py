@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 from rich.console import Console
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader, Subset
 from ..norm import precise_statistics
 from ..norm.layer import check_count
 from ..norm.population import trained_batch_norms
-from .cbn_hook import images_per_step, unwrapped
 
 
 @HOOKS.register_module()
@@ -164,3 +164,17 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def images_per_step(loader) -> int | None:
+    """The batch size of a data loader; None if it tells none."""
+    sources = loader, getattr(loader, "batch_sampler", None)
+    found = (getattr(each, "batch_size", None) for each in sources)
+    return next((size for size in found if isinstance(size, int)), None)
+
+
+def unwrapped(model):
+    """The model inside any wrappers, such as DDP."""
+    while is_model_wrapper(model):
+        model = model.module
+    return model

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import cbn_mmdet.norm.iteration
 from cbn_mmdet import CBN, CBNHook, CmBN, DiagnoseHook, links, window_state
-from cbn_mmdet.hooks.cbn_hook import images_per_step
+from cbn_mmdet.hooks.precise_stats_hook import images_per_step
 from cbn_mmdet.norm.reference import Reference
 
 LENGTH = 4  # iterations of an epoch
