@@ -26,9 +26,9 @@ import paths  # noqa: F401  makes common importable
 import torch
 from common.checkpoint import check_writable
 from common.coco import check_data, explained_damage
-from common.config import load_config
+from common.config import add_cfg_options, load_config
 from common.errors import UsageError, positive, run_tool
-from common.launchers import CarefulRunner, add_launch_arguments
+from common.launchers import CarefulRunner
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -87,8 +87,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="the config file, of a model with CBN")
-    add_launch_arguments(parser)
+    add_cfg_options(parser)
+    parser.set_defaults(launcher="none", local_rank=0)  # each process has statistics of its own
     add = parser.add_argument
+    add("--work-dir", help="where logs and results go (work_dirs/CONFIG_NAME_compensation)")
     text = f"iterations between two looks (run / {PROBES})"
     add("--every", type=positive, metavar="N", help=text)
     text = "CBN layers to look at, by name, or how many of them (8)"
@@ -105,8 +107,6 @@ def main() -> None:
     """Train, measure and report."""
     args = parse_args()
     cfg = load_config(args)
-    if args.launcher != "none":
-        raise UsageError("--launcher: runs in one process, as each has statistics of its own")
     if args.work_dir is None:
         cfg.work_dir += "_compensation"  # the default one may hold this config's training
     check_data(cfg, "train")

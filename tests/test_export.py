@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import cbn_mmdet
 from cbn_mmdet import BRN, CBN, link, set_window, step, to_batchnorm, window_state
 
-# torch warns of tracing and of its first exporter, but its old versions need that exporter.
+# torch warns of its first exporter, but its old versions need that exporter.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning",
     "ignore:.*deprecated:DeprecationWarning",
     "ignore:You are using the legacy:DeprecationWarning",
     "ignore::FutureWarning:copyreg",

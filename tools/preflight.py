@@ -39,6 +39,7 @@ from common.config import (
     check_norms,
     default_cbn_hook,
     in_config,
+    is_cbn_hook,
     merge_options,
     read_config,
 )
@@ -55,7 +56,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from cbn_mmdet import CBNHook, links
+from cbn_mmdet import links
 from cbn_mmdet.hooks.cbn_hook import plain_batch_norms
 from cbn_mmdet.norm.iteration import cbn_layers
 
@@ -338,12 +339,6 @@ def check_hook(report: Report, cfg: Config, model: nn.Module, epoch_length: int 
         length = check_burn_in(cfg, hook, epoch_length)
         unit = "epochs" if hook.by_epoch else "iterations"
         ok(f"the window opens after {hook.burn_in} {unit}" + (f" of {length}" if length else ""))
-
-
-def is_cbn_hook(settings: dict) -> bool:
-    """Whether an entry of custom_hooks is the CBNHook."""
-    kind = settings["type"]  # a name may begin with a scope
-    return (HOOKS.get(kind) if isinstance(kind, str) else kind) is CBNHook
 
 
 # Two training steps and an evaluation.

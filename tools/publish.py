@@ -43,7 +43,11 @@ def main() -> None:
     notes = []
     if "cfg" in meta:
         try:
-            meta["cfg"] = Config(with_batchnorm(parse_dump(meta["cfg"]))).pretty_text
+            cfg = with_batchnorm(parse_dump(meta["cfg"]))
+            meta["cfg"] = Config(cfg).pretty_text
+            modules = (cfg.get("custom_imports") or {}).get("imports", [])
+            if modules:
+                notes.append(f"it needs {', '.join(modules)}, which its config imports")
         except (SyntaxError, ValueError):
             del meta["cfg"]
             notes.append("its config is left out, as it is not plain data: give yours, with BN")

@@ -60,7 +60,7 @@ class CBNHook(Hook):
 
     Raises:
         ValueError: An argument has a wrong type or value, or (at the start of training)
-            ``burn_in`` is not shorter than the run.
+            ``burn_in`` is not shorter than the run, or there is a second CBNHook.
     """
 
     # Runs before hooks that read the running statistics after an iteration, such as EMAHook.
@@ -96,6 +96,10 @@ class CBNHook(Hook):
                 "(A config with sync_bn turns every CBN into SyncBN.)"
             )
             return
+        if sum(isinstance(hook, CBNHook) for hook in runner.hooks) > 1:
+            raise ValueError(
+                "CBNHook: custom_hooks has more than one, each with a burn-in of its own: keep one."
+            )
         self.check_length(runner.max_epochs, runner.max_iters)
         self._hold(runner)
         # Ends an empty iteration, so that the run's first one knows the scale of its gradients.

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels, linking
 from .cbn import CBN
@@ -793,6 +794,13 @@ def end_iteration(model: nn.Module, loss_scale: object = None, updated: bool = T
 def _warn_without_layers(model: nn.Module, caller: str) -> None:
     """Warns that a function was called on a model without CBN layers, and why, if that shows."""
     why = "Build it with norm_cfg=dict(type='CBN'), or convert it by cbn_mmdet.from_batchnorm."
+    kinds = {type(module) for module in model.modules() if isinstance(module, _BatchNorm)}
+    if kinds and not kinds & {nn.BatchNorm2d, nn.SyncBatchNorm}:
+        names = ", ".join(sorted(each.__name__ for each in kinds))
+        why = (
+            f"Build it with CBN as its norm: it has {names}, and cbn_mmdet.from_batchnorm "
+            "turns nn.BatchNorm2d and nn.SyncBatchNorm alone."
+        )
     if any(linking.hooks_of(module) for module in model.modules()):
         why = (
             "It had them when it was linked: torch's convert_sync_batchnorm, for one, turns them "

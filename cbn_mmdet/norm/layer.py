@@ -53,7 +53,7 @@ class NormLayer(nn.BatchNorm2d):
         return self._train(input) if self.training else super().forward(input)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, fx.Proxy):  # a proxy has no shape
+        if isinstance(input, fx.Proxy) or torch.jit.is_tracing():  # no shape, or not a plain one
             return
         if input.dim() != 4:
             raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common.config import read_config
+from common.config import read_config, walk
 from common.errors import UsageError
 from mmdet.registry import DATASETS, MODELS
 from mmdet.testing import demo_mm_inputs
@@ -66,7 +66,9 @@ def batches(cfg: Config, args: argparse.Namespace) -> tuple[Callable[[int], dict
     def invent(seed: int) -> dict:
         shapes, objects = [(3, *args.size)] * args.batch, [8] * args.batch
         masks = "mask_head" in cfg.model.get("roi_head", {})
-        return demo_mm_inputs(args.batch, shapes, objects, num_classes=10, with_mask=masks)
+        known = [value for path, value in walk(cfg.model) if path[-1] == "num_classes"]
+        classes = min([10, *known])
+        return demo_mm_inputs(args.batch, shapes, objects, num_classes=classes, with_mask=masks)
 
     return invent, f"{args.batch} image(s) of {args.size[0]}×{args.size[1]}, noise"
 

@@ -720,6 +720,14 @@ def test_burn_in_not_shorter_than_the_run(tmp_path, hook, message):
     assert seen == []
 
 
+def test_a_second_hook(tmp_path):
+    run, seen = runner(tmp_path, dict(type="CBNHook"))
+    run.register_hook(CBNHook(burn_in=1))
+    with pytest.raises(ValueError, match="custom_hooks has more than one.*keep one"):
+        run.train()
+    assert seen == []
+
+
 def test_no_cbn_in_the_model(tmp_path):
     run, _ = runner(tmp_path, dict(type="CBNHook"), norm=nn.BatchNorm2d(4))
     run.train()

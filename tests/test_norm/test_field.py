@@ -206,6 +206,15 @@ class TestModelsWithoutCBN:
         with pytest.warns(UserWarning, match=r"no CBN layer.*norm_cfg=dict\(type='CBN'\)"):
             call(blocks(nn.BatchNorm2d))
 
+    def test_is_not_told_to_convert_what_cannot_be(self):
+        class Activated(nn.BatchNorm2d):
+            """As timm's: normalises and activates."""
+
+        with pytest.warns(
+            UserWarning, match=r"Build it with CBN as its norm: it has Activated, and"
+        ):
+            link(blocks(Activated))
+
     def test_is_not_told_of_a_model_with_one(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

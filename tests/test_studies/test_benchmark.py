@@ -197,7 +197,8 @@ def test_count(measure):
 
 @pytest.mark.slow
 def test_step(measure, small_config, tmp_path):
-    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits")
+    few = "model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))"  # noise has labels, too
+    config = small_config(tmp_path, "faster-rcnn_r18_fpn_bn-all_1xb1_digits", few)
     arguments = ["--config", config, "--size", "64", "96", "--batch", "1", *QUICK]
     (rows,), _ = measure("step", *arguments, "--norms", "CBN(window_size=3)", "GN")
     assert list(by_norm(rows)) == ["BN", "CBN(window_size=3)", "GN"]

@@ -56,6 +56,7 @@ def test_broken_config(tmp_path, text, message):
         ),
         ("norm_cfg=dict(type='SyncCBN', windowsize=2)", "'windowsize'; did you mean window_size"),
         ("norm_cfg=dict(type='SyncCBN', k=2)", "'k'; it takes num_features, sync, eps, momentum,"),
+        ("norm_cfg=dict(_delete_=True, type='CBN')", "model.norm_cfg: the base .* take it out$"),
         ("norm_cfg=dict(type='CBN', window_size=0)", r"model\.norm_cfg: .* at least 1, got 0"),
     ],
 )
@@ -92,6 +93,13 @@ def test_mistyped_hook(hook, message):
     else:
         with pytest.raises(UsageError, match=message):
             config.check_hooks(cfg)
+
+
+@pytest.mark.parametrize("second", ["CBNHook", "mmdet.CBNHook", CBNHook])
+def test_two_hooks(second):
+    hooks = [dict(type="CBNHook"), dict(type="EMAHook"), dict(type=second, burn_in=1)]
+    with pytest.raises(UsageError, match="custom_hooks has 2 CBNHooks.* keep one"):
+        config.check_hooks(Config(dict(default_scope="mmdet", custom_hooks=hooks)))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +209,10 @@ def test_option_without_a_value(capsys):
 def test_the_hook_of_a_config_without_one():
     hooks = [
         config.default_cbn_hook(Config(dict(train_cfg=train_cfg)))
-        for train_cfg in (dict(max_epochs=12), dict(max_iters=90000))
+        for train_cfg in (dict(max_epochs=12), dict(max_epochs=5), dict(max_iters=90000))
     ]
-    assert [(hook.burn_in, hook.by_epoch) for hook in hooks] == [(3, True), (22500, False)]
+    assert [(hook.burn_in, hook.by_epoch) for hook in hooks] == [
+        (3, True),
+        (1, True),
+        (22500, False),
+    ]

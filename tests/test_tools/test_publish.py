@@ -165,6 +165,12 @@ class TestConfig:
         assert new.custom_hooks == [dict(type="EMAHook")]
         assert new.custom_imports == dict(imports=["json"], allow_failed_imports=True)
 
+    def test_tells_of_modules_that_its_config_imports(self, publish, tmp_path):
+        cfg = dict(custom_imports=dict(imports=["cbn_mmdet", "common.efficientnet_lite"]))
+        output = publish(save(tmp_path / "epoch_1.pth", cfg))
+        assert "note: it needs common.efficientnet_lite, which its config imports" in output
+        assert "note" not in publish(save(tmp_path / "epoch_2.pth", dict(max_epochs=3)))
+
     @pytest.mark.parametrize("imports", ["cbn_mmdet", ["cbn_mmdet.hooks"]])
     def test_no_import_is_left(self, converted, imports):
         cfg = dict(custom_imports=dict(imports=imports), max_epochs=3)

@@ -51,7 +51,8 @@ def _how_to_get_data(dataset: dict) -> str:
     if tuple((dataset.get("metainfo") or {}).get("classes", ())) == tuple("0123456789"):
         root = dataset["data_root"].rstrip("/")
         return f"Build the digits with: python studies/digits/build.py {root}"
-    return "Set data_root, and the ann_file of dataset and evaluator, to where the data is."
+    files = ", and the ann_file of dataset and evaluator," if dataset.get("ann_file") else ""
+    return f"Set data_root{files} to where the data is."
 
 
 def innermost_datasets(cfg: Config, split: str) -> Iterator[tuple[dict, int | None]]:

@@ -202,6 +202,20 @@ def check_hooks(cfg: Config) -> None:
         if isinstance(hook, dict):
             where = f"custom_hooks[{index}]"
             _check_part(cfg, HOOKS, "no hook is called", hook, where, OUR_HOOKS, OUR_HOOKS)
+    ours = [each for each in cfg.get("custom_hooks") or [] if is_cbn_hook(each)]
+    if len(ours) > 1:
+        raise UsageError(
+            f"custom_hooks has {len(ours)} CBNHooks, each with a burn-in of its own: keep one. (If "
+            "the list repeats the base config's, which has one, leave that out.)"
+        )
+
+
+def is_cbn_hook(settings: object) -> bool:
+    """Whether an entry of ``custom_hooks`` is the CBNHook."""
+    if not isinstance(settings, dict):
+        return isinstance(settings, CBNHook)
+    kind = settings.get("type")  # a name may begin with a scope
+    return kind.rpartition(".")[2] == "CBNHook" if isinstance(kind, str) else kind is CBNHook
 
 
 def _check_part(
@@ -231,9 +245,15 @@ def _check_part(
     taken = _options_of(kind)
     unknown = [option for option in options if taken and option not in taken]
     if unknown:
+        if "_delete_" in unknown:
+            raise UsageError(
+                f"{where}: the base config has nothing there that _delete_=True could delete: take "
+                "it out"
+            )
         hint = did_you_mean(unknown[0], taken) or f"; it takes {', '.join(taken)}"
         if where.endswith("norm_cfg"):
-            hint += ". (Options of a base config stay, unless this dict has _delete_=True.)"
+            hint += "" if hint.endswith("?") else "."
+            hint += " (Options of a base config stay, unless this dict has _delete_=True.)"
         raise UsageError(f"{where}: {kind.__name__} has no option {unknown[0]!r}{hint}")
     if getattr(kind, "__name__", None) in ours:
         try:
@@ -258,9 +278,11 @@ def _options_of(kind: object) -> list[str]:
 
 
 def default_cbn_hook(cfg: Config) -> CBNHook:
-    """The hook for a config without one: the paper's burn-in, 3 epochs or a quarter of the run."""
-    iterations = cfg.train_cfg.get("max_iters")
-    return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
+    """The hook for a config without one: the paper's burn-in, or a quarter of the run if less."""
+    epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
+    if iterations is not None:
+        return CBNHook(iterations // 4, by_epoch=False)
+    return CBNHook(min(CBNHook().burn_in, epochs // 4))
 
 
 def check_burn_in(cfg: Config, hook: CBNHook, epoch_length: int | None = None) -> int | None:
