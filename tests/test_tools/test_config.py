@@ -95,7 +95,7 @@ def test_mistyped_hook(hook, message):
             config.check_hooks(cfg)
 
 
-@pytest.mark.parametrize("second", ["CBNHook", "mmdet.CBNHook", CBNHook])
+@pytest.mark.parametrize("second", ["CBNHook", "mmengine.CBNHook", CBNHook])
 def test_two_hooks(second):
     hooks = [dict(type="CBNHook"), dict(type="EMAHook"), dict(type=second, burn_in=1)]
     with pytest.raises(UsageError, match="custom_hooks has 2 CBNHooks.* keep one"):
