@@ -89,7 +89,8 @@ class Iteration:
         model: The model whose forward is one iteration.
 
     Attributes:
-        records: What the layers learnt, in the order of their forwards.
+        records: What the layers learnt in the model's last forward, in the order of their forwards.
+        earlier: What layers learnt that only earlier forwards since the last step reached.
         scale: The factor by which a loss scaler multiplies the loss.
     """
 
@@ -99,7 +100,9 @@ class Iteration:
         self.records: list[Record] = []
         self.scale: float | Tensor = 1.0
         self._scaler: object = None
+        self.earlier: dict[CBN, list[Record]] = {}
         self._calls: dict[CBN, int] = {}
+        self._earlier_calls: dict[CBN, int] = {}
         self._gammas: dict[CBN, tuple[Tensor, int]] = {}
         self._marked: list[weakref.ref[Tensor]] = []
         self._made: list[weakref.ref[Record]] = []  # made since the last step
@@ -109,6 +112,7 @@ class Iteration:
         self._finished: list[Vectors] = []
         self._lock = threading.Lock()
         self._forwards = 0  # begun since the last step
+        self._has_gone_back = False  # whether a backward pass followed the forward
         self._version: int | None = None
         self._has_stepped = False
         self._narrow_for = 0  # iterations in a row with narrow windows
@@ -159,10 +163,13 @@ class Iteration:
     # The stages of an iteration, in order.
 
     def begin(self) -> None:
-        """Drops what an earlier forward left, and computes all pasts at today's weights."""
+        """Sets aside what an earlier forward left, and computes all pasts at today's weights."""
         layers = self.living()
         self._warn_if_not_stepped(layers)
+        if self._calls:
+            self._set_aside()
         self._clear()
+        self._has_gone_back = False
         self._made = [ref for ref in self._made if ref() is not None]
         self._forwards += 1
         # If the model has trained, an optimiser may be repeating a closure that runs the forward.
@@ -188,10 +195,12 @@ class Iteration:
                     continue
                 conv = None if window.conv is None else window.conv()
                 weight, bias, is_plain = None, None, linking.is_plain(conv)
+                # A hook may still set weight.data or the bias, which could not be noticed later.
+                if (is_plain and conv._forward_pre_hooks) or (
+                    window.h is not None and not is_plain
+                ):
+                    continue  # the layer computes this past itself
                 if window.h is not None:
-                    # A hook may still set weight.data, which could not be noticed later.
-                    if not is_plain or conv._forward_pre_hooks:
-                        continue  # the layer computes this past itself
                     weight = conv._parameters["weight"]
                     if not window.fits(weight):
                         continue
@@ -205,6 +214,14 @@ class Iteration:
         for (_, dtype), together in alike.items():
             for each, past in zip(together, pasts(together, dtype), strict=True):
                 each[0].cache(past, *each[1:])
+
+    def _set_aside(self) -> None:
+        """Keeps what the last forward left, for layers that the next one does not reach."""
+        self._earlier_calls.update(self._calls)
+        by_layer = defaultdict(list)
+        for record in self.records:
+            by_layer[record.layer].append(record)
+        self.earlier.update(by_layer)
 
     def _clear(self) -> None:
         for each in (self.records, self._calls, self._gammas, self._finished):
@@ -220,7 +237,7 @@ class Iteration:
         repeats = is_recomputation()
         number = self._calls.get(layer, 0)
         if repeats:
-            self._check_repetition(layer, number)
+            self._check_repetition(layer, number or self._earlier_calls.get(layer, 0))
             number = 0
         else:
             if self._forwards == 0:
@@ -236,6 +253,8 @@ class Iteration:
                         stacklevel=2,
                     )
             self._calls[layer] = number + 1
+            if self.earlier:
+                self.earlier.pop(layer, None)
         windows = layer._windows
         while len(windows) <= number:
             windows.append(layer.new_window())
@@ -243,8 +262,10 @@ class Iteration:
         source = self._source(layer, y, window)
         if layer.window_in_force == 1:
             return Call(window, None, None, None, repeats)
-        # Another forward ran in between, maybe with weights that were set through .data.
-        if repeats and self._forwards > 1:
+        # The weights may have moved in ways that leave no trace: through .data in a forward in
+        # between, or by a fused optimiser after the backward pass of another part.
+        is_moved = self._forwards > 1 if repeats else self._has_gone_back
+        if is_moved:
             window.cached = None
         weight, bias = (None, None) if source is None else source[:2]
         past = window.past(weight, bias, statistics_dtype(y.dtype))
@@ -253,7 +274,7 @@ class Iteration:
             if not is_like or past.mean.shape[0] != y.shape[1]:
                 past = None  # the end of the iteration clears the window
         gamma, version = self._gammas.get(layer, (None, None))
-        if version != kernels.version_of(layer._parameters.get("weight")):
+        if is_moved or version != kernels.version_of(layer._parameters.get("weight")):
             gamma = None
         return Call(window, source, past, gamma, repeats)
 
@@ -326,6 +347,7 @@ class Iteration:
     @torch.no_grad()
     def finish(self, record: Record) -> None:
         """Computes what the backward passes need, for all records, once the forward is over."""
+        self._has_gone_back = True
         is_listed = any(each is record for each in self.records)
         with self._lock:  # backward passes may run in several threads
             for records in _alike(self.records if is_listed else [record]):
@@ -343,20 +365,27 @@ class Iteration:
         """Adds a forward's record; if a forward is repeated, the first one's record counts."""
         self._made.append(weakref.ref(record))
         if repeats:
-            of_layer = (each for each in self.records if each.layer is record.layer)
-            record.original = next(of_layer, None)
+            known = (*self.records, *self.earlier.get(record.layer, ()))
+            first = next((each for each in known if each.layer is record.layer), None)
+            # It may repeat an earlier forward of the model, whose record is gone.
+            is_only = self._forwards == 1 or first is None
+            if is_only or torch.equal(record.moments.mean, first.moments.mean):
+                record.original = first
         elif record.window is not None:
             self.records.append(record)
 
     def forget(self, layer: CBN) -> None:
         """Drops what a layer learnt in this iteration."""
         self.records[:] = [record for record in self.records if record.layer is not layer]
+        self.earlier.pop(layer, None)
 
     @torch.no_grad()
     def step(self, loss_scale: object = None, updated: bool = True) -> Ended:
         """Ends the iteration as :func:`step` does; returns the result and the warnings."""
         self._depth = 0
         linking.unmark(self._marked)
+        if self.earlier:
+            self.records[:0] = itertools.chain.from_iterable(self.earlier.values())
         if loss_scale is not None and (self._scaler is None or is_number(loss_scale)):
             # The first time a scale is given, this iteration's forward has assumed a scale of 1.
             scale = _scale_of(loss_scale, self._any_parameter())
@@ -378,6 +407,8 @@ class Iteration:
         self._has_stepped = True
         self.scale = 1.0
         self._clear()
+        self.earlier.clear()
+        self._earlier_calls.clear()
         self._forwards = 0
         for ref in self._made:
             record = ref()
@@ -736,7 +767,7 @@ def step(model: nn.Module, loss_scale: object = None, updated: bool = True) -> T
     """Ends an iteration: adds what its forward recorded to windows and running statistics.
 
     Call it once per iteration, after the backward pass. Until then a forward can be repeated
-    without changing windows or running statistics; of several forwards the last one counts.
+    without changing windows or running statistics: each layer's last one counts.
 
     If a batch has NaN or infinite values, its records are dropped, with a warning: windows and
     running statistics stay as they were. To check this, ``step`` waits for the device once.

@@ -108,6 +108,36 @@ def test_a_repetition_after_another_forward(kind):
         torch.testing.assert_close(one, other)
 
 
+@KINDS
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("gradients", ["mixed", "window", "current"])
+def test_two_forwards_before_one_backward(gradients, reentrant, kind):
+    """As in contrastive training: each repetition has the constants of its own forward."""
+    models = [linked(kind, backward=gradients).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(4):
+        grads = []
+        inputs = [torch.randn(2, 3, 8, 8).double() * s + 1 for s in (1, 2)]
+        for model in models:
+            model.zero_grad()
+            loss = 0
+            for x in inputs:
+                x = x.clone().requires_grad_()
+                is_plain = model is models[0]
+                y = model(x) if is_plain else checkpoint(model, x, use_reentrant=reentrant)
+                loss = loss + y.pow(3).sum()
+            loss.backward()
+            step(model)
+            grads.append([parameter.grad for parameter in model.parameters()])
+            descend(model, 1e-4)
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)
+        for one, other in zip(
+            *(tensors(state_of(model)).values() for model in models), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_repetition_after_the_step_is_refused(reentrant):
     model = linked()

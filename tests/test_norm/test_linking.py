@@ -16,10 +16,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo import loss_of, stock_model, total
 
 import cbn_mmdet.norm
-from cbn_mmdet import CBN, link, links, step, window_state
+from cbn_mmdet import CBN, link, links, set_window, step, window_state
 from cbn_mmdet.norm.layer import is_compiling
 from cbn_mmdet.norm.reference import Reference
 
@@ -309,6 +310,45 @@ class TestIterations:
         assert_same(twice, once)
         assert held(twice) == {"body.1": [3], "head.1": [3]}
 
+    @pytest.mark.parametrize("size", [None, 1])
+    @pytest.mark.parametrize("kind", ["moving", "sliding"])
+    @pytest.mark.parametrize("reentrant", [None, False, True])
+    def test_of_each_branch_the_last_counts(self, reentrant, kind, size):
+        """Several tasks, each with a forward of its own through its own layers, and one loss."""
+
+        class Tasks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branches = nn.ModuleList(
+                    nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window=kind, window_size=4))
+                    for _ in range(2)
+                )
+
+            def forward(self, x, *numbers):
+                branches = [self.branches[number] for number in numbers]
+                if reentrant is None or len(branches) == 2:
+                    return [branch(x) for branch in branches]
+                x.requires_grad_()
+                return [checkpoint(branch, x, use_reentrant=reentrant) for branch in branches]
+
+        apart = Tasks().double()
+        together = copy.deepcopy(apart)
+        for model in (apart, together):
+            link(model)
+            set_window(model, size)
+        for number in range(4):
+            x, dropped = images(number).double(), images(number + 9).double()
+            outputs = together(x, 0, 1), [*apart(dropped, 1), *apart(x, 0), *apart(x, 1)]
+            for model, found in zip((together, apart), outputs, strict=True):
+                model.zero_grad()
+                sum(y.pow(3).sum() for y in found[-2:]).backward()
+                step(model)
+                descend(model, 1e-4)
+        for name, value in apart.state_dict().items():
+            torch.testing.assert_close(value, together.state_dict()[name])
+        assert held(apart) == held(together)
+        assert apart.branches[0][1].num_batches_tracked == 4
+
     def test_a_method_instead_of_the_model(self):
         """As the model itself, if it is called once in an iteration."""
         model = stages(5, call=lambda model, x: model.loss(x))
@@ -323,6 +363,23 @@ class TestIterations:
         assert model.body[1].num_batches_tracked == 6
         first, second = window_state(model)["body.1"]
         assert not torch.allclose(first["recorded"], second["recorded"])
+
+    @pytest.mark.filterwarnings("ignore:CBN. the weights changed since the last forward")
+    def test_a_part_after_its_weights_moved_unseen(self):
+        """A fused optimiser changes no version counter; a critic then runs once more."""
+        outputs = []
+        for is_seen in (True, False):
+            model = stages(3, call=lambda model, x: model.loss(x) + model.loss(2 * x))
+            model.body(images(7)).square().mean().backward()
+            for parameter in model.body.parameters():
+                moved = parameter.detach() - 0.5 * parameter.grad
+                if is_seen:
+                    with torch.no_grad():
+                        parameter.copy_(moved)
+                else:
+                    parameter.data.copy_(moved)
+            outputs.append(model.body(images(8)))
+        assert torch.equal(*outputs)
 
     def test_parts_in_turn(self):
         """A loop that calls the parts is an iteration from step to step."""

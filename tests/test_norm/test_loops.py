@@ -8,7 +8,17 @@ import warnings
 
 import pytest
 import torch
-from layers import KINDS, assert_same_window, backward, chain, descend, iterate, linked, state_of
+from layers import (
+    KINDS,
+    assert_same_window,
+    backward,
+    chain,
+    descend,
+    iterate,
+    linked,
+    state_of,
+    tensors,
+)
 from torch import nn
 
 from cbn_mmdet import CBN, link, load_window_state, set_window, step, window_state
@@ -209,7 +219,10 @@ def test_two_optimisers_in_turn():
 @KINDS
 @pytest.mark.parametrize("inference", [False, True])
 def test_parts_whose_forward_and_backward_alternate(inference, kind):
-    """A layer's record is the same whether another's backward pass comes before its forward."""
+    """A layer's record is the same whether another's backward pass comes before its forward.
+
+    Up to rounding: after a backward pass, pasts are not computed together any more.
+    """
 
     def train(parts, alternate):
         windows = []
@@ -235,7 +248,7 @@ def test_parts_whose_forward_and_backward_alternate(inference, kind):
     link(twin)
     for ours, theirs in zip(train(parts, True), train(twin, False), strict=True):
         for name in ours:
-            assert_same_window(ours[name][0], theirs[name][0], name)
+            torch.testing.assert_close(*(tensors(each[name][0]) for each in (ours, theirs)))
 
 
 def test_a_backward_pass_that_fails_can_be_repeated(monkeypatch):
