@@ -126,8 +126,10 @@ class BRN(NormLayer):
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / (float(self.num_batches_tracked) + 1)
-        if self.affine:
-            r, d = self.weight * r, torch.addcmul(self.bias, self.weight, d)
+        if self.weight is not None:
+            r, d = self.weight * r, self.weight * d
+        if self.bias is not None:
+            d = self.bias + d
         # gamma r and gamma d + beta, with which batch normalisation computes y.
         weight, bias = (each.to(self.running_var.dtype) for each in (r, d))
         output = self._batch_norm(input, weight, bias, momentum)

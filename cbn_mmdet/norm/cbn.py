@@ -191,6 +191,10 @@ class CBN(NormLayer):
             self._forget()
             for window in self._windows:
                 window.size = self.window_in_force
+        new = self.new_window()  # window_size, window or window_dtype may have been set since
+        if any((each.kind, each.dtype) != (new.kind, new.dtype) for each in self._windows):
+            self._forget()
+            self._windows.clear()
 
     def new_window(self) -> Window:
         """Creates an empty window of the size in force."""
@@ -309,8 +313,10 @@ class CBN(NormLayer):
             gamma, beta = self.weight, self.bias
         if gamma is not None:
             if gamma.dtype != dtype:
-                gamma, beta = gamma.to(dtype), beta.to(dtype)
+                gamma = gamma.to(dtype)
             record.gamma = gamma.detach().clone() if call.gamma is None else call.gamma
+        if beta is not None and beta.dtype != dtype:
+            beta = beta.to(dtype)
         kind = type(record.window)
         record.kind = record.mean.device, dtype, kind, record.backward, record.is_spread
         self._iteration.add(record, call.repeats)

@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import linking
-from .cbn import CBN
+from .brn import BRN
+from .cbn import CBN, CmBN, SyncCBN
 from .layer import NormLayer
 from .mabn import MABN
 
@@ -22,6 +23,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     """Turns every CBN, SyncCBN, CmBN, BRN and MABN of ``model`` into ``nn.BatchNorm2d``, in place.
 
     In evaluation mode, these layers are batch normalisation, so outputs stay the same, bit for bit.
+    A subclass stays as it is, with a warning.
     The new layers take over the very parameters and buffers (so an optimiser keeps working), the
     mode and the names. Everything that :func:`cbn_mmdet.link` put on the model is removed, so that
     a saved or pickled model no longer needs this package. (The exception is a
@@ -38,13 +40,21 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     """
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, NormLayer):
-            if is_parametrized(module):
-                raise ValueError(
-                    f"to_batchnorm: '{name}' ({module.kind}) is parametrized: make its values "
-                    "plain first, by torch.nn.utils.parametrize.remove_parametrizations."
-                )
+        if not isinstance(module, NormLayer):
+            continue
+        if is_parametrized(module):
+            raise ValueError(
+                f"to_batchnorm: '{name}' ({module.kind}) is parametrized: make its values plain "
+                "first, by torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        if type(module) in (CBN, SyncCBN, CmBN, BRN, MABN):
             layers.append(module)
+        else:
+            warnings.warn(
+                f"to_batchnorm: '{name}' ({type(module).__name__}) stays as it is: a subclass may "
+                "do more than normalise.",
+                stacklevel=2,
+            )
     linking.unhook(model)
     return _replace(model, {layer: _to_batchnorm(layer) for layer in layers})
 
@@ -119,16 +129,17 @@ def _from_batchnorm(name: str, layer: _BatchNorm, options: dict) -> CBN:
             "and CBN that of all processes. Choose: sync=True for all, sync=False for none."
         )
     own = dict(eps=layer.eps, momentum=layer.momentum, sync=syncs)
-    return _taking_over(
-        layer,
-        CBN(
-            layer.num_features,
-            affine=layer.affine,
-            track_running_stats=layer.track_running_stats,
-            device="meta",
-            **{**own, **options},
-        ),
+    new = CBN(
+        layer.num_features,
+        affine=layer.affine,
+        track_running_stats=layer.track_running_stats,
+        device="meta",
+        **{**own, **options},
     )
+    for attribute, value in vars(layer).items():  # a user's own, such as lr_mult
+        if attribute not in (*vars(new), "process_group"):
+            setattr(new, attribute, value)
+    return _taking_over(layer, new)
 
 
 def _taking_over(old: nn.Module, new: nn.Module) -> nn.Module:

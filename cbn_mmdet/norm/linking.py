@@ -16,6 +16,7 @@ read in each forward, as a module may change what it does.
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -111,7 +112,7 @@ def unmark(tensors: list[weakref.ref[Tensor]]) -> None:
 
 def marks(module: nn.Module) -> bool:
     """Whether to mark a module's output: it has a weight, and is no norm layer of this package."""
-    if isinstance(module, NormLayer):
+    if isinstance(module, (NormLayer, torch.jit.ScriptModule)):  # the latter takes no hook
         return False
     # Reading a parametrized weight would compute it.
     return nn.utils.parametrize.is_parametrized(module, "weight") or isinstance(
@@ -252,8 +253,19 @@ def _convolution(
     graph: torch.autograd.graph.Node, module: nn.Module | None, follows: bool
 ) -> Source:
     """The source that a convolution's node in the autograd graph describes."""
-    _, weight, bias = (_parameter(each) for each, _ in graph.next_functions)
+    _, of_weight, of_bias = (_before_cast(each) for each, _ in graph.next_functions)
+    weight, bias = (getattr(each, "variable", None) for each in (of_weight, of_bias))
     weight = graph._saved_weight if weight is None else weight
+    if bias is None and of_bias is not None:
+        bias = None if module is None else module.__dict__.get("bias")  # a pruned one
+        if getattr(bias, "grad_fn", None) is not of_bias:
+            bias = None
+            warnings.warn(
+                "CBN: a convolution's bias is computed in its forward (by a parametrization, or "
+                "functional_call), where windows cannot follow it: past means lag while it moves. "
+                "Before a norm a convolution needs no bias: build it with bias=False.",
+                stacklevel=2,
+            )
     trains = weight.requires_grad
     # A bias that is frozen with its weight; the graph has no more than its size.
     if follows and not trains and module is not None and any(graph._saved_bias_sym_sizes_opt):
@@ -271,11 +283,11 @@ def _convolution(
     )
 
 
-def _parameter(graph: torch.autograd.graph.Node | None) -> Tensor | None:
-    """The parameter behind a node of the graph, possibly behind autocast's copy; else None."""
+def _before_cast(graph: torch.autograd.graph.Node | None) -> torch.autograd.graph.Node | None:
+    """The node behind autocast's copy; a parameter's node has it as its ``variable``."""
     if graph is not None and graph.name() == "ToCopyBackward0":
         graph = graph.next_functions[0][0]
-    return getattr(graph, "variable", None)
+    return graph
 
 
 def _is_checkpointed() -> bool:

@@ -118,8 +118,10 @@ class MABN(NormLayer):
             return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
         chi2, weight = self._statistics(x)
         mean = bias = torch.zeros_like(chi2)
-        if self.affine:
-            weight, bias = self.weight * weight, self.bias.to(chi2.dtype)
+        if self.weight is not None:
+            weight = self.weight * weight
+        if self.bias is not None:
+            bias = self.bias.to(chi2.dtype)
         x = _SecondMoment.apply(x, chi2, self)
         return F.batch_norm(x, mean, chi2, weight, bias, False, 0.0, self.eps)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import HALF, KINDS, as_on_a_gpu, assert_same, chain, held, train_once
+from layers import HALF, KINDS, as_on_a_gpu, assert_same, backward, chain, held, train_once
 from mmcv.cnn import ConvAWS2d, ConvWS2d
 from mmcv.ops import (
     DeformConv2d,
@@ -24,7 +24,7 @@ from mmcv.ops.modulated_deform_conv import modulated_deform_conv2d
 from mmdet.models.backbones.trident_resnet import TridentConv
 from mmengine.logging import MessageHub
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from zoo import loss_of, stock_model, total
 
@@ -619,6 +619,32 @@ class TestStatistics:
 
 
 class TestFound:
+    @pytest.mark.parametrize("half", [None, torch.bfloat16])
+    def test_a_bias_behind_a_mask(self, half):
+        """Pruning computes it in each forward; windows follow it like a parameter."""
+        found = []
+        for is_pruned in (True, False):
+            torch.manual_seed(0)
+            conv = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+            model = chain(conv, CBN(4, window_size=4))
+            if is_pruned:
+                prune.identity(conv, "bias")
+            bias = conv.bias_orig if is_pruned else conv.bias
+            for _ in range(4):
+                output, *_ = backward(model, torch.randn(2, 3, 8, 8), half=half)
+                found.append((output, bias.grad))
+                step(model)
+                bias.data += torch.randn(4)
+        for ours, theirs in zip(found[:4], found[4:], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_a_bias_that_is_computed_is_told_of(self):
+        conv = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+        parametrize.register_parametrization(conv, "bias", nn.Tanh())
+        model = chain(conv, CBN(4, window_size=4))
+        with pytest.warns(UserWarning, match="bias is computed in its forward.*bias=False"):
+            backward(model, torch.randn(2, 3, 8, 8))
+
     """CBN looks up what feeds it in every forward."""
 
     def test_links(self):

@@ -10,6 +10,7 @@ import torch
 from layers import (
     KINDS,
     assert_all_equal,
+    assert_same,
     assert_same_window,
     backward,
     chain,
@@ -254,6 +255,27 @@ class TestWindow:
         assert [layer.window_in_force for layer in model] == [5, 5]
         set_window(model, 20)  # which it never reaches
         assert [layer.window_in_force for layer in model] == [LARGEST, 6]
+
+    @pytest.mark.parametrize(
+        "before, option, value",
+        [(8, "window_size", "auto"), ("auto", "window_size", 8), (8, "window", "sliding")]
+        + [("auto", "window_dtype", "bfloat16")],
+    )
+    def test_options_that_are_set_later(self, before, option, value):
+        """They are in force after ``set_window``, as if the layer had been built with them."""
+        model = linked(size=before)
+        iterate(model, 2)
+        conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        built = chain(conv, CBN(4, **{"window_size": before, option: value}))
+        built.load_state_dict(model.state_dict())
+        setattr(model[1], option, value)
+        for _ in range(2):
+            set_window(model, None)  # drops the past, the first time
+            x = torch.randn(2, 3, 8, 8)
+            assert torch.equal(model(x), built(x))
+            for each in (model, built):
+                step(each)
+        assert_same(model, built)
 
     def test_a_window_that_sets_itself_widens_in_noise_and_narrows_in_a_drift(self):
         """In noise a few batches say little of the next; in a drift the last one says most."""

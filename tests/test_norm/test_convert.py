@@ -170,6 +170,18 @@ class TestToBatchnorm:
         parametrize.remove_parametrizations(model[3][1], "running_var")
         assert torch.equal(to_batchnorm(model)(images()), expected)
 
+    def test_leaves_a_subclass(self):
+        class Activated(CBN):
+            def forward(self, input):
+                return super().forward(input).relu()
+
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4), CBN(4)).eval()
+        expected = model(images())
+        with pytest.warns(UserWarning, match=r"'1' \(Activated\) stays as it is"):
+            to_batchnorm(model)
+        assert kinds(model) == {Activated, nn.BatchNorm2d}
+        assert torch.equal(model(images()), expected)
+
     def test_shared_layers_stay_shared(self):
         norm = CBN(3)
         model = to_batchnorm(nn.ModuleList([norm, nn.Sequential(norm)]))
@@ -368,6 +380,13 @@ class TestFromBatchnorm:
         with pytest.raises(ValueError, match=r"'0' \(SyncBatchNorm\) synchronises a process group"):
             from_batchnorm(model)
         assert from_batchnorm(model, sync=True)[0].sync
+
+    @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+    def test_keeps_what_others_put_on_a_layer(self, kind):
+        layer = kind(3)
+        layer.lr_mult = 0.1
+        new = from_batchnorm(layer)
+        assert new.lr_mult == 0.1 and vars(new).keys() == {*vars(CBN(3)), "lr_mult"}
 
     def test_frozen_layers_stay_frozen(self):
         model = with_batchnorm()

@@ -37,6 +37,15 @@ class TestPlainModels:
         train_once(model, torch.randn(2, 3, 8, 8))
         assert links(model) == {"1": "0", "4": "3"}
 
+    def test_a_scripted_part(self):
+        """It takes no hook, and needs none unless a CBN follows it."""
+        loss = torch.jit.script(nn.Conv2d(4, 2, 1))
+        model = nn.ModuleDict(dict(body=nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4)), loss=loss))
+        assert link(model) == 1
+        model.loss(model.body(torch.randn(2, 3, 8, 8))).sum().backward()
+        step(model)
+        assert held(model) == {"body.1": [1]}
+
     def test_linking_twice_is_harmless(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
         assert link(model) == link(model) == 1

@@ -114,6 +114,16 @@ class TestIsBatchNorm:
         assert {key: getattr(norm, key) for key in options} == options
         assert all(p.requires_grad is requires_grad for p in norm.parameters())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("missing", ["weight", "bias"])
+    def test_a_parameter_that_was_removed(self, missing, dtype, rival):
+        norm = rival.trained().to(dtype)
+        getattr(norm, missing).data.fill_(missing == "weight")
+        without = copy.deepcopy(norm)
+        setattr(without, missing, None)
+        x = batch().to(dtype)
+        torch.testing.assert_close(without(x), norm(x))
+
     def test_frozen_parameters(self, rival):
         norm = rival.trained().requires_grad_(False)
         x = batch().requires_grad_()
