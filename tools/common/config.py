@@ -278,11 +278,9 @@ def _options_of(kind: object) -> list[str]:
 
 
 def default_cbn_hook(cfg: Config) -> CBNHook:
-    """The hook for a config without one: the paper's burn-in, or a quarter of the run if less."""
-    epochs, iterations = cfg.train_cfg.get("max_epochs", 1), cfg.train_cfg.get("max_iters")
-    if iterations is not None:
-        return CBNHook(iterations // 4, by_epoch=False)
-    return CBNHook(min(CBNHook().burn_in, epochs // 4))
+    """The hook for a config without one: 3 epochs as in the paper, or a quarter of the iterations."""
+    iterations = cfg.train_cfg.get("max_iters")
+    return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
 
 
 def check_burn_in(cfg: Config, hook: CBNHook, epoch_length: int | None = None) -> int | None:
