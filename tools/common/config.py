@@ -278,7 +278,7 @@ def _options_of(kind: object) -> list[str]:
 
 
 def default_cbn_hook(cfg: Config) -> CBNHook:
-    """The hook for a config without one: 3 epochs as in the paper, or a quarter of the iterations."""
+    """The hook of a config without one: the paper's 3 epochs, or a quarter of the iterations."""
     iterations = cfg.train_cfg.get("max_iters")
     return CBNHook() if iterations is None else CBNHook(iterations // 4, by_epoch=False)
 
