@@ -10,8 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import linking
-from .brn import BRN
-from .cbn import CBN, CmBN, SyncCBN
+from .cbn import CBN
 from .layer import NormLayer
 from .mabn import MABN
 
@@ -23,7 +22,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     """Turns every CBN, SyncCBN, CmBN, BRN and MABN of ``model`` into ``nn.BatchNorm2d``, in place.
 
     In evaluation mode, these layers are batch normalisation, so outputs stay the same, bit for bit.
-    A subclass stays as it is, with a warning.
+    A layer whose class has a ``forward`` of its own stays as it is, with a warning.
     The new layers take over the very parameters and buffers (so an optimiser keeps working), the
     mode and the names. Everything that :func:`cbn_mmdet.link` put on the model is removed, so that
     a saved or pickled model no longer needs this package. (The exception is a
@@ -47,12 +46,13 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
                 f"to_batchnorm: '{name}' ({module.kind}) is parametrized: make its values plain "
                 "first, by torch.nn.utils.parametrize.remove_parametrizations."
             )
-        if type(module) in (CBN, SyncCBN, CmBN, BRN, MABN):
+        if type(module).forward is NormLayer.forward:
             layers.append(module)
         else:
+            kind = type(module).__name__
             warnings.warn(
-                f"to_batchnorm: '{name}' ({type(module).__name__}) stays as it is: a subclass may "
-                "do more than normalise.",
+                f"to_batchnorm: {f'{name!r} ({kind})' if name else kind} stays as it is, but "
+                "unlinked: its class has a forward of its own, which may do more than normalise.",
                 stacklevel=2,
             )
     linking.unhook(model)
@@ -137,7 +137,8 @@ def _from_batchnorm(name: str, layer: _BatchNorm, options: dict) -> CBN:
         **{**own, **options},
     )
     for attribute, value in vars(layer).items():  # a user's own, such as lr_mult
-        if attribute not in (*vars(new), "process_group"):
+        is_own = attribute.startswith("_") or hasattr(new, attribute) or callable(value)
+        if not is_own and attribute != "process_group":
             setattr(new, attribute, value)
     return _taking_over(layer, new)
 

@@ -261,9 +261,10 @@ def _convolution(
         if getattr(bias, "grad_fn", None) is not of_bias:
             bias = None
             warnings.warn(
-                "CBN: a convolution's bias is computed in its forward (by a parametrization, or "
-                "functional_call), where windows cannot follow it: past means lag while it moves. "
-                "Before a norm a convolution needs no bias: build it with bias=False.",
+                f"CBN: the bias of {'a convolution' if module is None else type(module).__name__} "
+                "is computed in its forward (by a parametrization, or functional_call), where "
+                "windows cannot follow it: past means lag while it moves. Before a norm a "
+                "convolution needs no bias: build it with bias=False.",
                 stacklevel=2,
             )
     trains = weight.requires_grad

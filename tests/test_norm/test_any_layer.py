@@ -619,6 +619,8 @@ class TestStatistics:
 
 
 class TestFound:
+    """CBN looks up what feeds it in every forward."""
+
     @pytest.mark.parametrize("half", [None, torch.bfloat16])
     def test_a_bias_behind_a_mask(self, half):
         """Pruning computes it in each forward; windows follow it like a parameter."""
@@ -644,8 +646,6 @@ class TestFound:
         model = chain(conv, CBN(4, window_size=4))
         with pytest.warns(UserWarning, match="bias is computed in its forward.*bias=False"):
             backward(model, torch.randn(2, 3, 8, 8))
-
-    """CBN looks up what feeds it in every forward."""
 
     def test_links(self):
         for name, case in CASES.items():

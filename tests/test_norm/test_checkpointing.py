@@ -112,7 +112,7 @@ def test_a_repetition_after_another_forward(kind):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("gradients", ["mixed", "window", "current"])
 def test_two_forwards_before_one_backward(gradients, reentrant, kind):
-    """As in contrastive training: each repetition has the constants of its own forward."""
+    """As in contrastive training, of two batches: the gradients are those without checkpointing."""
     models = [linked(kind, backward=gradients).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for _ in range(4):

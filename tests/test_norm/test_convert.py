@@ -170,6 +170,13 @@ class TestToBatchnorm:
         parametrize.remove_parametrizations(model[3][1], "running_var")
         assert torch.equal(to_batchnorm(model)(images()), expected)
 
+    def test_turns_a_subclass_without_a_forward_of_its_own(self):
+        class Slow(CBN):
+            def __init__(self, *args):
+                super().__init__(*args, momentum=0.02)
+
+        assert type(to_batchnorm(Slow(3))) is nn.BatchNorm2d
+
     def test_leaves_a_subclass(self):
         class Activated(CBN):
             def forward(self, input):
@@ -385,6 +392,8 @@ class TestFromBatchnorm:
     def test_keeps_what_others_put_on_a_layer(self, kind):
         layer = kind(3)
         layer.lr_mult = 0.1
+        layer.title = "taken"
+        layer.forward = layer.forward  # as wrappers of a module's forward leave it
         new = from_batchnorm(layer)
         assert new.lr_mult == 0.1 and vars(new).keys() == {*vars(CBN(3)), "lr_mult"}
 

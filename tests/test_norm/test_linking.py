@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import assert_same, descend, held, train_once
+from layers import assert_same, backward, descend, held, train_once
 from mmdet.models import FCOSHead, RetinaHead, RetinaSepBNHead
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -358,6 +358,110 @@ class TestIterations:
         assert held(apart) == held(together)
         assert apart.branches[0][1].num_batches_tracked == 4
 
+    class Branches(nn.Module):
+        """Two branches behind one stem; the forward says which."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window_size=4))
+            self.branches = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, 4, 1), CBN(4, window_size=4)) for _ in range(2)
+            )
+            self.failure = None
+            link(self)
+
+        def forward(self, x, number):
+            x = self.stem(x)
+            if self.failure is not None:
+                raise self.failure
+            return self.branches[number](x).pow(3).mean()
+
+        def counts(self):
+            """How often each layer has learnt."""
+            norms = self.stem[1], self.branches[0][1], self.branches[1][1]
+            return [int(norm.num_batches_tracked) for norm in norms]
+
+    def test_a_forward_that_fails_between_branches(self):
+        """It leaves nothing: what the one before it left counts."""
+        model, once = self.Branches(), self.Branches()
+        for each in (model, once):
+            each(images(0), 0).backward()
+        model.failure = MemoryError()
+        with pytest.raises(MemoryError):
+            model(images(1), 1)
+        step(model), step(once)
+        assert_same(model, once)
+        assert model.counts() == [1, 1, 0]
+
+    def test_a_branch_counts_in_its_own_iteration_alone(self):
+        model = self.Branches()
+        for numbers in ((0, 1), (1,), (1, 1)):
+            for number in numbers:
+                model(images(number), number).backward()
+            step(model)
+        assert model.counts() == [3, 1, 3]
+
+    def test_a_step_that_fails_counts_each_branch_once(self):
+        class Broken:
+            def scale(self, outputs):
+                raise MemoryError
+
+        model = self.Branches()
+        for number in (0, 1):
+            model(images(number), number).backward()
+        with pytest.raises(MemoryError):
+            step(model, Broken())
+        step(model)
+        assert model.counts() == [1, 1, 1]
+
+    @pytest.mark.parametrize(
+        "drop",
+        [
+            lambda model: model.branches[0].load_state_dict(model.branches[0].state_dict()),
+            lambda model: model.branches[0][1].reset_running_stats(),
+            lambda model: model.branches[0][1].set_window(2),
+        ],
+    )
+    def test_what_is_dropped_between_branches(self, drop):
+        model = self.Branches()
+        model(images(0), 0).backward()
+        drop(model)
+        model(images(1), 1).backward()
+        step(model)
+        assert model.counts() == [1, 0, 1]
+
+    def test_branches_of_different_loss_scales(self):
+        """Each branch's average of gradients takes out the scale of its own forward."""
+
+        class Scaler:
+            factor = 1.0
+
+            def scale(self, outputs):
+                return outputs * self.factor
+
+        states = []
+        for factors in ((1.0, 1.0), (64.0, 2.0)):
+            model, scaler = self.Branches().double(), Scaler()
+            step(model, scaler)
+            for iteration in range(3):
+                for number, scaler.factor in enumerate(factors):
+                    loss = model(images(2 * iteration + number).double(), number)
+                    scaler.scale(loss).backward()
+                step(model, scaler)
+            states.append([window["sums"] for (window,) in window_state(model).values()])
+        torch.testing.assert_close(*states)
+
+    def test_a_repetition_after_the_step_of_a_branch_is_refused(self):
+        model = self.Branches()
+        x = images().requires_grad_()
+        loss = checkpoint(model, x, 0, use_reentrant=False)
+        model(x, 1)
+        step(model)
+        model(x, 1)
+        with pytest.raises(RuntimeError, match="repeats a forward whose iteration has ended"):
+            loss.backward()
+
     def test_a_method_instead_of_the_model(self):
         """As the model itself, if it is called once in an iteration."""
         model = stages(5, call=lambda model, x: model.loss(x))
@@ -387,8 +491,8 @@ class TestIterations:
                         parameter.copy_(moved)
                 else:
                     parameter.data.copy_(moved)
-            outputs.append(model.body(images(8)))
-        assert torch.equal(*outputs)
+            outputs.append(backward(model.body, images(8)))
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
     def test_parts_in_turn(self):
         """A loop that calls the parts is an iteration from step to step."""
