@@ -199,9 +199,8 @@ class Iteration:
                 conv = None if window.conv is None else window.conv()
                 weight, bias, is_plain = None, None, linking.is_plain(conv)
                 # A hook may still set weight.data or the bias, which could not be noticed later.
-                if (is_plain and conv._forward_pre_hooks) or (
-                    window.h is not None and not is_plain
-                ):
+                is_open = bool(conv._forward_pre_hooks) if is_plain else window.h is not None
+                if is_open:
                     continue  # the layer computes this past itself
                 if window.h is not None:
                     weight = conv._parameters["weight"]

@@ -92,6 +92,27 @@ def test_a_frozen_scale_and_shift():
 
 
 @KINDS
+def test_a_hook_sets_the_bias_of_a_frozen_convolution(kind):
+    biases, outputs = torch.randn(4, 4), []
+
+    def set_bias(conv, _):
+        conv.bias.data.copy_(biases[len(outputs) % 4])
+
+    for hooked in (True, False):
+        torch.manual_seed(0)
+        model = linked(kind, bias=True)
+        model[0].requires_grad_(False)
+        if hooked:
+            model[0].register_forward_pre_hook(set_bias)
+        for _ in range(4):
+            if not hooked:
+                set_bias(model[0], None)
+            outputs.append(model(torch.randn(2, 3, 8, 8)))
+            step(model)
+    assert_all_equal(outputs[:4], outputs[4:])
+
+
+@KINDS
 def test_thawed_and_frozen_again(kind):
     """A weight that begins to train begins a window; one that is frozen later goes on with its."""
     torch.manual_seed(0)

@@ -423,11 +423,11 @@ class TestIterations:
             lambda model: model.branches[0][1].set_window(2),
         ],
     )
-    def test_what_is_dropped_between_branches(self, drop):
+    def test_what_is_dropped_before_the_step(self, drop):
         model = self.Branches()
-        model(images(0), 0).backward()
+        for number in (0, 1):
+            model(images(number), number).backward()
         drop(model)
-        model(images(1), 1).backward()
         step(model)
         assert model.counts() == [1, 0, 1]
 
