@@ -930,8 +930,8 @@ def _check_fit(name: str, layer: CBN, saved: dict, modules: dict[str, nn.Module]
     if not fits:
         raise ValueError(
             f"load_window_state: the window of CBN layer '{name}' is of another number of "
-            "channels, another convolution or another setting of compensate or window_dtype. "
-            "Build the model as the one that was saved."
+            "channels, another convolution (or the same, frozen then and training now) or another "
+            "setting of compensate or window_dtype. Build the model as the one that was saved."
         )
 
 
