@@ -149,8 +149,8 @@ class Iteration:
         if self._trains and has_failed and not is_recomputation():
             self._clear()
         if self.earlier:
-            for record in self.records:
-                self.earlier.pop(record.layer, None)
+            for layer in self._calls:
+                self.earlier.pop(layer, None)
         self._trains = False
         if self._marked:
             linking.unmark(self._marked)
@@ -220,11 +220,10 @@ class Iteration:
     def _set_aside(self) -> None:
         """Keeps what the last forward left, for layers that the next one does not reach."""
         self._earlier_calls.update(self._calls)
-        by_layer = defaultdict(list)
+        self.earlier.update({layer: [] for layer in self._calls})  # an empty batch has no record
         for record in self.records:
             record.kind += (self._forwards,)  # another forward may have another loss scale
-            by_layer[record.layer].append(record)
-        self.earlier.update(by_layer)
+            self.earlier[record.layer].append(record)
 
     def _clear(self) -> None:
         for each in (self.records, self._calls, self._gammas, self._finished):
@@ -385,8 +384,7 @@ class Iteration:
         self._depth = 0
         linking.unmark(self._marked)
         if self.earlier:
-            reached = {record.layer for record in self.records}
-            missed = [of for layer, of in self.earlier.items() if layer not in reached]
+            missed = [of for layer, of in self.earlier.items() if layer not in self._calls]
             self.records[:0] = itertools.chain.from_iterable(missed)
             self.earlier.clear()
         if loss_scale is not None and (self._scaler is None or is_number(loss_scale)):

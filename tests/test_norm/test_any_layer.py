@@ -644,7 +644,7 @@ class TestFound:
         conv = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
         parametrize.register_parametrization(conv, "bias", nn.Tanh())
         model = chain(conv, CBN(4, window_size=4))
-        with pytest.warns(UserWarning, match="bias is computed in its forward.*bias=False"):
+        with pytest.warns(UserWarning, match="bias of Param.* is computed in its.*bias=False"):
             backward(model, torch.randn(2, 3, 8, 8))
 
     def test_links(self):

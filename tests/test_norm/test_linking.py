@@ -402,6 +402,19 @@ class TestIterations:
             step(model)
         assert model.counts() == [3, 1, 3]
 
+    @pytest.mark.parametrize("as_parts", [False, True])
+    def test_an_empty_batch_comes_last(self, as_parts):
+        """It reaches the layers, which have nothing to learn from it."""
+        model = self.Branches()
+        model(images(0), 0)
+        model(images(1), 1)
+        if as_parts:
+            model.branches[0](torch.randn(0, 4, 3, 3))
+        else:
+            model(images(2)[:0], 0)
+        step(model)
+        assert model.counts() == [int(as_parts), 0, 1]
+
     def test_a_step_that_fails_counts_each_branch_once(self):
         class Broken:
             def scale(self, outputs):
