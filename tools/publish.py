@@ -8,7 +8,7 @@ import os.path as osp
 
 import torch
 from common.checkpoint import check_checkpoint, read_checkpoint
-from common.config import OUR_HOOKS, OUR_NORMS, Code, parse_dump, walk
+from common.config import OUR_HOOKS, OUR_NORMS, Code, kind_of, parse_dump, walk
 from common.errors import UsageError, run_tool
 from mmengine.config import Config
 from torch import nn
@@ -70,27 +70,23 @@ def with_batchnorm(cfg: dict) -> dict:
     for path, value in walk(cfg):
         if isinstance(value, Code):
             raise ValueError(f"{path}: {value}")
-        if _kind(value) in OUR_NORMS:
+        if kind_of(value) in OUR_NORMS:
             for key in value.keys() - BN_KEYS:
                 del value[key]
             value["type"] = "BN"
     if cfg.get("custom_hooks"):
-        cfg["custom_hooks"] = [each for each in cfg["custom_hooks"] if _kind(each) not in OUR_HOOKS]
+        cfg["custom_hooks"] = [
+            each for each in cfg["custom_hooks"] if kind_of(each) not in OUR_HOOKS
+        ]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
     imports = [imports] if isinstance(imports, str) else imports
-    if not any(_kind(value) == "CenConv2d" for _, value in walk(cfg)):
+    if not any(kind_of(value) == "CenConv2d" for _, value in walk(cfg)):
         imports = [name for name in imports if name.partition(".")[0] != "cbn_mmdet"]
     if imports:
         cfg["custom_imports"]["imports"] = imports
     else:
         cfg.pop("custom_imports", None)
     return cfg
-
-
-def _kind(value: object) -> str:
-    """The type that a config entry builds, without a scope or module before its name."""
-    kind = value.get("type", "") if isinstance(value, dict) else ""
-    return str(kind).rpartition(".")[2]
 
 
 def write(checkpoint: dict, out: str) -> None:

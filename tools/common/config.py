@@ -212,10 +212,13 @@ def check_hooks(cfg: Config) -> None:
 
 def is_cbn_hook(settings: object) -> bool:
     """Whether an entry of ``custom_hooks`` is the CBNHook."""
-    if not isinstance(settings, dict):
-        return isinstance(settings, CBNHook)
-    kind = settings.get("type")  # a name may begin with a scope
-    return kind.rpartition(".")[2] == "CBNHook" if isinstance(kind, str) else kind is CBNHook
+    return isinstance(settings, CBNHook) or kind_of(settings) == "CBNHook"
+
+
+def kind_of(settings: object) -> str:
+    """The type that a config entry builds, without a scope or module before its name."""
+    kind = settings.get("type", "") if isinstance(settings, dict) else ""
+    return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
 
 
 def _check_part(
